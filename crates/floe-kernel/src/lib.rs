@@ -1,1 +1,6 @@
+//! What rustix lacks: ptrace, pidfds, `PAGEMAP_SCAN`, userfaultfd, kcmp, `/proc`.
+//!
+//! Wrappers take and return owned types and hold no policy: no retry, no fallback, no log.
 
+pub mod ids;
+pub mod ptrace;
