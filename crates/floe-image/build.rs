@@ -24,15 +24,45 @@ fn main() {
         fs::read_to_string(schema.join(name)).expect("the schema tables are in the source tree")
     };
     let (messages, enums) = (read("messages.tsv"), read("enums.tsv"));
+    let out_dir = env::var("OUT_DIR").expect("cargo sets it");
+    let target = Path::new(&out_dir).join("catalogue.rs");
+    fs::write(target, catalogue(&read("files.tsv"))).expect("OUT_DIR is writable");
     let mut out = String::new();
     let enum_names = write_enums(&enums, &mut out);
     write_messages(&messages, &enum_names, &mut out);
-    let target = Path::new(&env::var("OUT_DIR").expect("cargo sets it")).join("messages.rs");
-    fs::write(target, out).expect("OUT_DIR is writable");
+    fs::write(Path::new(&out_dir).join("messages.rs"), out).expect("OUT_DIR is writable");
 }
 
 fn rows(table: &str) -> impl Iterator<Item = Vec<&str>> {
     table.lines().skip(1).map(|line| line.split('\t').collect())
+}
+
+/// `enum ImageKind` with a variant a row of `files.tsv`, and the rows.
+fn catalogue(table: &str) -> String {
+    let mut variants = String::new();
+    let mut count = 0;
+    let mut facts = String::new();
+    for row in rows(table) {
+        let (name, pattern, magic, entry) = (row[0], row[1], row[2], row[3]);
+        let raw = magic.contains("raw");
+        let magic = magic.split(' ').next().unwrap_or("0");
+        // Only the first of `pagemap_head, pagemap_entry`: the framing knows the second.
+        let entry = entry.split(',').next().unwrap_or("");
+        let _ = writeln!(
+            variants,
+            "    /// `{name}`: `{pattern}`.\n    {},",
+            camel(name)
+        );
+        let _ = writeln!(
+            facts,
+            "    Row {{ kind: ImageKind::{}, name: \"{name}\", pattern: \"{pattern}\", magic: {magic}, entry: \"{entry}\", raw: {raw} }},",
+            camel(name)
+        );
+        count += 1;
+    }
+    format!(
+        "/// A kind of image file.\n#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]\npub enum ImageKind {{\n{variants}}}\nconst ROWS: [Row; {count}] = [\n{facts}];\n"
+    )
 }
 
 /// `core_entry.march` becomes `CoreEntryMarch`.
@@ -84,7 +114,7 @@ fn write_messages(table: &str, enums: &BTreeSet<String>, out: &mut String) {
             default: row[6],
         });
     }
-    for (name, fields) in &messages {
+    for (id, (name, fields)) in messages.iter().enumerate() {
         let _ = writeln!(
             out,
             "/// `{name}` of CRIU's format.\n#[derive(Clone, PartialEq, ::prost::Message)]\npub struct {} {{",
@@ -94,6 +124,11 @@ fn write_messages(table: &str, enums: &BTreeSet<String>, out: &mut String) {
             write_field(field, &messages, enums, out);
         }
         out.push_str("}\n");
+        let _ = writeln!(
+            out,
+            "impl crate::schema::ImageMessage for {} {{\n    const NAME: &'static str = \"{name}\";\n    const ID: crate::schema::MessageId = crate::schema::MessageId({id});\n}}",
+            camel(name)
+        );
     }
 }
 

@@ -3,4 +3,19 @@
 //! Nothing here touches a running kernel object: input is bytes and directories, output is the same.
 #![forbid(unsafe_code)]
 
+pub mod catalogue;
+pub mod dir;
+pub mod error;
+pub mod framing;
+pub mod manifest;
 pub mod messages;
+pub mod schema;
+pub mod upgrade;
+pub mod wire;
+pub mod writer;
+
+pub use catalogue::ImageKind;
+pub use dir::ImageDir;
+pub use error::ImageError;
+pub use schema::ImageMessage;
+pub use writer::{ImageWriter, Sync, WriteError};

@@ -1,0 +1,432 @@
+//! Writes an images directory: entries, raw files, and the manifest when all is there.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rustix::fs::{AtFlags, Mode, OFlags, openat};
+use rustix::io::Errno;
+
+use crate::catalogue::{Extra, ImageKind};
+use crate::dir::PARENT_LINK;
+use crate::framing::MAX_ENTRY;
+use crate::manifest::{MANIFEST_NAME, Manifest, ManifestFile, ManifestInfo};
+use crate::schema::ImageMessage;
+
+/// Name under which the manifest is written before it is renamed.
+const MANIFEST_TEMPORARY: &str = ".floe.json.new";
+/// Files up to this many bytes are hashed as they are written.
+const HASHED: u64 = 4 << 20;
+const BUFFER: usize = 64 << 10;
+
+/// Whether a finished dump outlives a power failure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sync {
+    /// Every file and the directory are synced before the manifest is written.
+    Durable,
+    /// Nothing is synced: for tmpfs, and for copies that are sent on at once.
+    None,
+}
+
+/// Writing images failed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum WriteError {
+    /// The images directory cannot be opened or made.
+    #[error("Opening the images directory {}", path.display())]
+    OpenDir {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be created.
+    #[error("Creating {}", path.display())]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be written, often because the file system is full.
+    #[error("Writing {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be brought to stable storage.
+    #[error("Syncing {}", path.display())]
+    Sync {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// An entry is larger than any reader takes.
+    #[error("An entry of {} would have {size} bytes, at most {MAX_ENTRY} are allowed", path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The entry's size in bytes.
+        size: u64,
+    },
+}
+
+/// Writes one images directory; clones write to the same one, from any thread.
+#[derive(Clone, Debug)]
+pub struct ImageWriter {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    path: PathBuf,
+    fd: OwnedFd,
+    sync: Sync,
+    /// Files made so far; `None` until [`ImageWriter::note_file`] or the end of their stream.
+    files: Mutex<BTreeMap<String, Option<ManifestFile>>>,
+}
+
+impl ImageWriter {
+    /// Opens the directory, or makes it (not the directories above it).
+    ///
+    /// A manifest of an earlier dump is removed, so that this one never passes for whole before
+    /// [`Self::finish`].
+    pub fn create(path: impl AsRef<Path>, sync: Sync) -> Result<ImageWriter, WriteError> {
+        let path = path.as_ref().to_path_buf();
+        match rustix::fs::mkdir(&path, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => {
+                return Err(WriteError::OpenDir {
+                    path,
+                    source: errno.into(),
+                });
+            }
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        match rustix::fs::open(&path, flags, Mode::empty()) {
+            Ok(fd) => ImageWriter::from_fd(fd, path, sync),
+            Err(errno) => Err(WriteError::OpenDir {
+                path,
+                source: errno.into(),
+            }),
+        }
+    }
+
+    /// Takes an opened directory, whose `path` is for messages only.
+    pub fn from_fd(fd: OwnedFd, path: PathBuf, sync: Sync) -> Result<ImageWriter, WriteError> {
+        for name in [MANIFEST_NAME, MANIFEST_TEMPORARY] {
+            match rustix::fs::unlinkat(&fd, name, AtFlags::empty()) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => {
+                    return Err(WriteError::Create {
+                        path: path.join(name),
+                        source: errno.into(),
+                    });
+                }
+            }
+        }
+        let files = Mutex::new(BTreeMap::new());
+        Ok(ImageWriter {
+            inner: Arc::new(Inner {
+                path,
+                fd,
+                sync,
+                files,
+            }),
+        })
+    }
+
+    /// The path that the directory was opened by.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// The directory's descriptor.
+    pub fn as_fd(&self) -> BorrowedFd<'_> {
+        self.inner.fd.as_fd()
+    }
+
+    /// Writes an image of one entry.
+    pub fn write_one<M: ImageMessage>(
+        &self,
+        kind: ImageKind,
+        id: u64,
+        message: &M,
+    ) -> Result<(), WriteError> {
+        self.write_all(kind, id, std::slice::from_ref(message))
+    }
+
+    /// Writes an image of these entries; without any it has a header only.
+    pub fn write_all<M: ImageMessage>(
+        &self,
+        kind: ImageKind,
+        id: u64,
+        messages: &[M],
+    ) -> Result<(), WriteError> {
+        let mut stream = self.stream(kind, id)?;
+        for message in messages {
+            stream.append(message)?;
+        }
+        stream.finish()
+    }
+
+    /// Begins an image whose entries come one by one.
+    pub fn stream(&self, kind: ImageKind, id: u64) -> Result<EntryStream, WriteError> {
+        let name = kind.file_name(id);
+        let file = self.create_file(&name)?;
+        let mut stream = EntryStream {
+            file: BufWriter::with_capacity(BUFFER, file),
+            writer: self.clone(),
+            name,
+            kind,
+            size: 0,
+            hasher: Some(blake3::Hasher::new()),
+        };
+        if let Some(magic) = kind.first_magic() {
+            stream.append_raw(&magic.to_le_bytes())?;
+        }
+        if !kind.is_raw() {
+            stream.append_raw(&kind.magic().to_le_bytes())?;
+        }
+        Ok(stream)
+    }
+
+    /// Creates a file without header (`pages-N` and the like) that the caller writes by itself.
+    pub fn create_raw(&self, kind: ImageKind, id: u64) -> Result<File, WriteError> {
+        debug_assert!(kind.is_raw());
+        self.create_file(&kind.file_name(id))
+    }
+
+    /// Creates or empties a file of the directory by name, readable and writable by its owner only.
+    pub fn create_file(&self, name: &str) -> Result<File, WriteError> {
+        let flags =
+            OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match openat(&self.inner.fd, name, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(fd) => {
+                self.files().insert(name.to_string(), None);
+                Ok(File::from(fd))
+            }
+            Err(errno) => Err(WriteError::Create {
+                path: self.file_path(name),
+                source: errno.into(),
+            }),
+        }
+    }
+
+    /// Tells the manifest a file's size in bytes and, where the caller computed it, its hash.
+    ///
+    /// Not needed for streams; a raw file that is never noted gets its size when all is finished.
+    pub fn note_file(&self, name: &str, size: u64, hash: Option<blake3::Hash>) {
+        let blake3 = hash.map(|hash| hash.to_hex().to_string());
+        self.files()
+            .insert(name.to_string(), Some(ManifestFile { size, blake3 }));
+    }
+
+    /// Makes the link to the directory that this dump builds on; `target` is relative to this one.
+    pub fn link_parent(&self, target: &Path) -> Result<(), WriteError> {
+        let error = |errno: Errno| WriteError::Create {
+            path: self.file_path(PARENT_LINK),
+            source: errno.into(),
+        };
+        match rustix::fs::unlinkat(&self.inner.fd, PARENT_LINK, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(error(errno)),
+        }
+        rustix::fs::symlinkat(target, &self.inner.fd, PARENT_LINK).map_err(error)
+    }
+
+    /// Syncs everything as asked for and writes the manifest: only now is the dump whole.
+    pub fn finish(&self, info: ManifestInfo) -> Result<Manifest, WriteError> {
+        let mut files = BTreeMap::new();
+        for (name, noted) in self.files().iter() {
+            let noted = match noted {
+                Some(noted) => noted.clone(),
+                None => self.measure(name)?,
+            };
+            if self.inner.sync == Sync::Durable {
+                self.sync_file(name)?;
+            }
+            files.insert(name.clone(), noted);
+        }
+        self.sync_dir()?;
+        let manifest = Manifest::new(info, files);
+        self.write_manifest(&manifest)?;
+        self.sync_dir()?;
+        Ok(manifest)
+    }
+
+    fn write_manifest(&self, manifest: &Manifest) -> Result<(), WriteError> {
+        let path = self.file_path(MANIFEST_NAME);
+        let mut text = serde_json::to_vec_pretty(manifest).expect("a manifest has text keys only");
+        text.push(b'\n');
+        let mut file = self.create_file(MANIFEST_TEMPORARY)?;
+        self.files().remove(MANIFEST_TEMPORARY);
+        if let Err(source) = file.write_all(&text) {
+            return Err(WriteError::Write { path, source });
+        }
+        if let (Sync::Durable, Err(source)) = (self.inner.sync, file.sync_all()) {
+            return Err(WriteError::Sync { path, source });
+        }
+        let fd = &self.inner.fd;
+        rustix::fs::renameat(fd, MANIFEST_TEMPORARY, fd, MANIFEST_NAME).map_err(|errno| {
+            WriteError::Create {
+                path,
+                source: errno.into(),
+            }
+        })
+    }
+
+    fn measure(&self, name: &str) -> Result<ManifestFile, WriteError> {
+        match rustix::fs::statat(&self.inner.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(ManifestFile {
+                size: u64::try_from(stat.st_size).unwrap_or(0),
+                blake3: None,
+            }),
+            Err(errno) => Err(WriteError::Write {
+                path: self.file_path(name),
+                source: errno.into(),
+            }),
+        }
+    }
+
+    fn sync_file(&self, name: &str) -> Result<(), WriteError> {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        openat(&self.inner.fd, name, flags, Mode::empty())
+            .and_then(rustix::fs::fsync)
+            .map_err(|errno| WriteError::Sync {
+                path: self.file_path(name),
+                source: errno.into(),
+            })
+    }
+
+    fn sync_dir(&self) -> Result<(), WriteError> {
+        if self.inner.sync == Sync::None {
+            return Ok(());
+        }
+        rustix::fs::fsync(&self.inner.fd).map_err(|errno| WriteError::Sync {
+            path: self.inner.path.clone(),
+            source: errno.into(),
+        })
+    }
+
+    fn file_path(&self, name: &str) -> PathBuf {
+        self.inner.path.join(name)
+    }
+
+    fn files(&self) -> MutexGuard<'_, BTreeMap<String, Option<ManifestFile>>> {
+        self.inner
+            .files
+            .lock()
+            .expect("no thread panics while it holds the list of files")
+    }
+}
+
+/// An image that is written entry by entry; [`EntryStream::finish`] must end it.
+#[must_use = "an image is whole only after `finish`"]
+#[derive(Debug)]
+pub struct EntryStream {
+    file: BufWriter<File>,
+    writer: ImageWriter,
+    name: String,
+    kind: ImageKind,
+    size: u64,
+    hasher: Option<blake3::Hasher>,
+}
+
+impl EntryStream {
+    /// Appends one entry.
+    pub fn append<M: ImageMessage>(&mut self, message: &M) -> Result<(), WriteError> {
+        let size = message.encoded_len();
+        if size as u64 > MAX_ENTRY {
+            return Err(WriteError::TooLarge {
+                path: self.path(),
+                size: size as u64,
+            });
+        }
+        let mut bytes = Vec::with_capacity(4 + size);
+        bytes.extend_from_slice(&u32::try_from(size).expect("below MAX_ENTRY").to_le_bytes());
+        message.encode_raw(&mut bytes);
+        self.append_raw(&bytes)
+    }
+
+    /// Appends one entry and the bytes that belong to it, with the padding of the kind.
+    pub fn append_with_extra<M: ImageMessage>(
+        &mut self,
+        message: &M,
+        extra: &[u8],
+    ) -> Result<(), WriteError> {
+        self.append(message)?;
+        let pad = match self.kind.extra() {
+            Extra::Counted { pad, .. } => pad,
+            Extra::SharedMemory => 4,
+            // Each message of a queue is appended as an entry with its own text.
+            Extra::MessageQueue => 8,
+            Extra::None | Extra::PagemapTail | Extra::Ghost => 1,
+        };
+        self.append_raw(extra)?;
+        let length = extra.len() as u64;
+        let padding = usize::try_from(length.next_multiple_of(pad) - length).expect("less than 8");
+        self.append_raw(&[0; 8][..padding])
+    }
+
+    /// Appends bytes as they are.
+    pub fn append_raw(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        self.size += bytes.len() as u64;
+        if self.size > HASHED {
+            self.hasher = None;
+        }
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(bytes);
+        }
+        let written = self.file.write_all(bytes);
+        written.map_err(|source| WriteError::Write {
+            path: self.path(),
+            source,
+        })
+    }
+
+    /// Flushes, and gives the file positioned at its end for content that the caller streams.
+    ///
+    /// The file's size is measured when all is finished.
+    pub fn into_file(mut self) -> Result<File, WriteError> {
+        if let Err(source) = self.file.flush() {
+            return Err(WriteError::Write {
+                path: self.path(),
+                source,
+            });
+        }
+        let path = self.path();
+        let file = self.file.into_inner();
+        file.map_err(|error| WriteError::Write {
+            path,
+            source: error.into_error(),
+        })
+    }
+
+    /// Flushes and ends the image.
+    pub fn finish(mut self) -> Result<(), WriteError> {
+        if let Err(source) = self.file.flush() {
+            return Err(WriteError::Write {
+                path: self.path(),
+                source,
+            });
+        }
+        let hash = self.hasher.map(|hasher| hasher.finalize());
+        self.writer.note_file(&self.name, self.size, hash);
+        Ok(())
+    }
+
+    fn path(&self) -> PathBuf {
+        self.writer.file_path(&self.name)
+    }
+}
