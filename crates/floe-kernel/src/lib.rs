@@ -3,4 +3,10 @@
 //! Wrappers take and return owned types and hold no policy: no retry, no fallback, no log.
 
 pub mod ids;
+pub mod kcmp;
+pub mod pagemap;
+pub mod pidfd;
+pub mod proc;
 pub mod ptrace;
+pub mod thread;
+pub mod vm;
