@@ -2,6 +2,7 @@
 //!
 //! Wrappers take and return owned types and hold no policy: no retry, no fallback, no log.
 
+pub mod features;
 pub mod ids;
 pub mod kcmp;
 pub mod pagemap;
