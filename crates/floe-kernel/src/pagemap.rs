@@ -149,6 +149,28 @@ impl Pagemap {
     }
 }
 
+/// The frame of the shared zero page: what an anonymous page that was only read maps to. `None` when the
+/// kernel hides frame numbers.
+pub fn zero_page_frame() -> io::Result<Option<u64>> {
+    let len = PAGE_SIZE as usize;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // SAFETY: a fresh mapping at an address of the kernel's choice; one page is too small to become huge.
+    let page = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, flags, -1, 0) };
+    if page == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the mapping above is readable; a volatile read is not optimised away.
+    unsafe { page.cast::<u8>().read_volatile() };
+    let mut bits = [0u64];
+    let read = std::fs::File::open("/proc/self/pagemap")
+        .and_then(|file| Pagemap::new(file.into()).entries(TaskAddr(page as u64), &mut bits));
+    // SAFETY: unmaps exactly the mapping made above; no reference into it is left.
+    unsafe { libc::munmap(page, len) };
+    read?;
+    let frame = bits[0] & entry::PFN;
+    Ok((bits[0] & entry::PRESENT != 0 && frame != 0).then_some(frame))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,1 +1,15 @@
+//! Memory of tasks: which pages to save, and moving them in bulk.
+//!
+//! Pages flow from a [`PageSource`] to a [`PageSink`] through [`PagePump`], which knows neither tasks
+//! nor image files; [`PagemapBuilder`] keeps the index of what was sent.
 #![forbid(unsafe_code)]
+
+mod index;
+mod pump;
+mod select;
+mod source;
+
+pub use index::{PagemapBuilder, PagemapStats, PresentPages};
+pub use pump::{Copied, CopyError, PagePump, PageSink};
+pub use select::{PageRun, PageScanner, ScanError, Selection, data_runs};
+pub use source::{FilePages, ForcedTaskPages, PageSource, TaskPages};
