@@ -68,7 +68,7 @@ pub struct RestoreOptions {
     pub after: AfterRestore,
     /// Whose child the root becomes.
     pub detach: DetachMode,
-    /// Where the root's pid is written (`--pidfile`), relative to the work directory.
+    /// Where the root's pid is written (`--pidfile`); already joined to the work directory.
     pub pidfile: Option<PathBuf>,
     /// Session, group and terminal are taken from the caller (`--shell-job`).
     pub shell_job: bool,
