@@ -1,1 +1,19 @@
+//! Driving foreign tasks: typed ptrace states, the executor, remote system calls.
+//!
+//! The executor is some tens of instructions that run a [`Program`]: an array of system calls whose
+//! arguments are literals, buffers or earlier results. See `arch/`.
 
+mod arch;
+mod arena;
+mod error;
+mod program;
+mod tracee;
+
+pub use arch::TASK_SIZE;
+pub use arena::{
+    ARENA_BYTES, Arena, QuietSignal, RootSpawn, find_gate, puppet_options, read_memory,
+    remote_call, spawn_root, write_memory,
+};
+pub use error::InjectError;
+pub use program::{Arg, BufferId, CallId, Outcome, Program};
+pub use tracee::{Saved, Seized, Stopped};

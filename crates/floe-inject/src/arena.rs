@@ -1,0 +1,452 @@
+//! The piece of a task's memory that holds the executor and its program.
+//!
+//! Contract relied on: `process_vm_readv` and `process_vm_writev` touch the local buffers named in
+//! the iovecs only; `clone3` without `CLONE_VM` gives the child its own copy of the arena.
+
+use std::io;
+use std::ops::Range;
+
+use floe_kernel::ids::HostPid;
+use floe_kernel::ptrace::{self, Regs, WaitStatus, options};
+
+use crate::arch;
+use crate::error::{InjectError, OnTask};
+use crate::program::{Arg, ENTRY_SIZE, Outcome, Program};
+use crate::tracee::{Seized, Stopped, wait_for_stop};
+
+/// Offset of the programs: the executor has the first page for itself.
+const PROGRAMS: u64 = 4096;
+/// Bytes that an arena takes in the address space by default; only what is used takes memory.
+pub const ARENA_BYTES: usize = 1 << 20;
+
+/// The signal by which the executor reports the end of a program: one that the task does not catch,
+/// so that nothing happens if the tracer is gone by then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct QuietSignal(i32);
+
+impl QuietSignal {
+    /// For tasks of our own, which catch nothing.
+    pub const PUPPET: QuietSignal = QuietSignal(libc::SIGURG);
+
+    /// Chooses among the signals that are ignored by default; the masks are `SigCgt` and the union of
+    /// `SigPnd` and `ShdPnd` of `/proc/<pid>/status`, bit 0 for signal 1.
+    pub fn choose(caught: u64, pending: u64) -> QuietSignal {
+        let free = |signal: &i32| (caught | pending) & (1 << (signal - 1)) == 0;
+        let candidates = [libc::SIGURG, libc::SIGWINCH, libc::SIGCHLD];
+        QuietSignal(candidates.into_iter().find(free).unwrap_or(libc::SIGURG))
+    }
+
+    fn mask_of_all_others(self) -> u64 {
+        !(1 << (self.0 - 1))
+    }
+}
+
+/// An executor in a task's memory.
+#[derive(Clone, Debug)]
+pub struct Arena {
+    base: u64,
+    len: usize,
+    signal: QuietSignal,
+}
+
+impl Arena {
+    /// Maps an arena into the address space of `thread` with a remote call through the `syscall`
+    /// instruction at `gate` (see [`find_gate`]).
+    pub fn inject(
+        thread: &mut Stopped,
+        gate: u64,
+        signal: QuietSignal,
+    ) -> Result<Arena, InjectError> {
+        let len = ARENA_BYTES;
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let args = [0, len as u64, prot as u64, flags as u64, u64::MAX, 0];
+        let base = remote_call(thread, gate, ("mmap of the executor", libc::SYS_mmap), args)?;
+        let arena = Arena {
+            base: base as u64,
+            len,
+            signal,
+        };
+        write_memory(thread.pid(), arena.base, arch::executor_code()).map_err(|source| {
+            InjectError::WriteProgram {
+                pid: thread.pid(),
+                source,
+            }
+        })?;
+        Ok(arena)
+    }
+
+    /// Where the arena lies.
+    pub fn range(&self) -> Range<u64> {
+        self.base..self.base + self.len as u64
+    }
+
+    /// Bytes that a program may take.
+    pub fn capacity(&self) -> usize {
+        self.len - PROGRAMS as usize
+    }
+
+    /// Runs a program in a stopped thread and waits for its end.
+    pub fn run(&self, thread: &mut Stopped, program: &Program) -> Result<Outcome, InjectError> {
+        self.start(thread, program, 0)?;
+        self.finish(thread, program, 0)
+    }
+
+    /// Starts a program whose image lies `offset` bytes into the program area.
+    ///
+    /// Threads of one process share their arena: give each its own offset to run them at once.
+    pub fn start(
+        &self,
+        thread: &mut Stopped,
+        program: &Program,
+        offset: usize,
+    ) -> Result<(), InjectError> {
+        let pid = thread.pid();
+        let bytes = offset + program.arena_bytes();
+        if bytes > self.capacity() {
+            return Err(InjectError::TooLarge {
+                pid,
+                bytes,
+                arena: self.capacity(),
+            });
+        }
+        let base = self.base + PROGRAMS + offset as u64;
+        write_memory(pid, base, &program.assemble(base))
+            .map_err(|source| InjectError::WriteProgram { pid, source })?;
+        let saved = thread.save()?;
+        let mut regs = saved.regs;
+        let entries = base..base + (program.len() * ENTRY_SIZE) as u64;
+        arch::aim_at_program(&mut regs, self.base, entries, self.signal.0);
+        ptrace::set_regs(pid, &regs).on(pid, "setregs")?;
+        ptrace::set_sigmask(pid, self.signal.mask_of_all_others()).on(pid, "setsigmask")?;
+        ptrace::cont(pid, 0).on(pid, "cont")
+    }
+
+    /// Waits for the end of a program that [`Arena::start`] began.
+    pub fn finish(
+        &self,
+        thread: &mut Stopped,
+        program: &Program,
+        offset: usize,
+    ) -> Result<Outcome, InjectError> {
+        let pid = thread.pid();
+        let regs = self.wait_for_end(thread)?;
+        let base = self.base + PROGRAMS + offset as u64;
+        let mut image = vec![0; program.arena_bytes()];
+        read_memory(pid, base, &mut image)
+            .map_err(|source| InjectError::ReadResults { pid, source })?;
+        let outcome = program.outcome(image);
+        let reached = (arch::current_entry(&regs) - base) as usize / ENTRY_SIZE;
+        match program.calls.get(reached) {
+            None => Ok(outcome),
+            Some(call) => {
+                let result = outcome.result(crate::program::call_id(reached));
+                let source = io::Error::from_raw_os_error(-result as i32);
+                Err(InjectError::Call {
+                    pid,
+                    label: call.label.clone(),
+                    index: reached,
+                    source,
+                })
+            }
+        }
+    }
+
+    fn wait_for_end(&self, thread: &mut Stopped) -> Result<Regs, InjectError> {
+        let pid = thread.pid();
+        let idle = self.base + arch::idle_offset();
+        loop {
+            let status = wait_for_stop(pid)?;
+            match status {
+                WaitStatus::Signal(signal) => {
+                    let regs = ptrace::regs(pid).on(pid, "getregs")?;
+                    if signal == self.signal.0 && arch::instruction_pointer(&regs) == idle {
+                        return Ok(regs);
+                    }
+                    if matches!(
+                        signal,
+                        libc::SIGSEGV | libc::SIGBUS | libc::SIGILL | libc::SIGSYS | libc::SIGFPE
+                    ) {
+                        return Err(InjectError::UnexpectedStop {
+                            pid,
+                            status,
+                            expected: "the end of a program",
+                        });
+                    }
+                    thread.put_off(signal);
+                }
+                // Group-stops and interrupts of others: the program comes first.
+                WaitStatus::Event { .. } => {}
+                _ => {
+                    return Err(InjectError::UnexpectedStop {
+                        pid,
+                        status,
+                        expected: "the end of a program",
+                    });
+                }
+            }
+            ptrace::cont(pid, 0).on(pid, "cont")?;
+        }
+    }
+
+    /// Makes one call outside of a program, leaving the thread at its exit.
+    pub fn call(
+        &self,
+        thread: &mut Stopped,
+        call: (&'static str, i64),
+        args: [u64; 6],
+    ) -> Result<i64, InjectError> {
+        remote_call(thread, self.base + arch::gate_offset(), call, args)
+    }
+
+    /// Unmaps the arena. The thread stays stopped, with nothing of ours left in its memory.
+    pub fn remove(self, thread: &mut Stopped) -> Result<(), InjectError> {
+        let args = [self.base, self.len as u64, 0, 0, 0, 0];
+        self.call(thread, ("munmap of the executor", libc::SYS_munmap), args)
+            .map(drop)
+    }
+}
+
+/// Makes one system call in a stopped thread through a `syscall` instruction at `gate`.
+///
+/// The thread is left at the exit of the call: not one instruction after it has run.
+pub fn remote_call(
+    thread: &mut Stopped,
+    gate: u64,
+    call: (&'static str, i64),
+    args: [u64; 6],
+) -> Result<i64, InjectError> {
+    let pid = thread.pid();
+    let (label, number) = call;
+    let saved = thread.save()?;
+    let mut regs = saved.regs;
+    arch::aim_at_call(&mut regs, gate, number, args);
+    ptrace::set_regs(pid, &regs).on(pid, "setregs")?;
+    ptrace::set_sigmask(pid, u64::MAX).on(pid, "setsigmask")?;
+    for expected in ["the entry of a call", "the exit of a call"] {
+        ptrace::cont_to_syscall(pid, 0).on(pid, "syscall")?;
+        loop {
+            match wait_for_stop(pid)? {
+                WaitStatus::Syscall => break,
+                WaitStatus::Event {
+                    event: ptrace::EVENT_STOP,
+                    ..
+                } => {}
+                WaitStatus::Signal(signal @ (libc::SIGSTOP | libc::SIGCONT)) => {
+                    thread.put_off(signal)
+                }
+                status => {
+                    return Err(InjectError::UnexpectedStop {
+                        pid,
+                        status,
+                        expected,
+                    });
+                }
+            }
+            ptrace::cont_to_syscall(pid, 0).on(pid, "syscall")?;
+        }
+    }
+    let result = arch::call_result(&ptrace::regs(pid).on(pid, "getregs")?);
+    if (-4095..0).contains(&result) {
+        let source = io::Error::from_raw_os_error(-result as i32);
+        return Err(InjectError::Call {
+            pid,
+            label: label.into(),
+            index: 0,
+            source,
+        });
+    }
+    Ok(result)
+}
+
+/// Finds a `syscall` instruction in executable memory of a task; the vDSO has one.
+pub fn find_gate(pid: HostPid, executable: Range<u64>) -> Result<u64, InjectError> {
+    const CHUNK: usize = 64 * 1024;
+    let mut chunk = vec![0u8; CHUNK];
+    let mut at = executable.start;
+    while at < executable.end {
+        let len = CHUNK.min((executable.end - at) as usize);
+        if read_memory(pid, at, &mut chunk[..len]).is_err() {
+            break;
+        }
+        let found = chunk[..len]
+            .windows(2)
+            .position(|pair| pair == arch::SYSCALL_INSTRUCTION);
+        if let Some(offset) = found {
+            return Ok(at + offset as u64);
+        }
+        at += len as u64;
+    }
+    Err(InjectError::NoGate { pid })
+}
+
+/// How the first task of a restored tree comes to be.
+pub struct RootSpawn {
+    /// `CLONE_*` besides what this module adds; no `CLONE_VM`.
+    pub flags: u64,
+    /// Pids from the innermost pid namespace outwards; empty for any pid.
+    pub set_tid: Vec<i32>,
+    /// The signal that its parent gets when it dies.
+    pub exit_signal: i32,
+    /// Where its arena lies: a hole in every address space of the tree and in our own.
+    pub arena: u64,
+    /// Bytes of the arena.
+    pub arena_bytes: usize,
+}
+
+/// Makes the first puppet: a copy of this process that never runs its code, stopped in the executor.
+pub fn spawn_root(spawn: &RootSpawn) -> Result<(Arena, Stopped), InjectError> {
+    let wanted = HostPid(spawn.set_tid.last().copied().unwrap_or(0));
+    let arena = Arena {
+        base: spawn.arena,
+        len: spawn.arena_bytes,
+        signal: QuietSignal::PUPPET,
+    };
+    let local = LocalMapping::new(&arena)?;
+    let mut program = Program::new();
+    // EXIT_KILL takes over once the puppet is seized.
+    program.try_call(
+        "prctl(PR_SET_PDEATHSIG)",
+        libc::SYS_prctl,
+        &[Arg::from(libc::PR_SET_PDEATHSIG), Arg::from(libc::SIGKILL)],
+    );
+    let base = arena.base + PROGRAMS;
+    let image = program.assemble(base);
+    local.write(0, arch::executor_code());
+    local.write(PROGRAMS as usize, &image);
+    let args = libc::clone_args {
+        flags: spawn.flags,
+        pidfd: 0,
+        child_tid: 0,
+        parent_tid: 0,
+        exit_signal: spawn.exit_signal as u64,
+        stack: 0,
+        stack_size: 0,
+        tls: 0,
+        set_tid: if spawn.set_tid.is_empty() {
+            0
+        } else {
+            spawn.set_tid.as_ptr() as u64
+        },
+        set_tid_size: spawn.set_tid.len() as u64,
+        cgroup: 0,
+    };
+    let entries = base..base + (program.len() * ENTRY_SIZE) as u64;
+    // SAFETY: the executor and its program were just written to the arena, which is mapped here;
+    // `RootSpawn::flags` has no CLONE_VM.
+    let pid = unsafe { arch::clone3_into_executor(&args, arena.base, entries, arena.signal.0) };
+    if pid < 0 {
+        return Err(InjectError::Spawn {
+            pid: wanted,
+            source: io::Error::from_raw_os_error(-pid as i32),
+        });
+    }
+    let seized = Seized::puppet(HostPid(pid as i32), puppet_options())?;
+    seized.interrupt()?;
+    Ok((arena, seized.wait_stopped()?))
+}
+
+/// Trace options of puppets: they die with the coordinator, and no filter of theirs stops our calls.
+pub fn puppet_options() -> u32 {
+    options::EXIT_KILL | options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP
+}
+
+/// The arena in this process while the first puppet is being made.
+struct LocalMapping {
+    base: *mut libc::c_void,
+    len: usize,
+}
+
+impl LocalMapping {
+    fn new(arena: &Arena) -> Result<Self, InjectError> {
+        let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
+        let flags = libc::MAP_PRIVATE
+            | libc::MAP_ANONYMOUS
+            | libc::MAP_NORESERVE
+            | libc::MAP_FIXED_NOREPLACE;
+        // SAFETY: MAP_FIXED_NOREPLACE never replaces a mapping that something here may use.
+        let base = unsafe {
+            libc::mmap(
+                arena.base as *mut libc::c_void,
+                arena.len,
+                prot,
+                flags,
+                -1,
+                0,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(InjectError::MapArena {
+                bytes: arena.len,
+                source: io::Error::last_os_error(),
+            });
+        }
+        Ok(Self {
+            base,
+            len: arena.len,
+        })
+    }
+
+    fn write(&self, offset: usize, bytes: &[u8]) {
+        assert!(
+            offset + bytes.len() <= self.len,
+            "the first program is small"
+        );
+        // SAFETY: the range lies inside the mapping, as asserted, and nothing else refers to it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                self.base.cast::<u8>().add(offset),
+                bytes.len(),
+            )
+        };
+    }
+}
+
+impl Drop for LocalMapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and no reference into it exists.
+        unsafe { libc::munmap(self.base, self.len) };
+    }
+}
+
+/// Reads a task's memory; all of `buffer` or an error.
+pub fn read_memory(pid: HostPid, at: u64, buffer: &mut [u8]) -> io::Result<()> {
+    let local = libc::iovec {
+        iov_base: buffer.as_mut_ptr().cast(),
+        iov_len: buffer.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: at as *mut libc::c_void,
+        iov_len: buffer.len(),
+    };
+    // SAFETY: the local iovec spans exactly `buffer`.
+    let done = unsafe { libc::process_vm_readv(pid.0, &local, 1, &remote, 1, 0) };
+    whole(done, buffer.len())
+}
+
+/// Writes a task's memory; all of `bytes` or an error.
+pub fn write_memory(pid: HostPid, at: u64, bytes: &[u8]) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    let local = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let remote = libc::iovec {
+        iov_base: at as *mut libc::c_void,
+        iov_len: bytes.len(),
+    };
+    // SAFETY: the kernel only reads the local iovec, which spans exactly `bytes`.
+    let done = unsafe { libc::process_vm_writev(pid.0, &local, 1, &remote, 1, 0) };
+    whole(done, bytes.len())
+}
+
+fn whole(done: isize, wanted: usize) -> io::Result<()> {
+    match usize::try_from(done) {
+        Err(_) => Err(io::Error::last_os_error()),
+        Ok(done) if done < wanted => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        Ok(_) => Ok(()),
+    }
+}

@@ -1,0 +1,249 @@
+//! Traced threads as types: [`Seized`] runs, [`Stopped`] does not.
+
+use std::time::{Duration, Instant};
+
+use floe_kernel::ids::HostPid;
+use floe_kernel::ptrace::{self, EVENT_STOP, Regs, WaitStatus};
+
+use crate::error::{InjectError, OnTask};
+
+/// How long a stop may take before the task counts as stuck. A task in an uninterruptible call
+/// (a dead NFS server) stops only when the call ends.
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+/// How long to poll before sleeping: most stops come within microseconds.
+const SPIN: Duration = Duration::from_micros(200);
+
+/// A traced thread that runs.
+#[derive(Debug)]
+pub struct Seized {
+    pid: HostPid,
+    on_drop: OnDrop,
+}
+
+/// What becomes of a stopped thread that nobody released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum OnDrop {
+    /// It was there before us: it runs on.
+    Release,
+    /// It is half a task, made by us: it must not run.
+    Kill,
+}
+
+impl Seized {
+    /// Becomes the tracer of a thread; `options` are those of [`ptrace::options`].
+    pub fn new(pid: HostPid, options: u32) -> Result<Self, InjectError> {
+        ptrace::seize(pid, options).on(pid, "seize")?;
+        Ok(Self {
+            pid,
+            on_drop: OnDrop::Release,
+        })
+    }
+
+    /// A puppet that the kernel attached by itself (a clone of a puppet with `CLONE_PTRACE`).
+    pub fn born(pid: HostPid) -> Self {
+        Self {
+            pid,
+            on_drop: OnDrop::Kill,
+        }
+    }
+
+    /// Becomes the tracer of a puppet: dropped before its release, it is killed.
+    pub(crate) fn puppet(pid: HostPid, options: u32) -> Result<Self, InjectError> {
+        Ok(Self {
+            on_drop: OnDrop::Kill,
+            ..Self::new(pid, options)?
+        })
+    }
+
+    /// The thread.
+    pub fn pid(&self) -> HostPid {
+        self.pid
+    }
+
+    /// Asks the thread to stop, without waiting for it.
+    pub fn interrupt(&self) -> Result<(), InjectError> {
+        ptrace::interrupt(self.pid).on(self.pid, "interrupt")
+    }
+
+    /// Waits for the stop that `interrupt` or birth causes.
+    ///
+    /// A signal that arrives first is put off until the thread is released.
+    pub fn wait_stopped(self) -> Result<Stopped, InjectError> {
+        let pid = self.pid;
+        let mut put_off = Vec::new();
+        let group_stop = loop {
+            match wait_for_stop(pid)? {
+                WaitStatus::Event {
+                    event: EVENT_STOP,
+                    signal,
+                } => break signal != libc::SIGTRAP,
+                WaitStatus::Event { .. } => ptrace::cont(pid, 0).on(pid, "cont")?,
+                WaitStatus::Signal(signal) => {
+                    // The trap of `interrupt` stays pending and is reported next.
+                    put_off.push(signal);
+                    ptrace::cont(pid, 0).on(pid, "cont")?;
+                }
+                status => {
+                    return Err(InjectError::UnexpectedStop {
+                        pid,
+                        status,
+                        expected: "a stop on request",
+                    });
+                }
+            }
+        };
+        Ok(Stopped {
+            pid,
+            group_stop,
+            saved: None,
+            put_off,
+            released: false,
+            on_drop: self.on_drop,
+        })
+    }
+}
+
+/// Waits for the next stop of one tracee.
+pub(crate) fn wait_for_stop(pid: HostPid) -> Result<WaitStatus, InjectError> {
+    let start = Instant::now();
+    loop {
+        if let Some((_, status)) = ptrace::wait(pid, libc::WNOHANG).on(pid, "wait")? {
+            return match status {
+                WaitStatus::Exited(_) | WaitStatus::Killed(_) => {
+                    Err(InjectError::Died { pid, status })
+                }
+                stop => Ok(stop),
+            };
+        }
+        let waited = start.elapsed();
+        if waited > STOP_DEADLINE {
+            return Err(InjectError::Stuck {
+                pid,
+                seconds: STOP_DEADLINE.as_secs(),
+            });
+        }
+        if waited < SPIN {
+            std::thread::yield_now();
+        } else {
+            std::thread::sleep(Duration::from_micros(50));
+        }
+    }
+}
+
+/// What a thread was before it ran code of ours.
+#[derive(Clone, Copy, Debug)]
+pub struct Saved {
+    pub regs: Regs,
+    pub sigmask: u64,
+}
+
+/// A traced thread in ptrace-stop.
+///
+/// Releasing it restores registers and mask and lets it run on. Dropping it does the same and logs
+/// what fails; a puppet that is dropped is killed.
+#[derive(Debug)]
+pub struct Stopped {
+    pid: HostPid,
+    group_stop: bool,
+    saved: Option<Saved>,
+    put_off: Vec<i32>,
+    released: bool,
+    on_drop: OnDrop,
+}
+
+impl Stopped {
+    /// The thread.
+    pub fn pid(&self) -> HostPid {
+        self.pid
+    }
+
+    /// Whether its process was stopped by a signal (state `T`) when it was seized.
+    pub fn in_group_stop(&self) -> bool {
+        self.group_stop
+    }
+
+    /// The registers that the program itself has, also while it is being used by us.
+    pub fn regs(&self) -> Result<Regs, InjectError> {
+        match self.saved {
+            Some(saved) => Ok(saved.regs),
+            None => ptrace::regs(self.pid).on(self.pid, "getregs"),
+        }
+    }
+
+    /// The signal mask that the program itself has.
+    pub fn sigmask(&self) -> Result<u64, InjectError> {
+        match self.saved {
+            Some(saved) => Ok(saved.sigmask),
+            None => ptrace::sigmask(self.pid).on(self.pid, "getsigmask"),
+        }
+    }
+
+    /// Decides what the thread will be when it is released, in place of what it was.
+    pub fn replace(&mut self, saved: Saved) {
+        self.saved = Some(saved);
+    }
+
+    /// Remembers the program's own registers and mask, once, before they are changed.
+    pub(crate) fn save(&mut self) -> Result<Saved, InjectError> {
+        if let Some(saved) = self.saved {
+            return Ok(saved);
+        }
+        let saved = Saved {
+            regs: self.regs()?,
+            sigmask: self.sigmask()?,
+        };
+        self.saved = Some(saved);
+        Ok(saved)
+    }
+
+    /// A signal that stopped the thread while it was ours, to be delivered on release.
+    pub(crate) fn put_off(&mut self, signal: i32) {
+        self.put_off.push(signal);
+    }
+
+    /// Puts back registers and mask, leaving the thread stopped.
+    pub fn put_back(&mut self) -> Result<(), InjectError> {
+        if let Some(saved) = self.saved {
+            ptrace::set_regs(self.pid, &saved.regs).on(self.pid, "setregs")?;
+            ptrace::set_sigmask(self.pid, saved.sigmask).on(self.pid, "setsigmask")?;
+            self.saved = None;
+        }
+        Ok(())
+    }
+
+    /// Gives the thread back to itself.
+    pub fn release(mut self) -> Result<(), InjectError> {
+        self.let_go()
+    }
+
+    fn let_go(&mut self) -> Result<(), InjectError> {
+        self.released = true;
+        self.put_back()?;
+        for signal in std::mem::take(&mut self.put_off) {
+            floe_kernel::pidfd::tgkill(self.pid, signal).on(self.pid, "redeliver a signal")?;
+        }
+        ptrace::detach(self.pid, 0).on(self.pid, "detach")
+    }
+
+    /// Forgets the thread without touching it: it is dead, or is about to be killed.
+    pub fn forget(mut self) {
+        self.released = true;
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        if self.released {
+            return;
+        }
+        let result = match self.on_drop {
+            OnDrop::Release => self.let_go(),
+            OnDrop::Kill => {
+                floe_kernel::pidfd::tgkill(self.pid, libc::SIGKILL).on(self.pid, "kill")
+            }
+        };
+        if let Err(error) = result {
+            tracing::warn!(pid = self.pid.0, %error, "could not release a stopped task");
+        }
+    }
+}
