@@ -56,6 +56,14 @@ pub enum ImageError {
         /// What stands there.
         found: u32,
     },
+    /// The file begins with no magic of any image.
+    #[error("{} begins with no known magic ({header:02x?}): raw data such as pages-N.img, or damaged", path.display())]
+    UnknownMagic {
+        /// The file.
+        path: PathBuf,
+        /// Its first bytes.
+        header: Vec<u8>,
+    },
     /// The file ends too early.
     #[error("{} ends too early: at offset {offset} {wanted} bytes of {what} are expected, {left} are left (copied only in part?)", path.display())]
     Truncated {

@@ -343,16 +343,17 @@ pub fn entry_message(kind: ImageKind, index: u64) -> Option<MessageId> {
     }
 }
 
-/// The kind that the magic of a file belongs to, with the length of its header.
+/// The kind that the magic in the first bytes of a file belongs to.
 ///
-/// The kinds that share a magic (pagemaps of tasks and of segments) give the first of them.
-pub fn kind_of_header(header: &[u8]) -> Option<(ImageKind, u64)> {
+/// Of kinds that share a magic (pagemaps of tasks and of segments) the more usual one.
+pub fn kind_of_header(header: &[u8]) -> Option<ImageKind> {
     let word = |at: usize| Some(u32::from_le_bytes(header.get(at..at + 4)?.try_into().ok()?));
-    let first = word(0)?;
-    let (magic, length) = match first {
-        IMAGE_MAGIC | SERVICE_MAGIC => (word(4)?, 8),
-        magic => (magic, 4),
+    let magic = match word(0)? {
+        IMAGE_MAGIC | SERVICE_MAGIC => word(4)?,
+        magic => magic,
     };
-    let found = ImageKind::all().find(|kind| !kind.is_raw() && kind.magic() == magic)?;
-    Some((found, length))
+    match ImageKind::all().find(|kind| !kind.is_raw() && kind.magic() == magic)? {
+        ImageKind::BinfmtMiscOld => Some(ImageKind::BinfmtMisc),
+        kind => Some(kind),
+    }
 }

@@ -6,7 +6,9 @@
 pub mod catalogue;
 pub mod dir;
 pub mod error;
+pub mod explore;
 pub mod framing;
+pub mod json;
 pub mod manifest;
 pub mod messages;
 pub mod schema;
