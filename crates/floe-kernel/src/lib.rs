@@ -4,6 +4,7 @@
 
 pub mod features;
 pub mod ids;
+pub mod inherited;
 pub mod kcmp;
 pub mod pagemap;
 pub mod pidfd;

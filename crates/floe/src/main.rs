@@ -1,1 +1,19 @@
-fn main() {}
+#![forbid(unsafe_code)]
+//! The `floe` binary: reads the command line and the environment, calls the engine, prints.
+//!
+//! The only crate that prints or reads the environment. Called as `criu` it is the same program
+//! with CRIU's version line.
+
+mod check;
+mod command;
+mod engine;
+mod exit;
+mod help;
+mod logging;
+mod scripts;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    command::run(std::env::args_os().collect()).into()
+}

@@ -1,0 +1,22 @@
+//! Descriptors that our caller opened for us and told us about by number.
+//!
+//! Kernel contract: fcntl(F_GETFD) tells whether a number is open. Nothing tells whether it is
+//! used by somebody else in this process, so the caller must take each number once, at the start.
+
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+
+/// Takes over the descriptor `fd` of our caller and marks it close-on-exec; `EBADF` if it is not
+/// open, `EINVAL` for standard input, output and error, which stay the process's own.
+pub fn take(fd: RawFd) -> io::Result<OwnedFd> {
+    if fd <= libc::STDERR_FILENO {
+        return Err(io::Error::from_raw_os_error(libc::EINVAL));
+    }
+    // SAFETY: no pointers; fails with EBADF where nothing is open.
+    if unsafe { libc::fcntl(fd, libc::F_SETFD, libc::FD_CLOEXEC) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: open as just seen, above the standard ones, and given to us by the user: by the
+    // contract of this function nobody else in the process owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}

@@ -1,0 +1,238 @@
+//! From the arguments to the command that runs.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use floe_kernel::features::KernelFeatures;
+use floe_options::command::Command;
+use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
+
+use crate::exit::{Exit, Failure};
+use crate::logging::Target;
+use crate::scripts::Scripts;
+use crate::{check, engine, help, logging};
+
+/// Floe's own commands, for the help and for suggestions.
+pub const OWN_COMMANDS: [(&str, &str); 1] = [("image", "show, decode and encode image files")];
+
+/// The program: everything but the conversion of the exit code.
+pub fn run(args: Vec<OsString>) -> Exit {
+    let mut reporter = Reporter {
+        program: program(&args),
+        log: Target::StandardError,
+        silent: false,
+    };
+    match dispatch(&args, &mut reporter) {
+        Ok(exit) => exit,
+        Err(failure) => reporter.report(&failure),
+    }
+}
+
+/// The name that we were called by.
+fn program(args: &[OsString]) -> String {
+    let path = args.first().map(Path::new);
+    let name = path
+        .and_then(Path::file_name)
+        .map(|name| name.to_string_lossy().into_owned());
+    name.unwrap_or_else(|| "floe".into())
+}
+
+/// Where the last error goes: to the log and, in short, to standard error.
+struct Reporter {
+    program: String,
+    log: Target,
+    silent: bool,
+}
+
+impl Reporter {
+    fn report(&self, failure: &Failure) -> Exit {
+        let lines = failure.lines();
+        if self.log == Target::File {
+            lines
+                .iter()
+                .for_each(|line| tracing::error!(target: "floe", "{line}"));
+        }
+        if !self.silent {
+            let mut text: String = lines
+                .iter()
+                .map(|line| format!("{}: {line}\n", self.program))
+                .collect();
+            if failure.exit == Exit::Usage {
+                text.push_str(&format!("Try `{} --help`.\n", self.program));
+            }
+            // Nobody is left to tell if standard error is closed.
+            let _ = std::io::stderr().write_all(text.as_bytes());
+        }
+        failure.exit
+    }
+}
+
+fn print(text: &str) -> Result<(), Failure> {
+    std::io::stdout()
+        .write_all(text.as_bytes())
+        .map_err(|error| Failure::new(Exit::Failed, error))
+}
+
+/// As `criu`, the first line is what scripts and engines look for.
+fn version(program: &str) -> String {
+    let own = format!("floe {}\n", env!("CARGO_PKG_VERSION"));
+    if program == "criu" {
+        format!("Version: 4.2\n{own}")
+    } else {
+        own
+    }
+}
+
+fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure> {
+    let words = utf8(args.get(1..).unwrap_or_default())?;
+    let line = CommandLine::parse(words)?;
+    let mut settings = Settings::default();
+    line.apply(&mut settings)?;
+    if settings.help {
+        print(&help::text(
+            line.command(&[]).ok().map(|(command, _)| command),
+        ))?;
+        return Ok(Exit::Done);
+    }
+    if settings.version {
+        print(&version(&reporter.program))?;
+        return Ok(Exit::Done);
+    }
+    let settings = configured(&line, &settings)?;
+    let own: Vec<&str> = OWN_COMMANDS.iter().map(|(name, _)| *name).collect();
+    let (command, rest) = line.command(&own)?;
+    settings.check(command, rest)?;
+    reporter.silent = settings.log.level == 0;
+    execute(command, absolute(settings)?, rest, reporter)
+}
+
+fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
+    let word = |arg: &OsString| arg.clone().into_string();
+    args.iter()
+        .map(|arg| word(arg).map_err(|bad| UsageError::NotUtf8(bad.to_string_lossy().into())))
+        .collect()
+}
+
+/// Configuration files first, then the command line over them.
+fn configured(line: &CommandLine, from_line: &Settings) -> Result<Settings, Failure> {
+    let home = std::env::var_os("HOME").map(PathBuf::from);
+    let environment = std::env::var_os("CRIU_CONFIG_FILE").map(PathBuf::from);
+    let mut settings = Settings::default();
+    ConfigSources::new(from_line, home.as_deref(), environment).apply(&mut settings)?;
+    line.apply(&mut settings)?;
+    settings.deprecated |= std::env::var_os("CRIU_DEPRECATED").is_some();
+    Ok(settings)
+}
+
+/// Directories are resolved once, so that nothing depends on the current directory later.
+fn absolute(mut settings: Settings) -> Result<Settings, Failure> {
+    let place = settings.place();
+    let resolve = |path: &Path, option: &str| {
+        let found = std::fs::canonicalize(path);
+        found.map_err(|error| anyhow::anyhow!("directory {} ({option}): {error}", path.display()))
+    };
+    settings.images_dir = Some(resolve(&place.images_dir, "--images-dir")?);
+    settings.work_dir = Some(resolve(&place.work_dir, "--work-dir")?);
+    Ok(settings)
+}
+
+fn execute(
+    command: Command,
+    settings: Settings,
+    rest: &[String],
+    reporter: &mut Reporter,
+) -> Result<Exit, Failure> {
+    for fd in &settings.close_fds {
+        floe_kernel::inherited::take(*fd)
+            .map_err(|error| anyhow::anyhow!("--close {fd}: {error}"))?;
+    }
+    let log = settings.log_path();
+    let opened = logging::start(log.as_deref(), settings.log.level);
+    let shown = log.as_deref().unwrap_or(Path::new("-")).display();
+    reporter.log = opened.map_err(|error| anyhow::anyhow!("log file {shown}: {error}"))?;
+    refuse_not_yet(command, &settings)?;
+    match command {
+        Command::Check => check::run(&settings.check),
+        Command::Dump => dump(&settings),
+        Command::Restore => restore(&settings, rest),
+        Command::Exec => Err(gone("exec", "use ptrace or gdb")),
+        Command::Show => Err(gone("show", "use `floe image show FILE`")),
+        other => Err(Failure::new(
+            Exit::Unsupported,
+            anyhow::anyhow!("`{}` is not supported yet", other.name()),
+        )),
+    }
+}
+
+fn gone(command: &str, instead: &str) -> Failure {
+    Failure::new(
+        Exit::Usage,
+        anyhow::anyhow!("`{command}` is gone from CRIU as well: {instead}"),
+    )
+}
+
+fn refuse_not_yet(command: Command, settings: &Settings) -> Result<(), Failure> {
+    let rows = settings.not_yet(command);
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let text: Vec<String> = rows
+        .iter()
+        .map(|row| format!("{} is not supported yet: {}", row.option, row.instead))
+        .collect();
+    Err(Failure::new(
+        Exit::Unsupported,
+        anyhow::anyhow!("{}", text.join("\n")),
+    ))
+}
+
+fn hooks(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
+    let take = |fd: i32| {
+        floe_kernel::inherited::take(fd)
+            .map_err(|error| anyhow::anyhow!("--status-fd {fd}: {error}"))
+    };
+    let place = settings.place();
+    Ok(Arc::new(Scripts {
+        scripts: settings.action_scripts.clone(),
+        work_dir: place.work_dir,
+        images_dir: place.images_dir,
+        status: Mutex::new(settings.status_fd.map(take).transpose()?),
+    }))
+}
+
+fn show_statistics(settings: &Settings, statistics: &engine::Statistics) -> Result<(), Failure> {
+    if !settings.display_stats {
+        return Ok(());
+    }
+    let lines: Vec<String> = statistics
+        .iter()
+        .map(|(name, value)| format!("{name}: {value}\n"))
+        .collect();
+    print(&lines.concat())
+}
+
+fn dump(settings: &Settings) -> Result<Exit, Failure> {
+    let options = settings.dump_options(hooks(settings)?)?;
+    let statistics = engine::dump(&options, &KernelFeatures::probe())?;
+    show_statistics(settings, &statistics)?;
+    tracing::info!("Dumping finished successfully");
+    Ok(Exit::Done)
+}
+
+fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
+    let options = settings.restore_options(hooks(settings)?);
+    let statistics = engine::restore(&options, &KernelFeatures::probe())?;
+    show_statistics(settings, &statistics)?;
+    tracing::info!("Restore finished successfully. Tasks resumed.");
+    if let (true, Some((program, args))) = (settings.exec_cmd, rest.split_first()) {
+        let error = std::process::Command::new(program).args(args).exec();
+        return Err(anyhow::anyhow!("becoming {program}: {error}").into());
+    }
+    if settings.detached {
+        return Ok(Exit::Done);
+    }
+    engine::wait_for_children()
+}

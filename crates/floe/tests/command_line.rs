@@ -1,0 +1,254 @@
+//! The binary as users and scripts call it: exit codes, messages, configuration, log.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn floe(directory: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    command
+        .current_dir(directory)
+        .env_remove("CRIU_CONFIG_FILE")
+        .env_remove("CRIU_DEPRECATED")
+        .env("HOME", directory);
+    command
+}
+
+fn run(directory: &Path, line: &str) -> Output {
+    floe(directory)
+        .args(line.split_whitespace())
+        .output()
+        .expect("the binary runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+fn temporary() -> tempfile::TempDir {
+    tempfile::tempdir().expect("a temporary directory")
+}
+
+#[test]
+fn exit_codes_and_messages_of_wrong_usage() {
+    let directory = temporary();
+    for (line, expected) in [
+        ("", "a command is required"),
+        ("dmup", "did you mean `dump`?"),
+        (
+            "dump --tcp-establishe-d",
+            "did you mean `--tcp-established`?",
+        ),
+        ("dump", "`dump` needs the tree's root: -t PID"),
+        (
+            "dump -t none",
+            "bad value `none` for `-t`: expected a positive pid",
+        ),
+        ("restore extra", "takes no further arguments, got `extra`"),
+        ("restore -S", "--restore-sibling needs --restore-detached"),
+        (
+            "check --feature pagemap_scam",
+            "did you mean `pagemap_scan`?",
+        ),
+        (
+            "--config /nonexistent check",
+            "reading configuration file /nonexistent",
+        ),
+    ] {
+        let output = run(directory.path(), line);
+        assert_eq!(output.status.code(), Some(2), "{line}");
+        assert!(
+            text(&output.stderr).contains(expected),
+            "{line}: {}",
+            text(&output.stderr)
+        );
+        assert!(output.stdout.is_empty(), "{line}");
+    }
+}
+
+#[test]
+fn options_not_supported_yet_are_named_and_exit_with_3() {
+    let directory = temporary();
+    for (line, expected) in [
+        (
+            "dump -t 1 --track-mem --lazy-pages",
+            "--track-mem is not supported yet",
+        ),
+        (
+            "dump -t 1 --track-mem --lazy-pages",
+            "--lazy-pages is not supported yet",
+        ),
+        ("restore --join-ns net:1", "--join-ns is not supported yet"),
+        ("page-server --port 1", "`page-server` is not supported yet"),
+    ] {
+        let output = run(directory.path(), line);
+        assert_eq!(output.status.code(), Some(3), "{line}");
+        assert!(
+            text(&output.stderr).contains(expected),
+            "{line}: {}",
+            text(&output.stderr)
+        );
+    }
+}
+
+#[test]
+fn a_missing_directory_is_named_and_exits_with_1() {
+    let directory = temporary();
+    let output = run(directory.path(), "dump -t 1 -D nowhere");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("directory nowhere (--images-dir)"));
+}
+
+#[test]
+fn help_and_version_exit_with_0() {
+    let directory = temporary();
+    for (line, expected) in [
+        ("--help", "Exit codes:"),
+        ("dump -h", "--tcp-established"),
+        ("--version", "floe 0."),
+        ("-V", "floe 0."),
+        ("dump --nothing-here --help", ""),
+    ] {
+        let output = run(directory.path(), line);
+        if expected.is_empty() {
+            assert_eq!(output.status.code(), Some(2), "{line}");
+            continue;
+        }
+        assert_eq!(output.status.code(), Some(0), "{line}");
+        assert!(text(&output.stdout).contains(expected), "{line}");
+    }
+}
+
+#[test]
+fn called_as_criu_it_has_the_version_of_criu() {
+    let directory = temporary();
+    let link = directory.path().join("criu");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_floe"), &link)
+        .expect("a link in our own directory");
+    let output = Command::new(link)
+        .arg("--version")
+        .output()
+        .expect("the binary runs");
+    let lines: Vec<String> = text(&output.stdout).lines().map(Into::into).collect();
+    assert_eq!(lines.first().map(String::as_str), Some("Version: 4.2"));
+    assert!(
+        lines.get(1).is_some_and(|line| line.starts_with("floe ")),
+        "{lines:?}"
+    );
+}
+
+/// Each source names another log; the one that is made tells which source won.
+#[test]
+fn later_sources_overwrite_earlier_ones() {
+    let cases = [
+        (&["user"][..], "user.log"),
+        (&["user", "env"], "env.log"),
+        (&["user", "env", "explicit"], "explicit.log"),
+        (&["user", "env", "explicit", "line"], "line.log"),
+    ];
+    for (sources, expected) in cases {
+        let directory = temporary();
+        let path = directory.path();
+        let mut command = floe(path);
+        for source in sources {
+            let file = path.join(format!("{source}.conf"));
+            std::fs::write(&file, format!("log-file {source}.log # comment\n"))
+                .expect("a file of our own");
+            match *source {
+                "user" => {
+                    std::fs::create_dir(path.join(".criu")).expect("a directory of our own");
+                    std::fs::rename(&file, path.join(".criu/default.conf")).expect("both are ours");
+                }
+                "env" => drop(command.env("CRIU_CONFIG_FILE", &file)),
+                "explicit" => drop(command.arg("--config").arg(&file)),
+                _ => drop(command.args(["-o", "line.log"])),
+            }
+        }
+        assert!(
+            command
+                .arg("check")
+                .output()
+                .expect("the binary runs")
+                .status
+                .code()
+                .is_some()
+        );
+        let logs: Vec<String> = std::fs::read_dir(path)
+            .expect("our own directory")
+            .map(|entry| {
+                entry
+                    .expect("an entry")
+                    .file_name()
+                    .to_string_lossy()
+                    .into_owned()
+            })
+            .filter(|name| name.ends_with(".log"))
+            .collect();
+        assert_eq!(logs, [expected], "{sources:?}");
+    }
+}
+
+#[test]
+fn default_files_can_be_turned_off_and_errors_in_them_are_placed() {
+    let directory = temporary();
+    std::fs::create_dir(directory.path().join(".criu")).expect("a directory of our own");
+    std::fs::write(
+        directory.path().join(".criu/default.conf"),
+        "\nshell-jobs\n",
+    )
+    .expect("a file of our own");
+    let output = run(directory.path(), "check");
+    assert_eq!(output.status.code(), Some(2));
+    let message = text(&output.stderr);
+    assert!(message.contains(".criu/default.conf, line 2"), "{message}");
+    assert!(message.contains("did you mean `shell-job`?"), "{message}");
+    assert_eq!(
+        run(directory.path(), "check --no-default-config")
+            .status
+            .code(),
+        Some(0)
+    );
+}
+
+#[test]
+fn the_log_is_in_the_work_directory_and_has_lines_like_those_of_criu() {
+    let directory = temporary();
+    for sub in ["images", "work"] {
+        std::fs::create_dir(directory.path().join(sub)).expect("a directory of our own");
+    }
+    let output = run(
+        directory.path(),
+        "dump -t 1 --track-mem -D images -W work -o dump.log -v4",
+    );
+    assert_eq!(output.status.code(), Some(3));
+    let log =
+        std::fs::read_to_string(directory.path().join("work/dump.log")).expect("the log is there");
+    let line = log
+        .lines()
+        .find(|line| line.contains("Error (floe): --track-mem"))
+        .unwrap_or_else(|| panic!("{log}"));
+    assert!(line.starts_with("(00."), "{line}");
+    assert!(text(&output.stderr).contains("--track-mem is not supported yet"));
+}
+
+#[test]
+fn check_shows_a_table_and_answers_for_one_feature() {
+    let directory = temporary();
+    let output = run(directory.path(), "check");
+    let table = text(&output.stdout);
+    assert!(table.starts_with("feature"), "{table}");
+    assert!(table.contains("clone3_set_tid"), "{table}");
+    assert_eq!(
+        run(directory.path(), "check --feature pidfd_store")
+            .status
+            .code(),
+        Some(0)
+    );
+    assert_eq!(
+        run(directory.path(), "check --feature mem_dirty_track")
+            .status
+            .code(),
+        Some(4)
+    );
+    let list = text(&run(directory.path(), "check --feature list").stdout);
+    assert!(list.lines().any(|name| name == "uffd-noncoop"), "{list}");
+}
