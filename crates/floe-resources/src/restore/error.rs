@@ -1,0 +1,92 @@
+//! Why a restore could not be planned, or not be carried out.
+
+use std::io;
+use std::path::PathBuf;
+
+use floe_image::ImageError;
+use floe_inject::InjectError;
+
+/// Why images cannot be turned into a plan. Nothing has been touched yet.
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("{image}: {what}")]
+    Damaged { image: String, what: String },
+    #[error("{object} cannot be restored: {remedy}")]
+    Unsupported {
+        object: String,
+        remedy: &'static str,
+    },
+    #[error("{object} needs {feature}, which this machine lacks")]
+    Missing { object: String, feature: String },
+    #[error("The plan does not hold together: {}", .0.join("; "))]
+    Incoherent(Vec<String>),
+}
+
+impl PlanError {
+    /// An entry that contradicts another one.
+    pub fn damaged(image: impl Into<String>, what: impl Into<String>) -> Self {
+        PlanError::Damaged {
+            image: image.into(),
+            what: what.into(),
+        }
+    }
+}
+
+/// Why a step failed. Everything made so far is taken down again.
+#[derive(Debug, thiserror::Error)]
+pub enum ExecuteError {
+    #[error("{action} {object}")]
+    Failed {
+        action: &'static str,
+        object: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("{} is not as it was at the dump: {what} was {saved}, is {found}", .path.display())]
+    Changed {
+        path: PathBuf,
+        what: &'static str,
+        saved: String,
+        found: String,
+    },
+    #[error("Pid {pid} is taken by {owner}")]
+    PidTaken { pid: u32, owner: String },
+    #[error(transparent)]
+    Inject(#[from] InjectError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("The memory of task {pid}")]
+    Memory {
+        pid: u32,
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error(transparent)]
+    Hook(#[from] floe_options::HookError),
+}
+
+/// Gives an `io::Error` the operation and the object that it belongs to.
+pub trait Attempt<T> {
+    /// Names what was attempted, and on what.
+    fn during(
+        self,
+        action: &'static str,
+        object: impl FnOnce() -> String,
+    ) -> Result<T, ExecuteError>;
+}
+
+impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
+    fn during(
+        self,
+        action: &'static str,
+        object: impl FnOnce() -> String,
+    ) -> Result<T, ExecuteError> {
+        self.map_err(|error| ExecuteError::Failed {
+            action,
+            object: object(),
+            source: error.into(),
+        })
+    }
+}

@@ -1,0 +1,254 @@
+//! The images of one tree, decoded.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+use floe_image::messages::{
+    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry,
+    RemapFilePathEntry, TaskKobjIdsEntry,
+};
+use floe_image::{ImageDir, ImageKind};
+
+use super::PlanError;
+
+/// `task_core_entry.task_state`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskState {
+    /// Runs, or sleeps.
+    Alive,
+    /// A zombie.
+    Dead,
+    /// Stopped by a signal.
+    Stopped,
+}
+
+/// Everything that the images say of one task.
+#[derive(Debug)]
+pub struct TaskImages {
+    /// Pid, parent, group, session, threads.
+    pub entry: PstreeEntry,
+    /// The leader's registers and the process-wide state.
+    pub core: CoreEntry,
+    /// The other threads by tid; the leader is not among them.
+    pub threads: BTreeMap<u32, CoreEntry>,
+    /// Which tasks share what.
+    pub ids: Option<TaskKobjIdsEntry>,
+    /// The address space; zombies have none.
+    pub mm: Option<MmEntry>,
+    /// Directories and umask; zombies have none.
+    pub fs: Option<FsEntry>,
+    /// Descriptors.
+    pub fds: Vec<FdinfoEntry>,
+}
+
+impl TaskImages {
+    /// The pid in the images.
+    pub fn pid(&self) -> u32 {
+        self.entry.pid
+    }
+
+    /// Whether it runs, is stopped, or is a zombie.
+    pub fn state(&self) -> Result<TaskState, PlanError> {
+        match self.core.tc.as_ref().map(|task| task.task_state) {
+            Some(1) => Ok(TaskState::Alive),
+            Some(3) => Ok(TaskState::Stopped),
+            Some(6) => Ok(TaskState::Dead),
+            state => Err(PlanError::damaged(
+                format!("core-{}.img", self.pid()),
+                format!("task_state {state:?} is none that we know"),
+            )),
+        }
+    }
+
+    /// The table of descriptors that the task uses, shared between tasks with the same number.
+    pub fn files_id(&self) -> u32 {
+        self.ids.as_ref().map_or(self.pid(), |ids| ids.files_id)
+    }
+}
+
+/// A descriptor that refers to an open file description.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The task.
+    pub pid: u32,
+    /// Its descriptor.
+    pub fd: u32,
+}
+
+/// The images of one tree.
+#[derive(Debug)]
+pub struct TreeImages {
+    /// Where they are.
+    pub dir: ImageDir,
+    /// What was dumped.
+    pub inventory: InventoryEntry,
+    /// The tasks, parents before children; the first is the root.
+    pub tasks: Vec<TaskImages>,
+    /// Open files by id.
+    pub files: BTreeMap<u32, FileEntry>,
+    /// How to find files that have lost their name, by the id of the file.
+    pub remaps: BTreeMap<u32, RemapFilePathEntry>,
+    holders: BTreeMap<u32, Vec<Holder>>,
+}
+
+impl TreeImages {
+    /// Reads and decodes the images of a directory.
+    pub fn load(path: &Path) -> Result<Self, PlanError> {
+        let dir = ImageDir::open(path)?;
+        let inventory: InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
+        let per_id = inventory.fdinfo_per_id.unwrap_or(false);
+        let mut tasks = Vec::new();
+        for entry in dir.read_all::<PstreeEntry>(ImageKind::Pstree, 0)? {
+            tasks.push(load_task(&dir, entry, per_id)?);
+        }
+        if tasks.is_empty() {
+            return Err(PlanError::damaged("pstree.img", "it lists no task"));
+        }
+        let files: BTreeMap<u32, FileEntry> = dir
+            .read_files()?
+            .into_iter()
+            .map(|file| (file.id, file))
+            .collect();
+        let remaps = dir.read_all::<RemapFilePathEntry>(ImageKind::RemapFpath, 0)?;
+        let images = TreeImages {
+            holders: holders(&tasks),
+            remaps: remaps
+                .into_iter()
+                .map(|remap| (remap.orig_id, remap))
+                .collect(),
+            dir,
+            inventory,
+            tasks,
+            files,
+        };
+        images.check_tree()?;
+        images.check_descriptors()?;
+        Ok(images)
+    }
+
+    /// The root of the tree.
+    pub fn root(&self) -> &TaskImages {
+        &self.tasks[0]
+    }
+
+    /// A task by its pid.
+    pub fn task(&self, pid: u32) -> Option<&TaskImages> {
+        self.tasks.iter().find(|task| task.pid() == pid)
+    }
+
+    /// Descriptors that refer to this open file description, lowest pid and number first. Tasks that
+    /// share their table count once, as the first of them.
+    pub fn holders(&self, file: u32) -> &[Holder] {
+        self.holders.get(&file).map_or(&[], Vec::as_slice)
+    }
+
+    /// The highest descriptor number of any task.
+    pub fn highest_fd(&self) -> u32 {
+        self.tasks
+            .iter()
+            .flat_map(|task| task.fds.iter())
+            .map(|fd| fd.fd)
+            .max()
+            .unwrap_or(0)
+    }
+
+    fn check_tree(&self) -> Result<(), PlanError> {
+        let mut seen = BTreeSet::new();
+        for (index, task) in self.tasks.iter().enumerate() {
+            let pid = task.pid();
+            if index > 0 && !seen.contains(&task.entry.ppid) {
+                return Err(PlanError::damaged(
+                    "pstree.img",
+                    format!("task {pid} comes before its parent {}", task.entry.ppid),
+                ));
+            }
+            for tid in std::iter::once(pid).chain(task.threads.keys().copied()) {
+                if tid == 0 || tid > i32::MAX as u32 || !seen.insert(tid) {
+                    return Err(PlanError::damaged(
+                        "pstree.img",
+                        format!("id {tid} of task {pid} is taken or no pid at all"),
+                    ));
+                }
+            }
+            task.state()?;
+        }
+        Ok(())
+    }
+
+    fn check_descriptors(&self) -> Result<(), PlanError> {
+        for task in &self.tasks {
+            let mut numbers = BTreeSet::new();
+            for fd in &task.fds {
+                let image = || format!("fdinfo-{}.img", task.files_id());
+                if fd.fd > i32::MAX as u32 / 2 || !numbers.insert(fd.fd) {
+                    return Err(PlanError::damaged(
+                        image(),
+                        format!("descriptor {} is there twice or out of range", fd.fd),
+                    ));
+                }
+                if !self.files.contains_key(&fd.id)
+                    && FdTypes::try_from(fd.r#type) != Ok(FdTypes::CtlTty)
+                {
+                    return Err(PlanError::damaged(
+                        image(),
+                        format!(
+                            "descriptor {} is file {:#x}, which files.img lacks",
+                            fd.fd, fd.id
+                        ),
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn load_task(
+    dir: &ImageDir,
+    entry: PstreeEntry,
+    fdinfo_per_id: bool,
+) -> Result<TaskImages, PlanError> {
+    let pid = u64::from(entry.pid);
+    let core = dir.read_core(pid)?;
+    let mut threads = BTreeMap::new();
+    for &tid in entry.threads.iter().filter(|tid| **tid != entry.pid) {
+        threads.insert(tid, dir.read_core(u64::from(tid))?);
+    }
+    let dead = core.tc.as_ref().is_some_and(|task| task.task_state == 6);
+    let ids = dir.read_ids(pid)?;
+    let table = match &ids {
+        Some(ids) if fdinfo_per_id => u64::from(ids.files_id),
+        _ => pid,
+    };
+    Ok(TaskImages {
+        mm: if dead { None } else { Some(dir.read_mm(pid)?) },
+        fs: if dead {
+            None
+        } else {
+            Some(dir.read_one(ImageKind::Fs, pid)?)
+        },
+        fds: if dead {
+            Vec::new()
+        } else {
+            dir.read_all(ImageKind::Fdinfo, table)?
+        },
+        entry,
+        core,
+        threads,
+        ids,
+    })
+}
+
+fn holders(tasks: &[TaskImages]) -> BTreeMap<u32, Vec<Holder>> {
+    let mut holders: BTreeMap<u32, Vec<Holder>> = BTreeMap::new();
+    let mut tables = BTreeSet::new();
+    for task in tasks.iter().filter(|task| tables.insert(task.files_id())) {
+        for fd in &task.fds {
+            holders.entry(fd.id).or_default().push(Holder {
+                pid: task.pid(),
+                fd: fd.fd,
+            });
+        }
+    }
+    holders
+}

@@ -1,0 +1,135 @@
+//! Building the plan of a restore.
+
+use std::borrow::Cow;
+use std::os::fd::OwnedFd;
+
+use floe_kernel::features::KernelFeatures;
+use floe_options::RestoreOptions;
+use floe_plan::{Actor, Coverage, EntryKey, Handle, Plan, PlanBuilder, Step};
+
+use super::{ExecuteError, PlanError, TreeImages, World};
+
+/// What a step does when its turn comes.
+pub type Op<'i> = Box<dyn FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i>;
+
+/// Collects the steps of one restore.
+pub struct Planner<'i> {
+    /// What is to be restored.
+    pub images: &'i TreeImages,
+    /// How.
+    pub options: &'i RestoreOptions,
+    /// What the kernel can do.
+    pub features: &'i KernelFeatures,
+    builder: PlanBuilder<Op<'i>>,
+    coverage: Coverage,
+}
+
+impl<'i> Planner<'i> {
+    /// A plan without steps.
+    pub fn new(
+        images: &'i TreeImages,
+        options: &'i RestoreOptions,
+        features: &'i KernelFeatures,
+    ) -> Self {
+        let mut coverage = Coverage::default();
+        for id in images.files.keys() {
+            coverage.expect(EntryKey {
+                image: "files.img",
+                id: u64::from(*id),
+            });
+        }
+        Planner {
+            images,
+            options,
+            features,
+            builder: PlanBuilder::default(),
+            coverage,
+        }
+    }
+
+    /// Notes that the plan takes care of an entry of an image.
+    pub fn consume(&mut self, image: &'static str, id: u64) {
+        self.coverage.consume(EntryKey { image, id });
+    }
+
+    /// Adds a step of the coordinator.
+    pub fn step(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        (needs, makes): (&[Handle], &[Handle]),
+        op: impl FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i,
+    ) {
+        self.add(
+            Actor::Coordinator,
+            name.into(),
+            (needs, makes),
+            Box::new(op),
+        );
+    }
+
+    /// Adds a step in which a task acts: its puppet exists, and what else `needs` lists.
+    pub fn task_step(
+        &mut self,
+        pid: u32,
+        name: impl Into<Cow<'static, str>>,
+        (needs, makes): (&[Handle], &[Handle]),
+        op: impl FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i,
+    ) {
+        let mut all = vec![Handle::Born(pid)];
+        all.extend_from_slice(needs);
+        self.add(Actor::Task(pid), name.into(), (&all, makes), Box::new(op));
+    }
+
+    fn add(
+        &mut self,
+        actor: Actor,
+        name: Cow<'static, str>,
+        (needs, makes): (&[Handle], &[Handle]),
+        op: Op<'i>,
+    ) {
+        self.builder.add(Step {
+            name,
+            actor,
+            needs: needs.to_vec(),
+            makes: makes.to_vec(),
+            op,
+        });
+    }
+
+    /// Adds the step that opens file `id`. When `needs` names nothing that a task makes, tasks inherit
+    /// the description; otherwise it is handed over to those that hold it.
+    pub fn open(
+        &mut self,
+        id: u32,
+        name: impl Into<Cow<'static, str>>,
+        needs: &[Handle],
+        op: impl FnOnce(&mut World<'i>) -> Result<OwnedFd, ExecuteError> + 'i,
+    ) {
+        self.consume("files.img", u64::from(id));
+        self.step(name, (needs, &[Handle::File(id)]), move |world| {
+            let file = op(world)?;
+            world.keep_file(id, file)
+        });
+    }
+
+    /// Every handle of this shape that the steps so far make.
+    pub fn made(&self, wanted: impl Fn(&Handle) -> bool) -> Vec<Handle> {
+        self.builder.made(wanted)
+    }
+
+    /// Orders and verifies the plan.
+    pub fn finish(self) -> Result<Plan<Op<'i>>, PlanError> {
+        let mut faults: Vec<String> = Vec::new();
+        for (entry, times) in self.coverage.faults() {
+            faults.push(format!("{entry} is used {times} times instead of once"));
+        }
+        match self.builder.finish() {
+            Ok(plan) if faults.is_empty() => Ok(plan),
+            Ok(_) => Err(PlanError::Incoherent(faults)),
+            Err(more) => {
+                faults.extend(more.iter().map(ToString::to_string));
+                Err(PlanError::Incoherent(faults))
+            }
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! What exists so far while a plan is carried out.
+
+use std::any::{Any, TypeId};
+use std::collections::{BTreeMap, HashMap};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use floe_inject::{Arena, Arg, Outcome, Program, Stopped};
+use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
+use floe_options::RestoreOptions;
+
+use super::{Attempt, ExecuteError, TreeImages};
+
+/// A task that is being restored: stopped, in the executor.
+#[derive(Debug)]
+pub struct Puppet {
+    /// Its executor; tasks that share memory have copies of the same arena.
+    pub arena: Arena,
+    /// Its leader.
+    pub leader: Stopped,
+    /// Its other threads by tid in the images.
+    pub threads: BTreeMap<u32, Stopped>,
+}
+
+impl Puppet {
+    /// Runs a program in the leader; an empty one is not run.
+    pub fn run(&mut self, program: &Program) -> Result<Option<Outcome>, ExecuteError> {
+        if program.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(self.arena.run(&mut self.leader, program)?))
+    }
+
+    /// The task's pid as the coordinator sees it.
+    pub fn pid(&self) -> HostPid {
+        self.leader.pid()
+    }
+}
+
+/// Takes back something that was made outside of the tree, such as a file's name.
+pub type Undo = Box<dyn FnOnce()>;
+
+/// The state of a restore in progress.
+pub struct World<'i> {
+    /// What is being restored.
+    pub images: &'i TreeImages,
+    /// How.
+    pub options: &'i RestoreOptions,
+    /// What the kernel can do.
+    pub features: &'i KernelFeatures,
+    /// The tasks made so far, by pid in the images.
+    pub puppets: BTreeMap<u32, Puppet>,
+    files: HashMap<u32, OwnedFd>,
+    inherited: bool,
+    first_fd: RawFd,
+    state: HashMap<TypeId, Box<dyn Any>>,
+    undo: Vec<Undo>,
+}
+
+impl<'i> World<'i> {
+    /// A world without tasks and files; files are kept at descriptors from `first_fd` on, above all
+    /// that any task has.
+    pub fn new(
+        images: &'i TreeImages,
+        options: &'i RestoreOptions,
+        features: &'i KernelFeatures,
+        first_fd: RawFd,
+    ) -> Self {
+        World {
+            images,
+            options,
+            features,
+            puppets: BTreeMap::new(),
+            files: HashMap::new(),
+            inherited: false,
+            first_fd,
+            state: HashMap::new(),
+            undo: Vec::new(),
+        }
+    }
+
+    /// Keeps an open file description of the images.
+    pub fn keep_file(&mut self, id: u32, file: OwnedFd) -> Result<(), ExecuteError> {
+        let high = self.lift(file)?;
+        self.files.insert(id, high);
+        Ok(())
+    }
+
+    /// Moves a descriptor above all numbers that tasks use.
+    pub fn lift(&self, file: OwnedFd) -> Result<OwnedFd, ExecuteError> {
+        if file.as_raw_fd() >= self.first_fd {
+            return Ok(file);
+        }
+        rustix::io::fcntl_dupfd_cloexec(&file, self.first_fd)
+            .during("Moving a descriptor above", || self.first_fd.to_string())
+    }
+
+    /// The coordinator's descriptor of a file that a step before has opened.
+    pub fn file(&self, id: u32) -> Result<BorrowedFd<'_>, ExecuteError> {
+        let file = self.files.get(&id).map(AsFd::as_fd);
+        file.ok_or_else(|| ExecuteError::Failed {
+            action: "Finding file",
+            object: format!("{id:#x}"),
+            source: std::io::Error::from_raw_os_error(libc::EBADF),
+        })
+    }
+
+    /// Whether a file is open already.
+    pub fn has_file(&self, id: u32) -> bool {
+        self.files.contains_key(&id)
+    }
+
+    /// From now on files are not inherited any more: the first task exists.
+    pub fn end_of_inheritance(&mut self) {
+        self.inherited = true;
+    }
+
+    /// Runs a program in the leader of a task.
+    pub fn run(&mut self, pid: u32, program: &Program) -> Result<Option<Outcome>, ExecuteError> {
+        self.puppet(pid)?.run(program)
+    }
+
+    /// A task that a step before has made.
+    pub fn puppet(&mut self, pid: u32) -> Result<&mut Puppet, ExecuteError> {
+        self.puppets
+            .get_mut(&pid)
+            .ok_or_else(|| ExecuteError::Failed {
+                action: "Finding task",
+                object: pid.to_string(),
+                source: std::io::Error::from_raw_os_error(libc::ESRCH),
+            })
+    }
+
+    /// Hands a descriptor of the coordinator to a task; returns its number there.
+    pub fn hand_over(&mut self, pid: u32, file: RawFd) -> Result<RawFd, ExecuteError> {
+        let coordinator = rustix::process::getpid().as_raw_nonzero().get();
+        let mut program = Program::new();
+        let pidfd = program.call(
+            "pidfd_open of the coordinator",
+            libc::SYS_pidfd_open,
+            &[Arg::from(coordinator), Arg::from(0)],
+        );
+        let args = [Arg::from(pidfd), Arg::from(file), Arg::from(0)];
+        let copy = program.call(
+            "pidfd_getfd from the coordinator",
+            libc::SYS_pidfd_getfd,
+            &args,
+        );
+        program.call("close of the pidfd", libc::SYS_close, &[Arg::from(pidfd)]);
+        // Above everything that the task will have: its descriptors are not in place yet.
+        let args = [
+            Arg::from(copy),
+            Arg::from(libc::F_DUPFD),
+            Arg::from(self.first_fd),
+        ];
+        let high = program.call("fcntl(F_DUPFD)", libc::SYS_fcntl, &args);
+        program.call("close", libc::SYS_close, &[Arg::from(copy)]);
+        let outcome = self.run(pid, &program)?.expect("the program has calls");
+        Ok(outcome.result(high) as RawFd)
+    }
+
+    /// A value that lives as long as the restore, made with the first call. Each kind uses a type of
+    /// its own.
+    pub fn state<T: Any + Default>(&mut self) -> &mut T {
+        let value = self
+            .state
+            .entry(TypeId::of::<T>())
+            .or_insert_with(|| Box::new(T::default()));
+        value.downcast_mut().expect("the key is the type's own id")
+    }
+
+    /// Remembers how to take back what a step has made outside of the tree, should a later one fail.
+    pub fn on_failure(&mut self, undo: impl FnOnce() + 'static) {
+        self.undo.push(Box::new(undo));
+    }
+
+    /// Takes back everything outside of the tree, last made first.
+    pub fn take_back(&mut self) {
+        while let Some(undo) = self.undo.pop() {
+            undo();
+        }
+    }
+}
