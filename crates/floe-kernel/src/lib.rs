@@ -2,6 +2,8 @@
 //!
 //! Wrappers take and return owned types and hold no policy: no retry, no fallback, no log.
 
+mod arch;
+pub mod cpu;
 pub mod features;
 pub mod ids;
 pub mod inherited;

@@ -60,6 +60,7 @@ fn verbosity_has_all_of_its_forms() {
         ("dump --verbosity", 3),
         ("dump -v -v", 4),
         ("dump -Rjv4", 4),
+        ("check --no-default-config -verbosity=0 --feature userns", 0),
     ];
     for (text, level) in cases {
         assert_eq!(settings(text).log.level, level, "{text}");

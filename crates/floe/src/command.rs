@@ -13,7 +13,7 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
-use crate::{check, engine, help, logging};
+use crate::{check, cpuinfo, engine, help, image, logging};
 
 /// Floe's own commands, for the help and for suggestions.
 pub const OWN_COMMANDS: [(&str, &str); 1] = [("image", "show, decode and encode image files")];
@@ -87,6 +87,10 @@ fn version(program: &str) -> String {
 }
 
 fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure> {
+    // Floe's own commands stand first and have options of their own.
+    if args.get(1).is_some_and(|word| word == "image") {
+        return image::run(args.get(2..).unwrap_or_default());
+    }
     let words = utf8(args.get(1..).unwrap_or_default())?;
     let line = CommandLine::parse(words)?;
     let mut settings = Settings::default();
@@ -158,6 +162,8 @@ fn execute(
         Command::Check => check::run(&settings.check),
         Command::Dump => dump(&settings),
         Command::Restore => restore(&settings, rest),
+        Command::CpuinfoDump => cpuinfo::dump(&settings.place()),
+        Command::CpuinfoCheck => cpuinfo::check(&settings.place(), settings.cpu_cap),
         Command::Exec => Err(gone("exec", "use ptrace or gdb")),
         Command::Show => Err(gone("show", "use `floe image show FILE`")),
         other => Err(Failure::new(

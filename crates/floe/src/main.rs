@@ -6,9 +6,11 @@
 
 mod check;
 mod command;
+mod cpuinfo;
 mod engine;
 mod exit;
 mod help;
+mod image;
 mod logging;
 mod scripts;
 
