@@ -199,6 +199,35 @@ impl Arena {
         remote_call(thread, self.base + arch::gate_offset(), call, args)
     }
 
+    /// Ends a puppet: with this exit code, or killed by `signal` where that is not zero.
+    ///
+    /// It becomes a zombie for its parent to reap.
+    pub fn end_task(&self, mut leader: Stopped, code: i32, signal: i32) -> Result<(), InjectError> {
+        let pid = leader.pid();
+        let mut program = Program::new();
+        if signal == 0 {
+            program.call("exit_group", libc::SYS_exit_group, &[Arg::from(code)]);
+            self.start(&mut leader, &program, 0)?;
+        } else {
+            let default = program.zeroed(32);
+            let args = [Arg::from(signal), Arg::from(default), Arg::from(0), Arg::from(8)];
+            program.try_call("rt_sigaction to the default", libc::SYS_rt_sigaction, &args);
+            self.run(&mut leader, &program)?;
+            floe_kernel::pidfd::tgkill(pid, signal).on(pid, "kill")?;
+            ptrace::set_sigmask(pid, 0).on(pid, "setsigmask")?;
+            ptrace::cont(pid, 0).on(pid, "cont")?;
+        }
+        leader.forget();
+        loop {
+            match wait_for_stop(pid) {
+                Err(InjectError::Died { .. }) => return Ok(()),
+                Err(error) => return Err(error),
+                Ok(WaitStatus::Signal(deadly)) if deadly == signal => ptrace::cont(pid, deadly).on(pid, "cont")?,
+                Ok(_) => ptrace::cont(pid, 0).on(pid, "cont")?,
+            }
+        }
+    }
+
     /// Unmaps the arena. The thread stays stopped, with nothing of ours left in its memory.
     pub fn remove(self, thread: &mut Stopped) -> Result<(), InjectError> {
         let args = [self.base, self.len as u64, 0, 0, 0, 0];

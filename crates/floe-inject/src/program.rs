@@ -90,6 +90,14 @@ pub struct Program {
     pub(crate) calls: Vec<Call>,
     data: Vec<u8>,
     buffers: Vec<(usize, usize)>,
+    pointers: Vec<Pointer>,
+}
+
+/// A place in a buffer that holds the address of another buffer.
+#[derive(Clone, Copy, Debug)]
+struct Pointer {
+    at: usize,
+    to: BufferId,
 }
 
 impl Program {
@@ -150,6 +158,13 @@ impl Program {
         self.buffer(&vec![0; len])
     }
 
+    /// Puts the address of buffer `to` into the eight bytes at `offset` of buffer `at`.
+    pub fn point(&mut self, at: BufferId, offset: usize, to: BufferId) {
+        let (start, len) = self.buffers[at.0];
+        assert!(offset + 8 <= len, "the pointer lies inside its buffer");
+        self.pointers.push(Pointer { at: start + offset, to });
+    }
+
     /// Whether it has no calls.
     pub fn is_empty(&self) -> bool {
         self.calls.is_empty()
@@ -193,6 +208,11 @@ impl Program {
             image.extend_from_slice(&0u64.to_le_bytes());
         }
         image.extend_from_slice(&self.data);
+        let entries = self.calls.len() * ENTRY_SIZE;
+        for pointer in &self.pointers {
+            let address = data_base + self.buffers[pointer.to.0].0 as u64;
+            image[entries + pointer.at..][..8].copy_from_slice(&address.to_le_bytes());
+        }
         image
     }
 
