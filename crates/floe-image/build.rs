@@ -100,6 +100,19 @@ fn write_enums(table: &str, out: &mut String) -> BTreeSet<String> {
         }
         out.push_str("}\n");
     }
+    let count = enums.len();
+    let _ = writeln!(
+        out,
+        "/// Every enum: its name in the format, and the variant (as it prints itself) of a number.\npub static ENUMS: [(&str, fn(i32) -> Option<String>); {count}] = ["
+    );
+    for name in enums.keys() {
+        let variant = camel(name);
+        let _ = writeln!(
+            out,
+            "    (\"{name}\", |number| {variant}::try_from(number).ok().map(|variant| format!(\"{{variant:?}}\"))),"
+        );
+    }
+    out.push_str("];\n");
     enums.keys().map(|name| name.to_string()).collect()
 }
 
@@ -130,6 +143,20 @@ fn write_messages(table: &str, enums: &BTreeSet<String>, out: &mut String) {
             camel(name)
         );
     }
+    write_codecs(messages.keys(), out);
+}
+
+/// The table by which tests and the fuzzer reach every type by number.
+fn write_codecs<'a>(names: impl ExactSizeIterator<Item = &'a &'a str>, out: &mut String) {
+    let _ = writeln!(
+        out,
+        "/// Every message type in the order of [`crate::schema::MessageId`].\npub static CODECS: [crate::schema::Codec; {}] = [",
+        names.len()
+    );
+    for name in names {
+        let _ = writeln!(out, "    crate::schema::Codec::of::<{}>(),", camel(name));
+    }
+    out.push_str("];\n");
 }
 
 fn write_field(

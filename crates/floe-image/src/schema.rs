@@ -13,6 +13,32 @@ pub trait ImageMessage: prost::Message + Default {
     const ID: MessageId;
 }
 
+/// What can be done with a message type that is chosen at run time.
+#[derive(Clone, Copy)]
+pub struct Codec {
+    /// Name in CRIU's format.
+    pub name: &'static str,
+    /// Decodes bytes without looking for missing fields; gives what encoding makes of the message
+    /// and how it prints itself.
+    pub transcode: fn(&[u8]) -> Result<(Vec<u8>, String), prost::DecodeError>,
+    /// Decodes bytes as [`crate::framing::decode`] does.
+    pub decode: fn(&[u8]) -> Result<(), crate::error::EntryError>,
+}
+
+impl Codec {
+    /// The codec of one type.
+    pub const fn of<M: ImageMessage + std::fmt::Debug>() -> Codec {
+        Codec {
+            name: M::NAME,
+            transcode: |bytes| {
+                let message = M::decode(bytes)?;
+                Ok((message.encode_to_vec(), format!("{message:?}")))
+            },
+            decode: |bytes| crate::framing::decode::<M>(bytes).map(|_| ()),
+        }
+    }
+}
+
 /// Number of a message: its place in the alphabetical order of names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MessageId(pub u16);

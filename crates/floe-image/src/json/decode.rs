@@ -69,7 +69,7 @@ pub fn info<R: Read + Seek>(mut reader: ImageReader<R>) -> Result<ImageInfo, Ima
             (Extra::MessageQueue, _) => {
                 for _ in 0..field(QUEUE_LENGTH) {
                     let Some((_, message)) = reader.next_entry()? else {
-                        break;
+                        return Err(no_message(&reader));
                     };
                     let length = wire::varint_field(message, MESSAGE_SIZE).unwrap_or(0);
                     reader.skip("a message", padded(length, 8))?;
@@ -191,6 +191,14 @@ fn keep_padding(entry: &mut Map<String, Value>, padding: &[u8]) {
     }
 }
 
+fn no_message<R: Read + Seek>(reader: &ImageReader<R>) -> ImageError {
+    let path = reader.path().to_path_buf();
+    ImageError::Empty {
+        path,
+        expected: "ipc_msg",
+    }
+}
+
 /// The messages of a queue, each as its entry and then its text.
 fn decode_queue<R: Read + Seek>(
     reader: &mut ImageReader<R>,
@@ -204,11 +212,7 @@ fn decode_queue<R: Read + Seek>(
     let mut total = 0u64;
     for _ in 0..length {
         let Some((place, bytes)) = reader.next_entry()? else {
-            let path = reader.path().to_path_buf();
-            return Err(ImageError::Empty {
-                path,
-                expected: "ipc_msg",
-            });
+            return Err(no_message(reader));
         };
         let size = wire::varint_field(bytes, MESSAGE_SIZE).unwrap_or(0);
         total = total

@@ -16,7 +16,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::error::ImageError;
-use crate::framing::{self, ImageReader};
+use crate::framing;
+pub use crate::framing::ImageReader;
 
 pub use decode::{ImageInfo, decode_image, info};
 pub use encode::encode_from_json;
