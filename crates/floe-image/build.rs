@@ -103,7 +103,7 @@ fn write_enums(table: &str, out: &mut String) -> BTreeSet<String> {
     let count = enums.len();
     let _ = writeln!(
         out,
-        "/// Every enum: its name in the format, and the variant (as it prints itself) of a number.\npub static ENUMS: [(&str, fn(i32) -> Option<String>); {count}] = ["
+        "/// Every enum: its name in the format, and the variant (as it prints itself) of a number.\npub static ENUMS: [(&str, crate::schema::VariantName); {count}] = ["
     );
     for name in enums.keys() {
         let variant = camel(name);

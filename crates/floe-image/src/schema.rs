@@ -13,6 +13,12 @@ pub trait ImageMessage: prost::Message + Default {
     const ID: MessageId;
 }
 
+/// The variant of a number, as it prints itself; `None` where the enum has none.
+pub type VariantName = fn(i32) -> Option<String>;
+
+/// A message encoded again, and as it prints itself.
+pub type Transcoded = Result<(Vec<u8>, String), prost::DecodeError>;
+
 /// What can be done with a message type that is chosen at run time.
 #[derive(Clone, Copy)]
 pub struct Codec {
@@ -20,7 +26,7 @@ pub struct Codec {
     pub name: &'static str,
     /// Decodes bytes without looking for missing fields; gives what encoding makes of the message
     /// and how it prints itself.
-    pub transcode: fn(&[u8]) -> Result<(Vec<u8>, String), prost::DecodeError>,
+    pub transcode: fn(&[u8]) -> Transcoded,
     /// Decodes bytes as [`crate::framing::decode`] does.
     pub decode: fn(&[u8]) -> Result<(), crate::error::EntryError>,
 }

@@ -11,16 +11,66 @@ use crate::dir::ImageDir;
 use crate::error::ImageError;
 use crate::messages::{
     CoreEntry, CredsEntry, EventpollFileEntry, EventpollTfdEntry, FanotifyFileEntry,
-    FanotifyMarkEntry, FdTypes, FileEntry, InotifyFileEntry, InotifyWdEntry, ItimerEntry, MmEntry,
-    PosixTimerEntry, RlimitEntry, SaEntry, SiginfoEntry, SignalQueueEntry, TaskKobjIdsEntry,
-    TaskRlimitsEntry, TaskTimersEntry, ThreadCoreEntry,
+    FanotifyMarkEntry, FdTypes, FdinfoEntry, FileEntry, InotifyFileEntry, InotifyWdEntry,
+    InventoryEntry, ItimerEntry, MmEntry, PosixTimerEntry, RemapFilePathEntry, RemapType,
+    RlimitEntry, SaEntry, SiginfoEntry, SignalQueueEntry, TaskKobjIdsEntry, TaskRlimitsEntry,
+    TaskTimersEntry, ThreadCoreEntry,
 };
 use crate::schema::ImageMessage;
 
 /// Number of interval timers of a task.
 const INTERVAL_TIMERS: usize = 3;
 
+/// Newest `inventory_entry.img_version` that is read.
+pub const IMAGE_VERSION: u32 = 2;
+/// Bit of `remap_file_path_entry.remap_id` by which older versions marked a ghost.
+const OLD_GHOST_BIT: u32 = 1 << 31;
+
 impl ImageDir {
+    /// The inventory; a version that this crate does not know is an error.
+    pub fn read_inventory(&self) -> Result<InventoryEntry, ImageError> {
+        let inventory: InventoryEntry = self.read_one(ImageKind::Inventory, 0)?;
+        if inventory.img_version == 0 || inventory.img_version > IMAGE_VERSION {
+            let found = inventory.img_version;
+            let what = format!(
+                "its images have version {found}, known are 1 to {IMAGE_VERSION}: use a newer Floe"
+            );
+            let path = self.path().join(ImageKind::Inventory.file_name(0));
+            return Err(ImageError::Upgrade { path, what });
+        }
+        Ok(inventory)
+    }
+
+    /// The descriptors of a task: numbered by its table, in older versions by its pid.
+    pub fn read_fdinfo(
+        &self,
+        inventory: &InventoryEntry,
+        pid: u64,
+        ids: &TaskKobjIdsEntry,
+    ) -> Result<Vec<FdinfoEntry>, ImageError> {
+        let id = if inventory.fdinfo_per_id() {
+            ids.files_id.into()
+        } else {
+            pid
+        };
+        self.read_all(ImageKind::Fdinfo, id)
+    }
+
+    /// Where deleted files are kept, each entry with its type.
+    pub fn read_remaps(&self) -> Result<Vec<RemapFilePathEntry>, ImageError> {
+        let mut remaps: Vec<RemapFilePathEntry> = self.read_all(ImageKind::RemapFpath, 0)?;
+        for remap in remaps.iter_mut().filter(|remap| remap.remap_type.is_none()) {
+            let is_ghost = remap.remap_id & OLD_GHOST_BIT != 0;
+            remap.remap_id &= !OLD_GHOST_BIT;
+            remap.set_remap_type(if is_ghost {
+                RemapType::Ghost
+            } else {
+                RemapType::Linked
+            });
+        }
+        Ok(remaps)
+    }
+
     /// All file descriptions, whichever layout they are stored in.
     pub fn read_files(&self) -> Result<Vec<FileEntry>, ImageError> {
         let mut files: Vec<FileEntry> = self.read_all(ImageKind::Files, 0)?;

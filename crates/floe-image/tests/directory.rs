@@ -1,13 +1,15 @@
 //! Directories: what is written is read back, and what is missing is named.
 
+use std::os::unix::fs::FileExt;
 use std::time::SystemTime;
 
 use floe_image::catalogue::{STATS_DUMP, STATS_RESTORE};
 use floe_image::manifest::{DumpKind, Manifest, ManifestInfo, Verify};
 use floe_image::messages::{
-    CoreEntry, FownEntry, InventoryEntry, PipeDataEntry, PipeEntry, ThreadCoreEntry,
+    CoreEntry, FownEntry, GhostChunkEntry, GhostFileEntry, InventoryEntry, IpcMsg, IpcMsgEntry,
+    PipeDataEntry, PipeEntry, RemapFilePathEntry, RemapType, TcpStreamEntry, ThreadCoreEntry,
 };
-use floe_image::{ImageDir, ImageError, ImageKind, ImageWriter, Sync};
+use floe_image::{ImageDir, ImageError, ImageKind, ImageWriter, Sync, WriteError};
 
 fn info() -> ManifestInfo {
     ManifestInfo {
@@ -183,4 +185,110 @@ fn the_older_layout_is_read_as_the_current_one() {
         core.thread_core.and_then(|thread| thread.creds),
         Some(creds)
     );
+}
+
+#[test]
+fn an_unknown_version_is_refused_and_old_remaps_get_their_type() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let writer = ImageWriter::create(dir.path(), Sync::None).expect("create");
+    let inventory = InventoryEntry {
+        img_version: 3,
+        ..Default::default()
+    };
+    writer
+        .write_one(ImageKind::Inventory, 0, &inventory)
+        .expect("inventory");
+    let remap = RemapFilePathEntry {
+        orig_id: 1,
+        remap_id: 1 << 31 | 5,
+        remap_type: None,
+    };
+    writer
+        .write_one(ImageKind::RemapFpath, 0, &remap)
+        .expect("remaps");
+    let images = ImageDir::open(dir.path()).expect("open");
+    let error = images
+        .read_inventory()
+        .expect_err("a new version")
+        .to_string();
+    assert!(error.contains("version 3"), "{error}");
+    let remaps = images.read_remaps().expect("remaps");
+    assert_eq!(
+        (remaps[0].remap_id, remaps[0].remap_type()),
+        (5, RemapType::Ghost)
+    );
+}
+
+#[test]
+fn special_readers_find_queues_messages_and_holes() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let writer = ImageWriter::create(dir.path(), Sync::None).expect("create");
+    let mut stream = writer.stream(ImageKind::TcpStream, 0xab).expect("stream");
+    let tcp = TcpStreamEntry {
+        inq_len: 1,
+        outq_len: 2,
+        ..Default::default()
+    };
+    stream.append_with_extra(&tcp, b"abc").expect("append");
+    stream.finish().expect("finish");
+    let mut stream = writer.stream(ImageKind::IpcnsMsg, 9).expect("stream");
+    stream
+        .append(&IpcMsgEntry {
+            qnum: 2,
+            ..Default::default()
+        })
+        .expect("append");
+    for text in [b"one".as_slice(), b"fourteen bytes"] {
+        let message = IpcMsg {
+            mtype: 1,
+            msize: text.len() as u32,
+        };
+        stream.append_with_extra(&message, text).expect("append");
+    }
+    stream.finish().expect("finish");
+    let mut stream = writer.stream(ImageKind::GhostFile, 1).expect("stream");
+    stream
+        .append(&GhostFileEntry {
+            chunks: Some(true),
+            ..Default::default()
+        })
+        .expect("append");
+    for (off, data) in [(0, b"head".as_slice()), (1 << 40, b"tail")] {
+        stream
+            .append(&GhostChunkEntry {
+                len: data.len() as u64,
+                off,
+            })
+            .expect("append");
+        stream.append_raw(data).expect("append");
+    }
+    stream.finish().expect("finish");
+
+    let images = ImageDir::open(dir.path()).expect("open");
+    let tcp = images.read_tcp_stream(0xab).expect("tcp");
+    assert_eq!(
+        (tcp.receive_queue.as_slice(), tcp.send_queue.as_slice()),
+        (b"a".as_slice(), b"bc".as_slice())
+    );
+    let queues = images.read_message_queues(9).expect("queues");
+    assert_eq!(queues[0].messages[1].1, b"fourteen bytes");
+    let ghost = images.open_ghost(1).expect("ghost");
+    assert_eq!(ghost.extents[1].file_offset, 1 << 40);
+    let mut tail = [0; 4];
+    ghost
+        .file
+        .read_exact_at(&mut tail, ghost.extents[1].image_offset)
+        .expect("tail");
+    assert_eq!(&tail, b"tail");
+}
+
+#[test]
+fn a_link_in_the_directory_is_not_written_through() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let writer = ImageWriter::create(dir.path(), Sync::None).expect("create");
+    let name = ImageKind::Core.file_name(1);
+    std::os::unix::fs::symlink("/dev/full", dir.path().join(&name)).expect("link");
+    let error = writer.write_one(ImageKind::Core, 1, &CoreEntry::default());
+    // The link itself is not followed: nobody can redirect an image.
+    assert!(matches!(error, Err(WriteError::Create { .. })), "{error:?}");
 }
