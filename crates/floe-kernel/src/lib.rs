@@ -5,6 +5,7 @@
 mod arch;
 pub mod cpu;
 pub mod features;
+pub mod file_owner;
 pub mod ids;
 pub mod inherited;
 pub mod kcmp;
@@ -14,3 +15,4 @@ pub mod proc;
 pub mod ptrace;
 pub mod thread;
 pub mod vm;
+pub mod xsave;

@@ -1,6 +1,7 @@
 //! Choosing the pages that a dump saves.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr};
@@ -97,76 +98,24 @@ impl PageScanner {
         self.scanned
     }
 
-    /// Appends the pages of `start..end` that `selection` names, in address order.
+    /// Appends the pages of `start..end` that `selection` names to `runs`, and the guard regions
+    /// (`MADV_GUARD_INSTALL`) in it to `guards`, both in address order.
     pub fn select(
         &mut self,
-        start: TaskAddr,
-        end: TaskAddr,
+        range: Range<TaskAddr>,
         selection: Selection,
         runs: &mut Vec<PageRun>,
+        guards: &mut Vec<PageRun>,
     ) -> Result<(), ScanError> {
+        let (start, end) = (range.start, range.end);
         self.scanned += (end.0 - start.0) / PAGE_SIZE;
         if selection == Selection::Everything {
             push(runs, start.0, end.0);
             return Ok(());
         }
-        let skipped = match selection {
-            Selection::CopiedOnWrite => category::ZERO | category::FILE,
-            _ => category::ZERO,
-        };
-        let found = self.walk(
-            start,
-            end,
-            |method| {
-                let skipped = if method == ScanMethod::Ioctl {
-                    skipped
-                } else {
-                    skipped | category::GUARD
-                };
-                Query {
-                    inverted: skipped,
-                    required: skipped,
-                    any_of: category::PRESENT | category::SWAPPED,
-                    returned: 0,
-                }
-            },
-            runs,
-        );
-        match found {
+        match self.walk(range, selection, runs, guards) {
             Ok(true) => Ok(()),
             Ok(false) => self.select_by_entries(start, end, selection, runs),
-            Err(source) => Err(ScanError::Pagemap {
-                pid: self.pid,
-                start,
-                end,
-                source,
-            }),
-        }
-    }
-
-    /// Appends the guard regions (`MADV_GUARD_INSTALL`) of `start..end`; none on kernels without them.
-    pub fn guards(
-        &mut self,
-        start: TaskAddr,
-        end: TaskAddr,
-        runs: &mut Vec<PageRun>,
-    ) -> Result<(), ScanError> {
-        if self.method != ScanMethod::IoctlWithGuards {
-            return Ok(());
-        }
-        let query = Query {
-            required: category::GUARD,
-            ..Query::default()
-        };
-        let at = runs.len();
-        let found = self.walk(start, end, |_| query, runs);
-        match found {
-            Ok(_) if self.method == ScanMethod::IoctlWithGuards => Ok(()),
-            // The first scan of all just showed that this kernel has no guard regions.
-            Ok(_) => {
-                runs.truncate(at);
-                Ok(())
-            }
             Err(source) => Err(ScanError::Pagemap {
                 pid: self.pid,
                 start,
@@ -179,25 +128,26 @@ impl PageScanner {
     /// Runs the ioctl over a range; `Ok(false)` when this kernel does not have it.
     fn walk(
         &mut self,
-        start: TaskAddr,
-        end: TaskAddr,
-        query: impl Fn(ScanMethod) -> Query,
+        range: Range<TaskAddr>,
+        selection: Selection,
         runs: &mut Vec<PageRun>,
+        guards: &mut Vec<PageRun>,
     ) -> io::Result<bool> {
         self.regions.resize(REGIONS, PageRegion::default());
-        let mut at = start;
-        while at < end {
-            if self.method == ScanMethod::Entries {
+        let mut at = range.start;
+        while at < range.end {
+            let Some(query) = query(self.method, selection) else {
                 return Ok(false);
-            }
-            let asked = query(self.method);
-            if self.method == ScanMethod::Ioctl && asked.required == category::GUARD {
-                return Ok(true);
-            }
-            match self.pagemap.scan(at, end, &asked, &mut self.regions) {
+            };
+            match self.pagemap.scan(at, range.end, &query, &mut self.regions) {
                 Ok(found) => {
                     for region in &self.regions[..found.regions] {
-                        push(runs, region.start, region.end);
+                        let guard = region.categories & category::GUARD != 0;
+                        push(
+                            if guard { &mut *guards } else { &mut *runs },
+                            region.start,
+                            region.end,
+                        );
                     }
                     at = found.walked_to.max(TaskAddr(at.0 + PAGE_SIZE));
                 }
@@ -242,6 +192,24 @@ impl PageScanner {
         }
         Ok(())
     }
+}
+
+fn query(method: ScanMethod, selection: Selection) -> Option<Query> {
+    let guard = match method {
+        ScanMethod::IoctlWithGuards => category::GUARD,
+        ScanMethod::Ioctl => 0,
+        ScanMethod::Entries => return None,
+    };
+    let unwanted = match selection {
+        Selection::CopiedOnWrite => category::ZERO | category::FILE,
+        Selection::Anonymous | Selection::Everything => category::ZERO,
+    };
+    Some(Query {
+        inverted: unwanted,
+        required: unwanted,
+        any_of: category::PRESENT | category::SWAPPED | guard,
+        returned: guard,
+    })
 }
 
 fn fall_back(method: ScanMethod, error: io::Error) -> io::Result<ScanMethod> {
@@ -339,10 +307,10 @@ mod tests {
             let mut runs = Vec::new();
             own_scanner(method)
                 .select(
-                    TaskAddr(base),
-                    TaskAddr(base + 40 * 4096),
+                    TaskAddr(base)..TaskAddr(base + 40 * 4096),
                     Selection::Anonymous,
                     &mut runs,
+                    &mut Vec::new(),
                 )
                 .expect("own memory");
             assert_eq!(runs, expected, "{method:?}");

@@ -32,6 +32,8 @@ pub struct Status {
     pub seccomp_filters: u32,
     /// `SigBlk`, bit 0 for signal 1.
     pub blocked: u64,
+    /// `SigCgt`.
+    pub caught: u64,
     pub private_pending: u64,
     pub shared_pending: u64,
 }
@@ -72,6 +74,7 @@ fn read_line(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
         b"NoNewPrivs" => status.no_new_privs = decimal(value)? != 0,
         b"Seccomp" => status.seccomp = short(value)?,
         b"Seccomp_filters" => status.seccomp_filters = short(value)?,
+        b"SigCgt" => status.caught = hex(value)?,
         b"SigBlk" => status.blocked = hex(value)?,
         b"SigPnd" => status.private_pending = hex(value)?,
         b"ShdPnd" => status.shared_pending = hex(value)?,

@@ -1,0 +1,57 @@
+//! Who gets the signals of a file (`F_SETOWN_EX`, `F_SETSIG`).
+//!
+//! Contract relied on: each `fcntl` writes only the structure that its command names.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// The owner of an open file description.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FileOwner {
+    /// `F_OWNER_TID` 0, `F_OWNER_PID` 1, `F_OWNER_PGRP` 2.
+    pub kind: u32,
+    /// In our pid namespace; 0 for none.
+    pub pid: u32,
+    /// Ids of the task that set it.
+    pub uid: u32,
+    pub euid: u32,
+    /// The signal sent instead of SIGIO; 0 for the default.
+    pub signal: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct OwnerEx {
+    kind: i32,
+    pid: i32,
+}
+
+const F_GETOWN_EX: i32 = 16;
+const F_GETOWNER_UIDS: i32 = 17;
+const F_GETSIG: i32 = 11;
+
+fn fcntl(fd: BorrowedFd<'_>, command: i32, argument: usize) -> io::Result<i32> {
+    // SAFETY: `argument` is zero or points to a live structure of the command's own type.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), command, argument) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// Reads the owner. `EBADF` for descriptors opened with `O_PATH`, which have none.
+pub fn file_owner(fd: BorrowedFd<'_>) -> io::Result<FileOwner> {
+    let mut owner = OwnerEx::default();
+    fcntl(fd, F_GETOWN_EX, &raw mut owner as usize)?;
+    let mut uids = [0u32; 2];
+    fcntl(fd, F_GETOWNER_UIDS, &raw mut uids as usize)?;
+    let signal = fcntl(fd, F_GETSIG, 0)?;
+    Ok(FileOwner {
+        kind: owner.kind.cast_unsigned(),
+        pid: owner.pid.cast_unsigned(),
+        uid: uids[0],
+        euid: uids[1],
+        signal: signal.cast_unsigned(),
+    })
+}
