@@ -210,7 +210,12 @@ impl Arena {
             self.start(&mut leader, &program, 0)?;
         } else {
             let default = program.zeroed(32);
-            let args = [Arg::from(signal), Arg::from(default), Arg::from(0), Arg::from(8)];
+            let args = [
+                Arg::from(signal),
+                Arg::from(default),
+                Arg::from(0),
+                Arg::from(8),
+            ];
             program.try_call("rt_sigaction to the default", libc::SYS_rt_sigaction, &args);
             self.run(&mut leader, &program)?;
             floe_kernel::pidfd::tgkill(pid, signal).on(pid, "kill")?;
@@ -222,7 +227,9 @@ impl Arena {
             match wait_for_stop(pid) {
                 Err(InjectError::Died { .. }) => return Ok(()),
                 Err(error) => return Err(error),
-                Ok(WaitStatus::Signal(deadly)) if deadly == signal => ptrace::cont(pid, deadly).on(pid, "cont")?,
+                Ok(WaitStatus::Signal(deadly)) if deadly == signal => {
+                    ptrace::cont(pid, deadly).on(pid, "cont")?
+                }
                 Ok(_) => ptrace::cont(pid, 0).on(pid, "cont")?,
             }
         }

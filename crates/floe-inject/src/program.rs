@@ -162,7 +162,10 @@ impl Program {
     pub fn point(&mut self, at: BufferId, offset: usize, to: BufferId) {
         let (start, len) = self.buffers[at.0];
         assert!(offset + 8 <= len, "the pointer lies inside its buffer");
-        self.pointers.push(Pointer { at: start + offset, to });
+        self.pointers.push(Pointer {
+            at: start + offset,
+            to,
+        });
     }
 
     /// Whether it has no calls.

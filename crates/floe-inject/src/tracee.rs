@@ -67,21 +67,19 @@ impl Seized {
 
     /// Waits for the stop that `interrupt` or birth causes.
     ///
-    /// A signal that arrives first is put off until the thread is released.
+    /// A signal that arrives first is delivered: it was dequeued, so it would be in no image.
     pub fn wait_stopped(self) -> Result<Stopped, InjectError> {
         let pid = self.pid;
-        let mut put_off = Vec::new();
-        let group_stop = loop {
+        let stop_signal = loop {
             match wait_for_stop(pid)? {
                 WaitStatus::Event {
                     event: EVENT_STOP,
                     signal,
-                } => break signal != libc::SIGTRAP,
+                } => break (signal != libc::SIGTRAP).then_some(signal),
                 WaitStatus::Event { .. } => ptrace::cont(pid, 0).on(pid, "cont")?,
                 WaitStatus::Signal(signal) => {
                     // The trap of `interrupt` stays pending and is reported next.
-                    put_off.push(signal);
-                    ptrace::cont(pid, 0).on(pid, "cont")?;
+                    ptrace::cont(pid, signal).on(pid, "cont")?;
                 }
                 status => {
                     return Err(InjectError::UnexpectedStop {
@@ -94,9 +92,9 @@ impl Seized {
         };
         Ok(Stopped {
             pid,
-            group_stop,
+            stop_signal,
             saved: None,
-            put_off,
+            put_off: Vec::new(),
             released: false,
             on_drop: self.on_drop,
         })
@@ -144,7 +142,7 @@ pub struct Saved {
 #[derive(Debug)]
 pub struct Stopped {
     pid: HostPid,
-    group_stop: bool,
+    stop_signal: Option<i32>,
     saved: Option<Saved>,
     put_off: Vec<i32>,
     released: bool,
@@ -159,7 +157,12 @@ impl Stopped {
 
     /// Whether its process was stopped by a signal (state `T`) when it was seized.
     pub fn in_group_stop(&self) -> bool {
-        self.group_stop
+        self.stop_signal.is_some()
+    }
+
+    /// The signal that had stopped its process when it was seized.
+    pub fn stop_signal(&self) -> Option<i32> {
+        self.stop_signal
     }
 
     /// The registers that the program itself has, also while it is being used by us.
