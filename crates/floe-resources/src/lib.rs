@@ -1,4 +1,14 @@
+//! One module per kind of kernel object: how it is collected, how it is rebuilt.
+//!
+//! [`fd`] has the kinds of descriptors, [`task`] the state of tasks and threads, [`vma`] mappings.
+//! [`collect`] is what all of them share while a dump collects.
 #![forbid(unsafe_code)]
 
+pub mod collect;
 pub mod cpu;
+pub mod fd;
 pub mod restore;
+pub mod task;
+pub mod vma;
+
+pub use collect::{CollectError, Collector, FdProbe, FileId, Obstacle};

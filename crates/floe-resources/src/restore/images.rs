@@ -52,7 +52,8 @@ impl TaskImages {
         match self.core.tc.as_ref().map(|task| task.task_state) {
             Some(1) => Ok(TaskState::Alive),
             Some(3) => Ok(TaskState::Stopped),
-            Some(6) => Ok(TaskState::Dead),
+            // 6 is what CRIU calls a zombie inside; its images have 2.
+            Some(2 | 6) => Ok(TaskState::Dead),
             state => Err(PlanError::damaged(
                 format!("core-{}.img", self.pid()),
                 format!("task_state {state:?} is none that we know"),

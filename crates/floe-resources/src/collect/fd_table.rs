@@ -1,0 +1,74 @@
+//! A task's table of descriptors.
+
+use floe_image::messages::FdinfoEntry;
+use floe_kernel::ids::TaskFd;
+use floe_kernel::pidfd::Pidfd;
+use floe_kernel::proc::ProcDir;
+
+use super::file_ids::{DescriptionKey, Identity};
+use super::{CollectError, Collector, FdProbe, Obstacle};
+use crate::fd::FD_KINDS;
+
+/// Collects every descriptor of a stopped task. Descriptors that cannot be saved become obstacles.
+pub fn collect_fd_table(
+    proc: &ProcDir,
+    pidfd: &Pidfd,
+    collector: &mut Collector<'_>,
+) -> Result<Vec<FdinfoEntry>, CollectError> {
+    let mut table = Vec::new();
+    for number in proc.list("fd")? {
+        let probe = FdProbe::open(proc, pidfd, TaskFd(number))?;
+        let entry = collect_fd(&probe, collector);
+        table.extend(collector.note(entry)?);
+    }
+    Ok(table)
+}
+
+fn collect_fd(
+    probe: &FdProbe<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<FdinfoEntry, CollectError> {
+    let key = DescriptionKey {
+        dev: probe.stat().st_dev,
+        ino: probe.stat().st_ino,
+        flags: probe.flags(),
+    };
+    let identity = collector
+        .ids()
+        .identify(key, (probe.pid(), probe.fd()))
+        .map_err(|source| probe.failed("Comparing", source))?;
+    let (id, kind) = match identity {
+        Identity::Shared(id, kind) => (id, kind),
+        Identity::New(id) => {
+            let kind = FD_KINDS
+                .iter()
+                .find(|kind| kind.recognises(probe))
+                .ok_or_else(|| unsupported(probe))?;
+            let entry = kind.collect(id, probe, collector)?;
+            let kind = entry.r#type;
+            collector.ids().set_kind(key, id, kind);
+            collector.add_file(entry);
+            (id, kind)
+        }
+    };
+    Ok(FdinfoEntry {
+        id: id.0,
+        flags: probe.fd_flags(),
+        r#type: kind,
+        fd: probe.fd().0.cast_unsigned(),
+        xattr_security_selinux: None,
+    })
+}
+
+fn unsupported(probe: &FdProbe<'_>) -> CollectError {
+    let what = String::from_utf8_lossy(probe.target()).into_owned();
+    let remedy = match what.as_str() {
+        "anon_inode:[io_uring]" => {
+            "close it, or start the program without io_uring (UV_USE_IO_URING=0 for node)"
+        }
+        "anon_inode:[userfaultfd]" => "close it: a userfaultfd cannot be moved",
+        "anon_inode:[perf_event]" => "stop profiling the program first",
+        _ => "close it before the checkpoint; this kind of file is not supported",
+    };
+    CollectError::Unsupported(Obstacle::fd(probe.pid(), probe.fd(), what, remedy))
+}

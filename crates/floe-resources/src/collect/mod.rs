@@ -1,0 +1,193 @@
+//! What the kinds share while a dump collects: identities, side images, obstacles, caches.
+//!
+//! Everything here reads and nothing changes the tasks, so all obstacles can be listed before the first
+//! remote call.
+
+mod error;
+mod fd_table;
+mod file_ids;
+mod path_files;
+mod probe;
+mod segments;
+
+use std::any::{Any, TypeId};
+use std::collections::{BTreeMap, HashMap};
+
+use floe_image::messages::FileEntry;
+use floe_image::writer::EntryStream;
+use floe_image::{ImageKind, ImageMessage, ImageWriter, WriteError};
+use floe_kernel::features::KernelFeatures;
+use floe_options::DumpOptions;
+
+pub use error::{CollectError, Obstacle};
+pub use fd_table::collect_fd_table;
+pub use file_ids::{FileId, FileIds};
+pub use path_files::PathFile;
+pub use probe::FdProbe;
+pub use segments::{Segment, SharedMemoryDevice};
+
+/// Work that can be done only when the descriptors of all tasks are known.
+type Deferred<'a> = Box<dyn FnOnce(&mut Collector<'a>) -> Result<(), CollectError> + 'a>;
+
+/// One dump's collecting.
+pub struct Collector<'a> {
+    /// What was asked for.
+    pub options: &'a DumpOptions,
+    /// What this kernel can do.
+    pub features: &'a KernelFeatures,
+    writer: &'a ImageWriter,
+    ids: FileIds,
+    files: Vec<FileEntry>,
+    sides: HashMap<(ImageKind, u64), EntryStream>,
+    caches: HashMap<TypeId, Box<dyn Any>>,
+    deferred: Vec<Deferred<'a>>,
+    obstacles: Vec<Obstacle>,
+    segments: BTreeMap<u64, Segment>,
+}
+
+impl<'a> Collector<'a> {
+    /// A collector that writes side images through `writer`.
+    pub fn new(
+        options: &'a DumpOptions,
+        features: &'a KernelFeatures,
+        writer: &'a ImageWriter,
+    ) -> Self {
+        Collector {
+            options,
+            features,
+            writer,
+            ids: FileIds::default(),
+            files: Vec::new(),
+            sides: HashMap::new(),
+            caches: HashMap::new(),
+            deferred: Vec::new(),
+            obstacles: Vec::new(),
+            segments: BTreeMap::new(),
+        }
+    }
+
+    /// Where images go.
+    pub fn writer(&self) -> &'a ImageWriter {
+        self.writer
+    }
+
+    /// Identities of open file descriptions and mapped files.
+    pub fn ids(&mut self) -> &mut FileIds {
+        &mut self.ids
+    }
+
+    /// Adds an entry to `files.img`.
+    pub fn add_file(&mut self, entry: FileEntry) {
+        self.files.push(entry);
+    }
+
+    /// The files collected so far.
+    pub fn files(&self) -> &[FileEntry] {
+        &self.files
+    }
+
+    /// The image `kind` with this `id`, to append to; begun with the first call. The collector ends it.
+    pub fn side(&mut self, kind: ImageKind, id: u64) -> Result<&mut EntryStream, CollectError> {
+        use std::collections::hash_map::Entry;
+        match self.sides.entry((kind, id)) {
+            Entry::Occupied(begun) => Ok(begun.into_mut()),
+            Entry::Vacant(free) => Ok(free.insert(self.writer.stream(kind, id)?)),
+        }
+    }
+
+    /// Appends one entry to the image `kind`.
+    pub fn append_side<M: ImageMessage>(
+        &mut self,
+        kind: ImageKind,
+        message: &M,
+    ) -> Result<(), CollectError> {
+        Ok(self.side(kind, 0)?.append(message)?)
+    }
+
+    /// A value that lives as long as the dump, made with the first call: a table of `sock_diag`, the
+    /// pipes whose data was saved. Each kind uses a type of its own.
+    pub fn cache<T: Any>(&mut self, make: impl FnOnce() -> T) -> &mut T {
+        let value = self
+            .caches
+            .entry(TypeId::of::<T>())
+            .or_insert_with(|| Box::new(make()));
+        value.downcast_mut().expect("the key is the type's own id")
+    }
+
+    /// As [`Collector::cache`], for a value whose making can fail.
+    pub fn try_cache<T: Any>(
+        &mut self,
+        make: impl FnOnce(&mut Self) -> Result<T, CollectError>,
+    ) -> Result<&mut T, CollectError> {
+        if !self.caches.contains_key(&TypeId::of::<T>()) {
+            let value = make(self)?;
+            self.caches.insert(TypeId::of::<T>(), Box::new(value));
+        }
+        Ok(self.cache::<T>(|| unreachable!("inserted above")))
+    }
+
+    /// Does `work` when the descriptors of all tasks have been collected.
+    pub fn defer(
+        &mut self,
+        work: impl FnOnce(&mut Collector<'a>) -> Result<(), CollectError> + 'a,
+    ) {
+        self.deferred.push(Box::new(work));
+    }
+
+    /// Notes something that cannot be saved; the dump goes on looking for more and then refuses.
+    pub fn obstacle(&mut self, obstacle: Obstacle) {
+        self.obstacles.push(obstacle);
+    }
+
+    /// Turns `Unsupported` into an obstacle, and passes on all other results.
+    pub fn note<T>(&mut self, result: Result<T, CollectError>) -> Result<Option<T>, CollectError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(CollectError::Unsupported(obstacle)) => {
+                self.obstacle(obstacle);
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Does the deferred work; what it defers itself comes after.
+    pub fn run_deferred(&mut self) -> Result<(), CollectError> {
+        while !self.deferred.is_empty() {
+            for work in std::mem::take(&mut self.deferred) {
+                let done = work(self);
+                self.note(done)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything that was found to be in the way so far.
+    pub fn take_obstacles(&mut self) -> Vec<Obstacle> {
+        std::mem::take(&mut self.obstacles)
+    }
+
+    /// Notes shared memory whose pages are to be saved; once noted, further mappings of it are free.
+    pub fn add_segment(&mut self, segment: Segment) {
+        self.segments.entry(segment.id).or_insert(segment);
+    }
+
+    /// The shared memory found so far.
+    pub fn take_segments(&mut self) -> BTreeMap<u64, Segment> {
+        std::mem::take(&mut self.segments)
+    }
+
+    /// The device of the kernel's own tmpfs, where memfds and shared anonymous memory live.
+    pub fn shared_memory_device(&mut self) -> Result<SharedMemoryDevice, CollectError> {
+        Ok(*self.try_cache(|_| SharedMemoryDevice::probe())?)
+    }
+
+    /// Writes `files.img` and ends the side images.
+    pub fn finish(self) -> Result<(), WriteError> {
+        self.writer.write_all(ImageKind::Files, 0, &self.files)?;
+        for (_, stream) in self.sides {
+            stream.finish()?;
+        }
+        Ok(())
+    }
+}

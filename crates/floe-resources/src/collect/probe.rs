@@ -1,0 +1,175 @@
+//! One descriptor of a task, opened up for the kinds to look at.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use floe_image::messages::FownEntry;
+use floe_kernel::file_owner::file_owner;
+use floe_kernel::ids::{HostPid, TaskFd};
+use floe_kernel::pidfd::Pidfd;
+use floe_kernel::proc::{FdInfo, ProcDir, parse_fdinfo};
+use rustix::fs::{FileType, OFlags, Stat};
+
+use super::CollectError;
+
+/// A descriptor of a stopped task: our own duplicate of it, and what `/proc` says.
+#[derive(Debug)]
+pub struct FdProbe<'a> {
+    proc: &'a ProcDir,
+    fd: TaskFd,
+    file: OwnedFd,
+    stat: Stat,
+    target: Vec<u8>,
+    info: FdInfo,
+}
+
+impl<'a> FdProbe<'a> {
+    /// Opens up descriptor `fd` of the task behind `proc` and `pidfd`.
+    pub fn open(proc: &'a ProcDir, pidfd: &Pidfd, fd: TaskFd) -> Result<Self, CollectError> {
+        let failed = |action, source| CollectError::Fd {
+            pid: proc.pid(),
+            fd,
+            action,
+            source,
+        };
+        let file = pidfd
+            .duplicate_fd(fd)
+            .map_err(|error| failed("Duplicating", error))?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
+        let target = proc.read_link(&format!("fd/{fd}"))?;
+        let info =
+            parse_fdinfo(proc.read(&format!("fdinfo/{fd}"))?).map_err(|error| proc.bad(error))?;
+        Ok(FdProbe {
+            proc,
+            fd,
+            file,
+            stat,
+            target,
+            info,
+        })
+    }
+
+    /// The task whose table it is in.
+    pub fn pid(&self) -> HostPid {
+        self.proc.pid()
+    }
+
+    /// `/proc/<pid>` of the task.
+    pub fn proc(&self) -> &'a ProcDir {
+        self.proc
+    }
+
+    /// Its number in the task.
+    pub fn fd(&self) -> TaskFd {
+        self.fd
+    }
+
+    /// Our duplicate. It shares the open file description with the task: do not seek, do not read what
+    /// cannot be put back.
+    pub fn file(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    /// Metadata of the file.
+    pub fn stat(&self) -> &Stat {
+        &self.stat
+    }
+
+    /// What `/proc/<pid>/fd/<fd>` points at.
+    pub fn target(&self) -> &[u8] {
+        &self.target
+    }
+
+    /// What `/proc/<pid>/fdinfo/<fd>` says.
+    pub fn info(&self) -> &FdInfo {
+        &self.info
+    }
+
+    /// The type in the file's mode; anonymous inodes have none.
+    pub fn file_type(&self) -> FileType {
+        FileType::from_raw_mode(self.stat.st_mode)
+    }
+
+    /// Whether it is the anonymous inode of this name, such as `[eventfd]`.
+    pub fn is_anon(&self, name: &str) -> bool {
+        self.target.strip_prefix(b"anon_inode:") == Some(name.as_bytes())
+    }
+
+    /// Flags of the open file description, without the descriptor's `O_CLOEXEC` that fdinfo mixes in.
+    pub fn flags(&self) -> u32 {
+        self.info.flags & !OFlags::CLOEXEC.bits()
+    }
+
+    /// Flags of the descriptor: `FD_CLOEXEC` or nothing.
+    pub fn fd_flags(&self) -> u32 {
+        u32::from(self.info.flags & OFlags::CLOEXEC.bits() != 0)
+    }
+
+    /// Whether it was opened with `O_PATH`.
+    pub fn is_path(&self) -> bool {
+        self.info.flags & OFlags::PATH.bits() != 0
+    }
+
+    /// The entry about who gets the file's signals.
+    pub fn owner(&self) -> Result<FownEntry, CollectError> {
+        if self.is_path() {
+            return Ok(no_owner());
+        }
+        let owner = file_owner(self.file())
+            .map_err(|source| self.failed("Asking for the owner", source))?;
+        Ok(FownEntry {
+            uid: owner.uid,
+            euid: owner.euid,
+            signum: owner.signal,
+            pid_type: owner.kind,
+            pid: owner.pid,
+        })
+    }
+
+    /// The number after `key:` in fdinfo, in this base.
+    pub fn info_number(&self, key: &'static str, radix: u32) -> Result<u64, CollectError> {
+        let text = self
+            .info
+            .value(key)
+            .map(String::from_utf8_lossy)
+            .unwrap_or_default();
+        let digits = text.trim_start_matches("0x");
+        u64::from_str_radix(digits, radix).map_err(|_| self.garbled(key))
+    }
+
+    /// An error about a call on this descriptor.
+    pub fn failed(&self, action: &'static str, source: impl Into<std::io::Error>) -> CollectError {
+        CollectError::Fd {
+            pid: self.pid(),
+            fd: self.fd,
+            action,
+            source: source.into(),
+        }
+    }
+
+    /// An error about text in fdinfo that has another form than documented.
+    pub fn garbled(&self, what: &'static str) -> CollectError {
+        CollectError::Garbled {
+            pid: self.pid(),
+            what,
+            text: String::from_utf8_lossy(&self.info.text).into_owned(),
+        }
+    }
+}
+
+/// The entry of a file that nobody owns.
+pub fn no_owner() -> FownEntry {
+    FownEntry {
+        uid: 0,
+        euid: 0,
+        signum: 0,
+        pid_type: 0,
+        pid: 0,
+    }
+}
+
+/// The name of a file that we have open.
+pub(super) fn own_link(file: BorrowedFd<'_>) -> Result<Vec<u8>, rustix::io::Errno> {
+    use std::os::fd::AsRawFd;
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::readlink(path, Vec::with_capacity(256)).map(std::ffi::CString::into_bytes)
+}

@@ -1,0 +1,154 @@
+//! Files that have a name: regular files, directories, symbolic links (`open(2)`).
+//!
+//! Saved:    path, offset, flags, owner, mode; size, so that restore notices another file.
+//! Rebuilt:  opened by path, then offset, flags and owner. Needs: the file at its path.
+//! Not kept: content; it stays in the file system. Deleted files are `remap`'s.
+
+use std::os::fd::BorrowedFd;
+
+use floe_image::messages::{FdTypes, FileEntry, FownEntry, RegFileEntry};
+use floe_kernel::ids::HostPid;
+use floe_options::External;
+use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
+
+use super::{FdKind, file_entry, remap};
+use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+
+/// See the module.
+pub struct RegularFile;
+
+impl FdKind for RegularFile {
+    fn recognises(&self, fd: &FdProbe<'_>) -> bool {
+        // Any file may be opened with O_PATH, which only names it.
+        let named = matches!(
+            fd.file_type(),
+            FileType::RegularFile | FileType::Directory | FileType::Symlink
+        );
+        fd.target().starts_with(b"/") && (named || fd.is_path())
+    }
+
+    fn collect(
+        &self,
+        id: FileId,
+        fd: &FdProbe<'_>,
+        collector: &mut Collector<'_>,
+    ) -> Result<FileEntry, CollectError> {
+        collect_named(id, NamedFile::of(fd)?, collector)
+    }
+}
+
+/// A file with a name, however a task refers to it.
+pub struct NamedFile<'a> {
+    pub pid: HostPid,
+    /// What refers to it, for messages: `fd 5`, `the program`.
+    pub role: String,
+    /// Our own descriptor of it.
+    pub file: BorrowedFd<'a>,
+    pub stat: &'a Stat,
+    /// Its name as `/proc` shows it, with ` (deleted)` where the kernel added that.
+    pub target: &'a [u8],
+    pub flags: u32,
+    pub pos: u64,
+    pub owner: FownEntry,
+}
+
+impl<'a> NamedFile<'a> {
+    /// The file behind a descriptor.
+    pub fn of(fd: &'a FdProbe<'_>) -> Result<Self, CollectError> {
+        Ok(NamedFile {
+            pid: fd.pid(),
+            role: format!("fd {}", fd.fd()),
+            file: fd.file(),
+            stat: fd.stat(),
+            target: fd.target(),
+            flags: fd.flags(),
+            pos: fd.info().pos.cast_unsigned(),
+            owner: fd.owner()?,
+        })
+    }
+
+    /// An obstacle that is this file.
+    pub fn obstacle(&self, what: &str, remedy: impl Into<String>) -> CollectError {
+        let name = String::from_utf8_lossy(self.target);
+        let object = format!("{} ({name}{what})", self.role);
+        CollectError::Unsupported(Obstacle {
+            pid: self.pid,
+            object,
+            remedy: remedy.into(),
+        })
+    }
+}
+
+/// The entry of a file with a name.
+pub fn collect_named(
+    id: FileId,
+    file: NamedFile<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<FileEntry, CollectError> {
+    let external = external_name(&file, collector)?;
+    let name = match &external {
+        Some(name) => name.clone(),
+        None => {
+            let name = remap::reachable_name(id, &file, collector)?;
+            String::from_utf8(name)
+                .map_err(|_| file.obstacle("", "rename it: its name is not UTF-8"))?
+        }
+    };
+    let entry = RegFileEntry {
+        id: id.0,
+        flags: file.flags,
+        pos: file.pos,
+        size: size_to_check(&file),
+        ext: external.is_some().then_some(true),
+        mode: Some(file.stat.st_mode),
+        fown: file.owner,
+        name,
+        ..RegFileEntry::default()
+    };
+    Ok(FileEntry {
+        reg: Some(entry),
+        ..file_entry(FdTypes::Reg, id)
+    })
+}
+
+/// Log files grow between dump and restore, and that is fine.
+fn size_to_check(file: &NamedFile<'_>) -> Option<u64> {
+    let mode = file.flags & OFlags::ACCMODE.bits();
+    let is_log = mode == OFlags::WRONLY.bits() && file.flags & OFlags::APPEND.bits() != 0;
+    let regular = FileType::from_raw_mode(file.stat.st_mode) == FileType::RegularFile;
+    (regular && !is_log).then(|| file.stat.st_size.cast_unsigned())
+}
+
+/// The name of a file that the caller supplies at restore (`--external file[MNT:INODE]`).
+fn external_name(
+    file: &NamedFile<'_>,
+    collector: &Collector<'_>,
+) -> Result<Option<String>, CollectError> {
+    let inode = file.stat.st_ino;
+    let candidates: Vec<u64> = collector
+        .options
+        .external
+        .iter()
+        .filter_map(|external| match external {
+            External::File {
+                mnt_id,
+                inode: wanted,
+            } if *wanted == inode => Some(*mnt_id),
+            _ => None,
+        })
+        .collect();
+    if candidates.is_empty() {
+        return Ok(None);
+    }
+    let stat = rustix::fs::statx(file.file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).map_err(
+        |errno| CollectError::Task {
+            pid: file.pid,
+            action: "Asking for the mount of a file",
+            source: errno.into(),
+        },
+    )?;
+    let mount = stat.stx_mnt_id;
+    Ok(candidates
+        .contains(&mount)
+        .then(|| format!("file[{mount:x}:{inode:x}]")))
+}

@@ -1,0 +1,37 @@
+//! Signal queues as files (`signalfd(2)`).
+//!
+//! Saved:    mask and flags (`/proc/<pid>/fdinfo/<fd>`), owner.
+//! Rebuilt:  created with the mask, then flags and owner. Needs: nothing.
+//! Not kept: nothing; pending signals belong to the tasks.
+
+use floe_image::messages::{FdTypes, FileEntry, SignalfdEntry};
+
+use super::{FdKind, file_entry};
+use crate::collect::{CollectError, Collector, FdProbe, FileId};
+
+/// See the module.
+pub struct SignalFd;
+
+impl FdKind for SignalFd {
+    fn recognises(&self, fd: &FdProbe<'_>) -> bool {
+        fd.is_anon("[signalfd]")
+    }
+
+    fn collect(
+        &self,
+        id: FileId,
+        fd: &FdProbe<'_>,
+        _: &mut Collector<'_>,
+    ) -> Result<FileEntry, CollectError> {
+        let entry = SignalfdEntry {
+            id: id.0,
+            flags: fd.flags(),
+            fown: fd.owner()?,
+            sigmask: fd.info_number("sigmask", 16)?,
+        };
+        Ok(FileEntry {
+            sgfd: Some(entry),
+            ..file_entry(FdTypes::Signalfd, id)
+        })
+    }
+}

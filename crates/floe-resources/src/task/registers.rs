@@ -1,0 +1,218 @@
+//! Registers of a thread, with the extended processor state.
+//!
+//! Saved:    general registers, segment bases, x87, SSE, AVX, AVX-512 and PKRU state. A thread that was
+//!           interrupted in a system call is put in front of it, so that it makes the call again.
+//! Rebuilt:  set by ptrace. Needs: nothing.
+//! Not kept: what restarts a timed wait (`nanosleep` and the like answer EINTR); AMX tiles.
+
+use floe_image::messages::{
+    CoreEntry, CoreEntryMarch, ThreadInfoX86, UserDescT, UserX86FpregsEntry, UserX86RegsEntry,
+    UserX86RegsMode, UserX86XsaveEntry,
+};
+use floe_kernel::ids::HostPid;
+use floe_kernel::ptrace::{self, Regs};
+use floe_kernel::xsave::{XsaveComponent, component_range};
+
+use super::word;
+use crate::collect::{CollectError, Obstacle};
+
+/// In-kernel results of interrupted calls (`include/linux/errno.h`).
+const ERESTARTSYS: i64 = 512;
+const ERESTARTNOINTR: i64 = 513;
+const ERESTARTNOHAND: i64 = 514;
+const ERESTART_RESTARTBLOCK: i64 = 516;
+/// Length of the `syscall` instruction.
+const SYSCALL_LEN: u64 = 2;
+/// The code segment of 64-bit programs.
+const USER_CS: u64 = 0x33;
+/// Slots for segments of `set_thread_area(2)`, which 64-bit programs do not use.
+const TLS_SLOTS: u32 = 3;
+const FIRST_TLS_ENTRY: u32 = 12;
+
+/// The core of a thread with its registers; `tid_address` and all else is still to be filled in.
+pub fn collect_registers(tid: HostPid, regs: &Regs) -> Result<CoreEntry, CollectError> {
+    if regs.cs != USER_CS {
+        let object = "a 32-bit program".to_string();
+        let remedy = "only 64-bit programs are supported".to_string();
+        return Err(CollectError::Unsupported(Obstacle {
+            pid: tid,
+            object,
+            remedy,
+        }));
+    }
+    let area = ptrace::xstate(tid).map_err(|source| CollectError::Task {
+        pid: tid,
+        action: "Reading the FPU state",
+        source,
+    })?;
+    let info = ThreadInfoX86 {
+        clear_tid_addr: 0,
+        gpregs: general_registers(regs),
+        fpregs: fpu_registers(&area),
+        tls: (0..TLS_SLOTS)
+            .map(|slot| unused_segment(FIRST_TLS_ENTRY + slot))
+            .collect(),
+    };
+    Ok(CoreEntry {
+        mtype: CoreEntryMarch::X8664 as i32,
+        thread_info: Some(info),
+        ..CoreEntry::default()
+    })
+}
+
+/// Registers with which a restored thread goes on.
+fn general_registers(regs: &Regs) -> UserX86RegsEntry {
+    let (ax, ip) = restart(regs);
+    UserX86RegsEntry {
+        r15: regs.r15,
+        r14: regs.r14,
+        r13: regs.r13,
+        r12: regs.r12,
+        bp: regs.rbp,
+        bx: regs.rbx,
+        r11: regs.r11,
+        r10: regs.r10,
+        r9: regs.r9,
+        r8: regs.r8,
+        ax,
+        cx: regs.rcx,
+        dx: regs.rdx,
+        si: regs.rsi,
+        di: regs.rdi,
+        orig_ax: regs.orig_rax,
+        ip,
+        cs: regs.cs,
+        flags: regs.eflags,
+        sp: regs.rsp,
+        ss: regs.ss,
+        fs_base: regs.fs_base,
+        gs_base: regs.gs_base,
+        ds: regs.ds,
+        es: regs.es,
+        fs: regs.fs,
+        gs: regs.gs,
+        mode: Some(UserX86RegsMode::Native as i32),
+    }
+}
+
+/// `rax` and `rip` after what the kernel would have done on the way out of an interrupted call.
+fn restart(regs: &Regs) -> (u64, u64) {
+    let in_call = regs.orig_rax.cast_signed() >= 0;
+    match -regs.rax.cast_signed() {
+        ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND if in_call => {
+            (regs.orig_rax, regs.rip - SYSCALL_LEN)
+        }
+        ERESTART_RESTARTBLOCK if in_call => ((-i64::from(libc::EINTR)).cast_unsigned(), regs.rip),
+        _ => (regs.rax, regs.rip),
+    }
+}
+
+fn unused_segment(entry_number: u32) -> UserDescT {
+    UserDescT {
+        entry_number,
+        read_exec_only: true,
+        seg_not_present: true,
+        ..UserDescT::default()
+    }
+}
+
+fn fpu_registers(area: &[u8]) -> UserX86FpregsEntry {
+    let half = |at: usize| u32::from(u16::from_ne_bytes([area[at], area[at + 1]]));
+    let single = |at: usize| u32::from_ne_bytes(area[at..at + 4].try_into().expect("four bytes"));
+    UserX86FpregsEntry {
+        cwd: half(0),
+        swd: half(2),
+        twd: half(4),
+        fop: half(6),
+        rip: word(area, 8),
+        rdp: word(area, 16),
+        mxcsr: single(24),
+        mxcsr_mask: single(28),
+        st_space: singles(&area[32..160]),
+        xmm_space: singles(&area[160..416]),
+        padding: Vec::new(),
+        xsave: Some(extended_state(area)),
+    }
+}
+
+/// The components as CRIU names them; those that this CPU lacks stay empty.
+fn extended_state(area: &[u8]) -> UserX86XsaveEntry {
+    const HEADER: usize = 512;
+    let component = |which| {
+        component_range(which)
+            .and_then(|range| area.get(range))
+            .unwrap_or(&[])
+    };
+    UserX86XsaveEntry {
+        xstate_bv: word(area, HEADER),
+        ymmh_space: singles(component(XsaveComponent::Ymm)),
+        bndreg_state: words(component(XsaveComponent::BndRegs)),
+        bndcsr_state: words(component(XsaveComponent::BndCsr)),
+        opmask_reg: words(component(XsaveComponent::Opmask)),
+        zmm_upper: words(component(XsaveComponent::ZmmHi256)),
+        hi16_zmm: words(component(XsaveComponent::Hi16Zmm)),
+        pkru: singles(component(XsaveComponent::Pkru)),
+        cet: None,
+    }
+}
+
+fn singles(bytes: &[u8]) -> Vec<u32> {
+    bytes
+        .chunks_exact(4)
+        .map(|part| u32::from_ne_bytes(part.try_into().expect("four bytes")))
+        .collect()
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|part| word(part, 0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn regs(orig: i64, ax: i64) -> Regs {
+        Regs {
+            r15: 0,
+            r14: 0,
+            r13: 0,
+            r12: 0,
+            rbp: 0,
+            rbx: 0,
+            r11: 0,
+            r10: 0,
+            r9: 0,
+            r8: 0,
+            rax: ax.cast_unsigned(),
+            rcx: 0,
+            rdx: 0,
+            rsi: 0,
+            rdi: 0,
+            orig_rax: orig.cast_unsigned(),
+            rip: 0x1000,
+            cs: USER_CS,
+            eflags: 0,
+            rsp: 0,
+            ss: 0,
+            fs_base: 0,
+            gs_base: 0,
+            ds: 0,
+            es: 0,
+            fs: 0,
+            gs: 0,
+        }
+    }
+
+    #[test]
+    fn interrupted_calls_are_made_again_and_others_left_alone() {
+        for code in [ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND] {
+            assert_eq!(restart(&regs(35, -code)), (35, 0xffe));
+        }
+        assert_eq!(
+            restart(&regs(35, -ERESTART_RESTARTBLOCK)),
+            ((-4i64).cast_unsigned(), 0x1000)
+        );
+        assert_eq!(restart(&regs(-1, -ERESTARTSYS)).1, 0x1000);
+        assert_eq!(restart(&regs(0, 7)), (7, 0x1000));
+    }
+}

@@ -1,0 +1,172 @@
+//! The file behind a mapping: a named file, memory without a name, huge pages.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+
+use floe_kernel::proc::{Mapping, ProcDir, ProcError};
+use rustix::fs::{FileType, OFlags};
+
+use super::{refuse, status};
+use crate::collect::{CollectError, Collector, PathFile, Segment};
+use crate::fd::memfd::{huge_flag, is_memory_name, reopen, segment_id};
+
+/// What a mapping is of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Backing {
+    kind: Kind,
+    /// Number of the file, or of the shared segment.
+    pub(super) id: u64,
+    /// `O_RDONLY`, `O_WRONLY` or `O_RDWR`: how the mapped file was opened.
+    pub(super) open_flags: Option<u32>,
+    /// `MAP_HUGE_*` of the page size.
+    pub(super) huge_size: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Kind {
+    /// Nothing: private anonymous memory.
+    #[default]
+    None,
+    Named,
+    Memfd,
+    /// Shared anonymous memory.
+    Shared,
+    /// Private anonymous memory in huge pages, which the kernel backs by a file.
+    HugePrivate,
+}
+
+/// What was found out about a mapped file, by device and inode.
+#[derive(Default)]
+struct Known(HashMap<(u32, u32, u64), Backing>);
+
+impl Backing {
+    /// Looks at the file of a mapping, and saves it with the first one.
+    pub(super) fn collect(
+        proc: &ProcDir,
+        mapping: &Mapping,
+        collector: &mut Collector<'_>,
+    ) -> Result<Self, CollectError> {
+        let key = (mapping.dev_major, mapping.dev_minor, mapping.inode);
+        let open_flags = open_flags(proc, mapping)?;
+        let known = collector.cache(Known::default).0.get(&key).copied();
+        let backing = match known {
+            // A private mapping of a file of huge pages shares nothing with another one.
+            Some(backing) => backing,
+            None => {
+                let found = Self::open(proc, mapping, collector)?;
+                collector.cache(Known::default).0.insert(key, found);
+                found
+            }
+        };
+        Ok(Backing {
+            open_flags,
+            ..backing
+        })
+    }
+
+    fn open(
+        proc: &ProcDir,
+        mapping: &Mapping,
+        collector: &mut Collector<'_>,
+    ) -> Result<Self, CollectError> {
+        let name = format!("map_files/{}", mapping.map_files_name());
+        let file = PathFile::new(
+            proc.pid(),
+            "a mapping",
+            proc.open_file(&name, OFlags::PATH)?,
+        )?;
+        let kind = FileType::from_raw_mode(file.stat().st_mode);
+        let rdev = file.stat().st_rdev;
+        let is_dev_zero = kind == FileType::CharacterDevice
+            && (rustix::fs::major(rdev), rustix::fs::minor(rdev)) == (1, 5);
+        if kind != FileType::RegularFile && !is_dev_zero {
+            return Err(refuse(
+                proc.pid(),
+                mapping,
+                "only regular files can be mapped again; close the device or socket first",
+            ));
+        }
+        let is_memory = !is_dev_zero && file.stat().st_nlink == 0 && is_memory_name(&mapping.name);
+        let huge_size = if mapping.flags.hugetlb {
+            huge_flag(proc.pid(), file.file())?
+        } else {
+            None
+        };
+        let mut backing = Backing {
+            huge_size: huge_size.unwrap_or(0),
+            ..Backing::default()
+        };
+        if !is_memory {
+            backing.kind = Kind::Named;
+            backing.id = u64::from(file.collect(collector)?.0);
+        } else if mapping.name.starts_with(b"/memfd:") {
+            backing.kind = Kind::Memfd;
+            backing.id = u64::from(file.collect_memory(collector)?.0);
+        } else if mapping.name.starts_with(b"/SYSV") {
+            return Err(refuse(
+                proc.pid(),
+                mapping,
+                "System V shared memory of the host cannot be moved; use an IPC namespace",
+            ));
+        } else if mapping.shared {
+            backing.kind = Kind::Shared;
+            backing.id = u64::from(segment_id(file.stat()));
+            backing.add_segment(proc, &file, collector)?;
+        } else {
+            backing.kind = Kind::HugePrivate;
+        }
+        Ok(backing)
+    }
+
+    fn add_segment(
+        &self,
+        proc: &ProcDir,
+        file: &PathFile,
+        collector: &mut Collector<'_>,
+    ) -> Result<(), CollectError> {
+        let opened = reopen(file.file().as_fd()).map_err(|errno| CollectError::Task {
+            pid: proc.pid(),
+            action: "Opening shared memory",
+            source: errno.into(),
+        })?;
+        let size = file.stat().st_size.cast_unsigned();
+        collector.add_segment(Segment {
+            id: self.id,
+            file: opened,
+            size,
+        });
+        Ok(())
+    }
+
+    /// Whether it is mapped from a descriptor.
+    pub(super) fn is_file(&self) -> bool {
+        matches!(self.kind, Kind::Named | Kind::Memfd)
+    }
+
+    /// The bits of `vma_entry.status` for a mapping of it.
+    pub(super) fn status(&self, mapping: &Mapping) -> u32 {
+        let of_file = if mapping.shared {
+            status::FILE_SHARED
+        } else {
+            status::FILE_PRIVATE
+        };
+        status::REGULAR
+            | match self.kind {
+                Kind::None | Kind::HugePrivate => status::ANON_PRIVATE,
+                Kind::Named => of_file,
+                Kind::Memfd => of_file | status::MEMFD,
+                Kind::Shared => status::ANON_SHARED,
+            }
+    }
+}
+
+/// The kernel shows in the mode of the link how the file was opened.
+fn open_flags(proc: &ProcDir, mapping: &Mapping) -> Result<Option<u32>, ProcError> {
+    let link = proc.link_stat(&format!("map_files/{}", mapping.map_files_name()))?;
+    let flags = match link.st_mode & 0o600 {
+        0o200 => OFlags::WRONLY,
+        0o600 => OFlags::RDWR,
+        _ => OFlags::RDONLY,
+    };
+    Ok(Some(flags.bits()))
+}

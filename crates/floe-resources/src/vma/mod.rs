@@ -1,0 +1,239 @@
+//! Mappings of an address space (`mmap(2)`).
+//!
+//! Saved:    range, protection, flags and `madvise` settings of each, the file behind it; guard regions.
+//!           Which pages hold content of their own is decided here, `floe-memory` copies them.
+//! Rebuilt:  mapped at the same addresses, then filled, then protected. Needs: the files.
+//! Not kept: what the kernel may drop (`MAP_DROPPABLE`), merged pages of KSM, the vvar's content.
+
+mod backing;
+mod flags;
+
+use std::ops::Range;
+
+use floe_image::messages::VmaEntry;
+use floe_kernel::ids::{HostPid, TaskAddr};
+use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
+use floe_memory::Selection;
+
+use crate::collect::{CollectError, Collector, Obstacle};
+use backing::Backing;
+
+/// Bits of `vma_entry.status`.
+pub mod status {
+    pub const REGULAR: u32 = 1;
+    pub const STACK: u32 = 2;
+    pub const VSYSCALL: u32 = 4;
+    pub const VDSO: u32 = 8;
+    pub const HEAP: u32 = 32;
+    pub const FILE_PRIVATE: u32 = 64;
+    pub const FILE_SHARED: u32 = 128;
+    pub const ANON_SHARED: u32 = 256;
+    pub const ANON_PRIVATE: u32 = 512;
+    pub const SYSV_IPC: u32 = 1024;
+    pub const SOCKET: u32 = 2048;
+    pub const VVAR: u32 = 4096;
+    pub const AIO_RING: u32 = 8192;
+    pub const MEMFD: u32 = 16384;
+    pub const SHADOW_STACK: u32 = 32768;
+    pub const GUARD: u32 = 65536;
+    pub const UPROBES: u32 = 131_072;
+}
+
+/// One saved mapping, with what is needed to save its pages.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Vma {
+    pub entry: VmaEntry,
+    /// Which of its pages are saved with the task; `None` when they are elsewhere or nowhere.
+    pub pages: Option<Selection>,
+    /// Whether the task itself may read it; else its pages need `/proc/<pid>/mem`.
+    pub readable: bool,
+}
+
+impl Vma {
+    /// Its addresses.
+    pub fn range(&self) -> Range<TaskAddr> {
+        TaskAddr(self.entry.start)..TaskAddr(self.entry.end)
+    }
+}
+
+/// The mappings of one task.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct AddressSpace {
+    pub vmas: Vec<Vma>,
+    /// Executable memory with a system call instruction for the first remote call: the vDSO if there is one.
+    pub gate: Option<Range<u64>>,
+}
+
+/// Collects the mappings of a stopped task; those that cannot be saved become obstacles.
+pub fn collect_address_space(
+    proc: &ProcDir,
+    collector: &mut Collector<'_>,
+) -> Result<AddressSpace, CollectError> {
+    let mappings = parse_maps(&proc.read("smaps")?).map_err(|error| proc.bad(error))?;
+    let mut space = AddressSpace {
+        vmas: Vec::with_capacity(mappings.len()),
+        gate: find_gate(&mappings),
+    };
+    for mapping in &mappings {
+        let vma = collect_mapping(proc, mapping, collector);
+        let Some(Some(vma)) = collector.note(vma)? else {
+            continue;
+        };
+        merge_or_push(&mut space.vmas, vma);
+    }
+    Ok(space)
+}
+
+/// The kernel shows the vvar as several mappings since Linux 6.13; the format has one.
+fn merge_or_push(vmas: &mut Vec<Vma>, vma: Vma) {
+    match vmas.last_mut() {
+        Some(last)
+            if last.entry.status & vma.entry.status & status::VVAR != 0
+                && last.entry.end == vma.entry.start =>
+        {
+            last.entry.end = vma.entry.end;
+        }
+        _ => vmas.push(vma),
+    }
+}
+
+fn find_gate(mappings: &[Mapping]) -> Option<Range<u64>> {
+    let range = |mapping: &Mapping| mapping.start.0..mapping.end.0;
+    let usable = |mapping: &&Mapping| mapping.exec && mapping.read && mapping.name != b"[vsyscall]";
+    let vdso = mappings
+        .iter()
+        .filter(usable)
+        .find(|mapping| mapping.name == b"[vdso]");
+    vdso.or_else(|| mappings.iter().find(usable)).map(range)
+}
+
+/// Saves one mapping; `Ok(None)` for those that the kernel makes by itself.
+fn collect_mapping(
+    proc: &ProcDir,
+    mapping: &Mapping,
+    collector: &mut Collector<'_>,
+) -> Result<Option<Vma>, CollectError> {
+    let Some((bits, backing)) = classify(proc, mapping, collector)? else {
+        return Ok(None);
+    };
+    let is_vvar = bits & status::VVAR != 0;
+    let is_device = mapping.flags.io || mapping.flags.pfn_map;
+    if is_device && !is_vvar && bits & status::FILE_SHARED == 0 {
+        return Err(refuse(
+            proc.pid(),
+            mapping,
+            "it maps device memory; close the device first",
+        ));
+    }
+    if mapping.flags.uffd_missing || mapping.flags.uffd_wp || mapping.flags.uffd_minor {
+        return Err(refuse(
+            proc.pid(),
+            mapping,
+            "it is registered with a userfaultfd, which cannot be moved",
+        ));
+    }
+    let shadow_stack = if mapping.flags.shadow_stack {
+        status::SHADOW_STACK
+    } else {
+        0
+    };
+    let entry = VmaEntry {
+        start: mapping.start.0,
+        end: mapping.end.0,
+        pgoff: mapping.offset,
+        shmid: backing.id,
+        prot: flags::protection(mapping),
+        flags: flags::map_flags(mapping, &backing),
+        status: bits | shadow_stack,
+        fd: -1,
+        madv: flags::advice(&mapping.flags),
+        fdflags: backing.open_flags,
+    };
+    Ok(Some(Vma {
+        pages: selection(&entry, mapping),
+        readable: mapping.read,
+        entry,
+    }))
+}
+
+/// The bits of `status`, and the file behind.
+fn classify(
+    proc: &ProcDir,
+    mapping: &Mapping,
+    collector: &mut Collector<'_>,
+) -> Result<Option<(u32, Backing)>, CollectError> {
+    let anonymous = |bits| {
+        Ok(Some((
+            bits | status::REGULAR | status::ANON_PRIVATE,
+            Backing::default(),
+        )))
+    };
+    match mapping.name.as_slice() {
+        b"[vsyscall]" => Ok(Some((
+            status::VSYSCALL | status::ANON_PRIVATE,
+            Backing::default(),
+        ))),
+        b"[vdso]" => anonymous(status::VDSO),
+        b"[vvar]" | b"[vvar_vclock]" => anonymous(status::VVAR),
+        b"[heap]" => anonymous(status::HEAP),
+        b"[uprobes]" if collector.options.allow_uprobes => Ok(None),
+        b"[uprobes]" => Err(refuse(
+            proc.pid(),
+            mapping,
+            "remove the probes, or use --allow-uprobes",
+        )),
+        name if name.starts_with(b"/[aio]") => Err(refuse(
+            proc.pid(),
+            mapping,
+            "asynchronous I/O contexts are not supported yet",
+        )),
+        name if name.starts_with(b"/") => {
+            let backing = Backing::collect(proc, mapping, collector)?;
+            Ok(Some((backing.status(mapping), backing)))
+        }
+        // Names given by PR_SET_VMA_ANON_NAME, `[stack]`, and plain memory.
+        name if name.is_empty() || name.starts_with(b"[") => anonymous(0),
+        _ => Err(refuse(
+            proc.pid(),
+            mapping,
+            "files without a path cannot be mapped again",
+        )),
+    }
+}
+
+fn selection(entry: &VmaEntry, mapping: &Mapping) -> Option<Selection> {
+    const NEVER: u32 = status::VVAR | status::VSYSCALL;
+    if entry.status & NEVER != 0 || mapping.flags.droppable {
+        return None;
+    }
+    if entry.status & status::VDSO != 0 {
+        // A restore on another kernel may have to jump into this one's code.
+        return Some(Selection::Everything);
+    }
+    match entry.status & (status::ANON_PRIVATE | status::FILE_PRIVATE) {
+        0 => None,
+        status::ANON_PRIVATE => Some(Selection::Anonymous),
+        _ => Some(Selection::CopiedOnWrite),
+    }
+}
+
+fn refuse(pid: HostPid, mapping: &Mapping, remedy: &str) -> CollectError {
+    let name = String::from_utf8_lossy(&mapping.name);
+    let object = format!("mapping {}-{} ({name})", mapping.start, mapping.end);
+    CollectError::Unsupported(Obstacle {
+        pid,
+        object,
+        remedy: remedy.to_string(),
+    })
+}
+
+/// The entry of a guard region: not a mapping of its own, so it comes after all of them.
+pub fn guard_entry(range: Range<u64>) -> VmaEntry {
+    VmaEntry {
+        start: range.start,
+        end: range.end,
+        status: status::GUARD,
+        fd: -1,
+        ..VmaEntry::default()
+    }
+}
