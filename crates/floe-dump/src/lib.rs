@@ -1,1 +1,179 @@
+//! Checkpointing a tree: freeze, preflight, collect, write, release.
+//!
+//! The tree is stopped by [`freeze`]; what can be seen from outside is collected, with every obstacle
+//! listed before anything is changed; pages are copied by other threads while the tasks are asked for the
+//! rest; then the images are written, and the tasks run on or are ended. A [`freeze::FrozenTree`] that is
+//! dropped on the way releases all tasks as they were.
 #![forbid(unsafe_code)]
+
+mod error;
+mod freeze;
+mod kinship;
+mod memory;
+mod release;
+mod remote;
+mod report;
+mod task;
+mod write;
+
+use std::time::Instant;
+
+use floe_image::{ImageKind, ImageWriter, Sync};
+use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::ProcDir;
+use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
+use floe_resources::task::cgroup::CgroupSets;
+use floe_resources::task::seccomp::SeccompFilters;
+use floe_resources::{Collector, Obstacle};
+
+pub use error::{DumpError, FreezeError, Obstacles};
+pub use memory::MemoryCounts;
+pub use report::DumpReport;
+
+use freeze::FrozenTree;
+use kinship::Kinship;
+use memory::MemoryDump;
+use task::{Draft, Shared};
+
+/// Checkpoints the tree `options.tree` into `options.place`.
+///
+/// Must be called from a thread that stays: it becomes the tracer of every task in the tree.
+pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<DumpReport, DumpError> {
+    let started = Instant::now();
+    let root = HostPid(options.tree.get());
+    let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
+    hook(Action::PreDump)?;
+    let writer = ImageWriter::create(&options.place.images_dir, Sync::Durable)?;
+    let stopping = Instant::now();
+    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    let mut report = DumpReport {
+        freezing: stopping.elapsed(),
+        ..DumpReport::default()
+    };
+    tracing::info!(
+        tasks = tree.tasks.len(),
+        threads = tree.thread_count(),
+        "the tree is stopped"
+    );
+    save(&mut tree, options, features, &writer, &mut report)?;
+    hook(Action::PostDump)?;
+    if options.after == AfterDump::Kill {
+        report.image_bytes = finish(&writer)?;
+        release::kill(tree)?;
+        report.frozen = stopping.elapsed();
+    } else {
+        match options.after {
+            AfterDump::LeaveStopped => release::stop(tree)?,
+            _ => release::resume(tree)?,
+        }
+        report.frozen = stopping.elapsed();
+        report.image_bytes = finish(&writer)?;
+    }
+    report.total = started.elapsed();
+    report.write_statistics(&options.place)?;
+    Ok(report)
+}
+
+/// Ends the images: only now does the directory pass for a dump.
+fn finish(writer: &ImageWriter) -> Result<u64, DumpError> {
+    let manifest = writer.finish(write::manifest_info())?;
+    Ok(manifest.files.values().map(|file| file.size).sum())
+}
+
+/// Collects and writes everything of a stopped tree.
+fn save(
+    tree: &mut FrozenTree,
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    writer: &ImageWriter,
+    report: &mut DumpReport,
+) -> Result<(), DumpError> {
+    let mut collector = Collector::new(options, features, writer);
+    let mut shared = Shared {
+        kinship: Kinship::new()?,
+        cgroups: CgroupSets::default(),
+        seccomp: SeccompFilters::default(),
+    };
+    let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
+    let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
+    let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
+
+    let mut memory = MemoryDump::new(writer);
+    let mut guards = vec![Vec::new(); drafts.len()];
+    for ((task, draft), guards) in tree.tasks.iter().zip(&mut drafts).zip(&mut guards) {
+        if let Draft::Living(draft) = draft {
+            memory.send_task(task, &mut draft.space, guards)?;
+        }
+    }
+    for segment in collector.take_segments().into_values() {
+        memory.send_segment(segment)?;
+    }
+    for (task, draft) in tree.tasks.iter_mut().zip(&mut drafts) {
+        if let Draft::Living(draft) = draft {
+            remote::ask(task, draft)?;
+        }
+    }
+    let lines: Vec<_> = tree.tasks.iter().map(task::tree_entry).collect();
+    writer.write_all(ImageKind::Pstree, 0, &lines)?;
+    for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
+        write::write_task(writer, task, draft, guards)?;
+    }
+    report.files = collector.files().len();
+    collector.finish()?;
+    writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
+    if let Some(cgroups) = shared.cgroups.into_entry() {
+        writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
+    }
+    write::write_inventory(writer, options, own_cgroups, run_id())?;
+    let copied = memory.drain()?;
+    (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
+    (report.tasks, report.threads) = (tree.tasks.len(), tree.thread_count());
+    report.memory = memory.counts;
+    Ok(())
+}
+
+/// Collects what can be seen from outside, and refuses when something cannot be saved.
+fn collect_all<'a>(
+    tree: &FrozenTree,
+    options: &DumpOptions,
+    shared: &mut Shared,
+    collector: &mut Collector<'a>,
+) -> Result<Vec<Draft>, DumpError> {
+    check_session(tree, options, collector);
+    let mut drafts = Vec::with_capacity(tree.tasks.len());
+    for task in &tree.tasks {
+        let draft = task::collect(task, shared, collector);
+        drafts.extend(collector.note(draft)?);
+    }
+    collector.run_deferred()?;
+    let obstacles = collector.take_obstacles();
+    if obstacles.is_empty() {
+        Ok(drafts)
+    } else {
+        Err(DumpError::Preflight(Obstacles(obstacles)))
+    }
+}
+
+/// A root whose session leader is outside can only be restored into a session of the caller's.
+fn check_session(tree: &FrozenTree, options: &DumpOptions, collector: &mut Collector<'_>) {
+    let root = tree.root();
+    if root.stat.sid != root.pid && !options.shell_job {
+        collector.obstacle(Obstacle {
+            pid: root.pid,
+            object: format!(
+                "its session (leader {} is outside of the tree)",
+                root.stat.sid
+            ),
+            remedy: "use --shell-job, or start the program with setsid".to_string(),
+        });
+    }
+}
+
+/// Names this dump, for what has to be found again at restore (network rules).
+fn run_id() -> String {
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
+    format!("{:x}-{:x}", std::process::id(), now.as_nanos())
+}

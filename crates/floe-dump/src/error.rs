@@ -1,0 +1,133 @@
+//! Why a dump failed.
+
+use std::fmt;
+use std::io;
+
+use floe_image::WriteError;
+use floe_inject::InjectError;
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::ProcError;
+use floe_memory::{CopyError, ScanError};
+use floe_options::HookError;
+use floe_resources::{CollectError, Obstacle};
+
+/// Why a dump failed. In every case the tasks run on as before, except after [`DumpError::Kill`].
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DumpError {
+    /// The tree could not be stopped.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// Something in the tree cannot be saved: everything that is in the way.
+    #[error("{0}")]
+    Preflight(Obstacles),
+    /// A kernel object could not be read.
+    #[error("Collecting the state of the tasks")]
+    Collect(#[source] CollectError),
+    /// A task could not be driven.
+    #[error("Asking the tasks")]
+    Inject(#[from] InjectError),
+    /// The pages to save could not be found.
+    #[error("Saving memory")]
+    Scan(#[from] ScanError),
+    /// Pages could not be saved.
+    #[error("Saving memory")]
+    Copy(#[from] CopyError),
+    /// An image could not be written.
+    #[error("Writing the images")]
+    Write(#[from] WriteError),
+    /// The caller's script refused.
+    #[error(transparent)]
+    Hook(#[from] HookError),
+    /// The statistics could not be written.
+    #[error("Writing {path}")]
+    Statistics {
+        path: String,
+        #[source]
+        source: io::Error,
+    },
+    /// The images are whole, but the tasks could not be ended.
+    #[error("The images are complete, but task {pid} could not be ended")]
+    Kill {
+        pid: HostPid,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl From<CollectError> for DumpError {
+    fn from(error: CollectError) -> Self {
+        match error {
+            CollectError::Unsupported(obstacle) => DumpError::Preflight(Obstacles(vec![obstacle])),
+            CollectError::Write(error) => DumpError::Write(error),
+            CollectError::Inject(error) => DumpError::Inject(error),
+            CollectError::Copy(error) => DumpError::Copy(error),
+            CollectError::Scan(error) => DumpError::Scan(error),
+            other => DumpError::Collect(other),
+        }
+    }
+}
+
+impl From<ProcError> for DumpError {
+    fn from(error: ProcError) -> Self {
+        DumpError::Collect(error.into())
+    }
+}
+
+/// Everything that is in the way of a dump, one line each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Obstacles(pub Vec<Obstacle>);
+
+impl fmt::Display for Obstacles {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.len() {
+            1 => write!(f, "Refused, nothing was changed: {}", self.0[0]),
+            count => {
+                write!(f, "Refused for {count} reasons, nothing was changed:")?;
+                self.0
+                    .iter()
+                    .try_for_each(|obstacle| write!(f, "\n  - {obstacle}"))
+            }
+        }
+    }
+}
+
+/// Why a tree could not be stopped.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum FreezeError {
+    /// There is no such task.
+    #[error("There is no task {pid}")]
+    NoTask { pid: HostPid },
+    /// The root is a zombie.
+    #[error("Task {pid} is dead already: it waits for its parent to take note")]
+    RootDead { pid: HostPid },
+    /// The coordinator is inside.
+    #[error(
+        "Task {pid} is in the tree to be dumped and is this very program: run it from outside of the tree"
+    )]
+    Ourselves { pid: HostPid },
+    /// A debugger was first.
+    #[error("Task {pid} is being traced by task {tracer}: end the debugger or tracer first")]
+    Traced { pid: HostPid, tracer: HostPid },
+    /// The main thread ended, others go on.
+    #[error(
+        "The main thread of task {pid} has ended while others run: this cannot be checkpointed"
+    )]
+    LeaderEnded { pid: HostPid },
+    /// The kernel refused.
+    #[error("Stopping task {pid}")]
+    Stop {
+        pid: HostPid,
+        #[source]
+        source: InjectError,
+    },
+    /// New tasks came faster than they could be stopped, or one is stuck.
+    #[error(
+        "The tree did not come to rest within {seconds} s: {tasks} tasks were stopped (raise --timeout)"
+    )]
+    Timeout { seconds: u64, tasks: usize },
+    /// `/proc` could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+}

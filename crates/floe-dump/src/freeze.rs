@@ -1,0 +1,253 @@
+//! Stopping a tree.
+//!
+//! Threads are seized and interrupted, all of a process before the first is waited for. A process whose
+//! threads have all stopped makes no more threads or children, so listing goes on until a whole pass over
+//! the tree finds nothing new. All ptrace requests must come from this one thread.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use floe_inject::{InjectError, Seized, Stopped};
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
+use floe_kernel::ptrace::options;
+
+use crate::error::FreezeError;
+
+/// Remote calls need stops at system calls, and filters of the task must not forbid them.
+const OPTIONS: u32 = options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP;
+
+/// How a task was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TaskState {
+    Alive,
+    /// In a group-stop by this signal.
+    Stopped(i32),
+    /// A zombie.
+    Dead,
+}
+
+/// One stopped process.
+#[derive(Debug)]
+pub struct FrozenTask {
+    pub pid: HostPid,
+    /// Its place in [`FrozenTree::tasks`]' order; `None` for the root.
+    pub parent: Option<HostPid>,
+    pub proc: ProcDir,
+    /// The leader first, then by tid; none of a zombie.
+    pub threads: Vec<Stopped>,
+    pub stat: Stat,
+    pub state: TaskState,
+}
+
+impl FrozenTask {
+    /// Whether it is a zombie.
+    pub fn is_dead(&self) -> bool {
+        self.state == TaskState::Dead
+    }
+}
+
+/// A stopped tree. Dropping it releases every task as it was.
+#[derive(Debug)]
+pub struct FrozenTree {
+    /// Parents before their children; the root is the first.
+    pub tasks: Vec<FrozenTask>,
+}
+
+impl FrozenTree {
+    /// The task at the top.
+    pub fn root(&self) -> &FrozenTask {
+        &self.tasks[0]
+    }
+
+    /// Tasks that are not zombies.
+    pub fn living(&self) -> impl Iterator<Item = &FrozenTask> {
+        self.tasks.iter().filter(|task| !task.is_dead())
+    }
+
+    /// Threads of all tasks.
+    pub fn thread_count(&self) -> usize {
+        self.tasks.iter().map(|task| task.threads.len()).sum()
+    }
+}
+
+/// Stops the tree under `root` within `timeout`.
+pub fn freeze(root: HostPid, timeout: Duration) -> Result<FrozenTree, FreezeError> {
+    let mut freezer = Freezer {
+        tasks: Vec::new(),
+        known: HashSet::new(),
+        started: Instant::now(),
+        timeout,
+    };
+    if !freezer.add(root, None)? {
+        return Err(FreezeError::NoTask { pid: root });
+    }
+    if freezer.tasks[0].is_dead() {
+        return Err(FreezeError::RootDead { pid: root });
+    }
+    while freezer.add_children_of_all()? {}
+    Ok(FrozenTree {
+        tasks: freezer.tasks,
+    })
+}
+
+struct Freezer {
+    tasks: Vec<FrozenTask>,
+    known: HashSet<HostPid>,
+    started: Instant,
+    timeout: Duration,
+}
+
+impl Freezer {
+    /// One pass over the tree, new tasks included; true when it found any.
+    fn add_children_of_all(&mut self) -> Result<bool, FreezeError> {
+        let mut found = false;
+        let mut index = 0;
+        while index < self.tasks.len() {
+            let parent = self.tasks[index].pid;
+            for child in self.children(index)? {
+                if !self.known.contains(&child) {
+                    found |= self.add(child, Some(parent))?;
+                }
+            }
+            index += 1;
+        }
+        Ok(found)
+    }
+
+    fn children(&self, index: usize) -> Result<Vec<HostPid>, FreezeError> {
+        let task = &self.tasks[index];
+        let mut children = Vec::new();
+        for thread in &task.threads {
+            children.extend(task.proc.children(thread.pid())?);
+        }
+        Ok(children)
+    }
+
+    /// Stops one process and adds it; false when it is gone.
+    fn add(&mut self, pid: HostPid, parent: Option<HostPid>) -> Result<bool, FreezeError> {
+        if pid.0 == std::process::id().cast_signed() {
+            return Err(FreezeError::Ourselves { pid });
+        }
+        let proc = match ProcDir::open(pid) {
+            Ok(proc) => proc,
+            Err(error) if error.is_gone() => return Ok(false),
+            Err(error) => return Err(error.into()),
+        };
+        let stopped = match self.stop_threads(&proc) {
+            Err(FreezeError::Proc(error)) if error.is_gone() => return Ok(false),
+            other => other?,
+        };
+        let text = match proc.read("stat") {
+            Err(error) if error.is_gone() => return Ok(false),
+            other => other?,
+        };
+        let stat = parse_stat(&text).map_err(|error| proc.bad(error))?;
+        let state = match stopped.first().map(Stopped::stop_signal) {
+            None => TaskState::Dead,
+            Some(Some(signal)) => TaskState::Stopped(signal),
+            Some(None) => TaskState::Alive,
+        };
+        self.known.insert(pid);
+        self.tasks.push(FrozenTask {
+            pid,
+            parent,
+            proc,
+            threads: stopped,
+            stat,
+            state,
+        });
+        Ok(true)
+    }
+
+    /// Stops all threads of a process, the leader first in the result; none for a zombie.
+    fn stop_threads(&self, proc: &ProcDir) -> Result<Vec<Stopped>, FreezeError> {
+        let mut stopped: Vec<Stopped> = Vec::new();
+        let mut have: HashSet<HostPid> = HashSet::new();
+        loop {
+            self.check_time()?;
+            let mut seized = Vec::new();
+            for tid in proc.threads()? {
+                if have.contains(&tid) {
+                    continue;
+                }
+                match seize(proc, tid)? {
+                    Seizing::Done(thread) => seized.push(thread),
+                    Seizing::Gone => {}
+                    Seizing::Zombie if have.is_empty() && seized.is_empty() && is_single(proc)? => {
+                        return Ok(Vec::new());
+                    }
+                    Seizing::Zombie => return Err(FreezeError::LeaderEnded { pid: proc.pid() }),
+                }
+            }
+            if seized.is_empty() {
+                stopped.sort_by_key(|thread| (thread.pid() != proc.pid(), thread.pid()));
+                return Ok(stopped);
+            }
+            for thread in seized {
+                let tid = thread.pid();
+                match thread.wait_stopped() {
+                    Ok(thread) => {
+                        have.insert(tid);
+                        stopped.push(thread);
+                    }
+                    // It ended before it stopped: the next listing tells what is left.
+                    Err(InjectError::Died { .. }) => {}
+                    Err(source) => return Err(FreezeError::Stop { pid: tid, source }),
+                }
+            }
+        }
+    }
+
+    fn check_time(&self) -> Result<(), FreezeError> {
+        if self.started.elapsed() < self.timeout {
+            return Ok(());
+        }
+        Err(FreezeError::Timeout {
+            seconds: self.timeout.as_secs(),
+            tasks: self.tasks.len(),
+        })
+    }
+}
+
+enum Seizing {
+    Done(Seized),
+    Gone,
+    Zombie,
+}
+
+fn seize(proc: &ProcDir, tid: HostPid) -> Result<Seizing, FreezeError> {
+    let thread = match Seized::new(tid, OPTIONS) {
+        Ok(thread) => thread,
+        Err(source) => return why_not(proc, tid, source),
+    };
+    match thread.interrupt() {
+        Ok(()) => Ok(Seizing::Done(thread)),
+        Err(_) => Ok(Seizing::Gone),
+    }
+}
+
+/// Finds out what a refused seizing means.
+fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing, FreezeError> {
+    let read = |name: &str| -> Result<Option<Vec<u8>>, ProcError> {
+        match proc.read(&format!("task/{tid}/{name}")) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.is_gone() => Ok(None),
+            Err(error) => Err(error),
+        }
+    };
+    let Some(text) = read("status")? else {
+        return Ok(Seizing::Gone);
+    };
+    let status = parse_status(&text).map_err(|error| proc.bad(error))?;
+    match (status.state, status.tracer) {
+        (b'X', _) => Ok(Seizing::Gone),
+        (b'Z', _) => Ok(Seizing::Zombie),
+        (_, Some(tracer)) => Err(FreezeError::Traced { pid: tid, tracer }),
+        _ => Err(FreezeError::Stop { pid: tid, source }),
+    }
+}
+
+fn is_single(proc: &ProcDir) -> Result<bool, FreezeError> {
+    Ok(proc.threads()?.len() == 1)
+}

@@ -1,0 +1,278 @@
+//! One task: first what can be seen from outside, then what only the task itself can tell.
+
+use floe_image::messages::CoreEntryMarch;
+use floe_image::messages::{
+    CoreEntry, CredsEntry, FdinfoEntry, FsEntry, MmEntry, PstreeEntry, TaskCoreEntry,
+    TaskKobjIdsEntry, TaskTimersEntry, ThreadCoreEntry,
+};
+use floe_inject::Stopped;
+use floe_kernel::ids::HostPid;
+use floe_kernel::pidfd::Pidfd;
+use floe_kernel::proc::{ProcDir, Status, parse_status};
+use floe_kernel::ptrace::SignalQueue;
+use floe_kernel::thread::robust_list;
+use floe_resources::collect::collect_fd_table;
+use floe_resources::task::cgroup::CgroupSets;
+use floe_resources::task::credentials::credentials_entry;
+use floe_resources::task::fs::collect_fs;
+use floe_resources::task::memory_map::collect_memory_map;
+use floe_resources::task::pending::collect_pending;
+use floe_resources::task::registers::collect_registers;
+use floe_resources::task::rseq::{Rseq, collect_rseq};
+use floe_resources::task::scheduling::collect_scheduling;
+use floe_resources::task::seccomp::SeccompFilters;
+use floe_resources::vma::{AddressSpace, collect_address_space};
+use floe_resources::{CollectError, Collector, Obstacle};
+
+use crate::freeze::{FrozenTask, TaskState};
+use crate::kinship::Kinship;
+
+/// What the tasks of one dump share.
+pub struct Shared {
+    pub kinship: Kinship,
+    pub cgroups: CgroupSets,
+    pub seccomp: SeccompFilters,
+}
+
+/// One thread's state so far.
+pub struct ThreadDraft {
+    pub tid: HostPid,
+    pub core: CoreEntry,
+    pub status: Status,
+    pub rseq: Rseq,
+}
+
+/// One living task's state so far.
+pub struct TaskDraft {
+    pub threads: Vec<ThreadDraft>,
+    pub ids: TaskKobjIdsEntry,
+    /// Its descriptors, unless an earlier task has the same table.
+    pub fds: Option<Vec<FdinfoEntry>>,
+    pub space: AddressSpace,
+    pub mm: MmEntry,
+    pub fs: FsEntry,
+}
+
+/// A task as it goes into the images.
+pub enum Draft {
+    Living(Box<TaskDraft>),
+    Dead(Box<CoreEntry>),
+}
+
+/// `task_core_entry.task_state`.
+fn state_number(state: TaskState) -> u32 {
+    match state {
+        TaskState::Alive => 1,
+        TaskState::Dead => 2,
+        TaskState::Stopped(_) => 3,
+    }
+}
+
+/// Collects what can be seen from outside; nothing of the task is changed.
+pub fn collect(
+    task: &FrozenTask,
+    shared: &mut Shared,
+    collector: &mut Collector<'_>,
+) -> Result<Draft, CollectError> {
+    if task.is_dead() {
+        return Ok(Draft::Dead(Box::new(dead_core(task))));
+    }
+    let pid = task.pid;
+    let identity = shared.kinship.identify(&task.proc, collector)?;
+    let space = collect_address_space(&task.proc, collector)?;
+    let fds = if identity.owns_files {
+        let pidfd = Pidfd::open(pid).map_err(|source| CollectError::Task {
+            pid,
+            action: "Opening a pidfd",
+            source,
+        })?;
+        Some(collect_fd_table(&task.proc, &pidfd, collector)?)
+    } else {
+        None
+    };
+    let mut threads = Vec::with_capacity(task.threads.len());
+    for thread in &task.threads {
+        let draft = collect_thread(&task.proc, thread, &mut shared.cgroups, collector)?;
+        let noted = collector.note(draft)?;
+        threads.extend(noted);
+    }
+    let mut views: Vec<(HostPid, &Status, &mut ThreadCoreEntry)> = threads
+        .iter_mut()
+        .map(|draft| {
+            (
+                draft.tid,
+                &draft.status,
+                draft.core.thread_core.get_or_insert_default(),
+            )
+        })
+        .collect();
+    shared.seccomp.collect(&mut views)?;
+    let Some(leader) = threads.first_mut() else {
+        let object = "the task".to_string();
+        return Err(CollectError::Unsupported(Obstacle {
+            pid,
+            object,
+            remedy: "see its threads".to_string(),
+        }));
+    };
+    leader.core.tc = Some(task_core(task, leader)?);
+    let fs = collect_fs(&task.proc, &leader.status, collector);
+    let mm = collect_memory_map(&task.proc, &task.stat, collector);
+    let (fs, mm) = (collector.note(fs)?, collector.note(mm)?);
+    Ok(Draft::Living(Box::new(TaskDraft {
+        threads,
+        ids: identity.ids,
+        fds,
+        space,
+        // Defaults stand for obstacles, with which nothing is written.
+        mm: mm.unwrap_or_default(),
+        fs: fs.unwrap_or_default(),
+    })))
+}
+
+/// The outer result is a failure, the inner one may be an obstacle.
+fn collect_thread(
+    proc: &ProcDir,
+    thread: &Stopped,
+    cgroups: &mut CgroupSets,
+    _collector: &Collector<'_>,
+) -> Result<Result<ThreadDraft, CollectError>, CollectError> {
+    let tid = thread.pid();
+    let regs = thread.regs()?;
+    let status = parse_status(&proc.read(&format!("task/{tid}/status"))?)
+        .map_err(|error| proc.bad(error))?;
+    let comm = proc.read(&format!("task/{tid}/comm"))?;
+    let cg_set = cgroups.of(proc, &format!("task/{tid}/cgroup"))?;
+    let (futex_rla, futex_rla_len) = robust_list(tid).map_err(|source| CollectError::Task {
+        pid: tid,
+        action: "Asking for the robust futexes",
+        source,
+    })?;
+    let collected = (|| {
+        let rseq = collect_rseq(tid, regs.rip)?;
+        let mut core = collect_registers(tid, &regs)?;
+        let mut thread_core = ThreadCoreEntry {
+            futex_rla: futex_rla.0,
+            futex_rla_len,
+            blk_sigset: Some(thread.sigmask()?),
+            signals_p: Some(collect_pending(tid, SignalQueue::Private)?),
+            comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned()),
+            rseq_entry: Some(rseq.entry.clone()),
+            cg_set: Some(cg_set),
+            ..ThreadCoreEntry::default()
+        };
+        collect_scheduling(tid, &mut thread_core)?;
+        if let (Some(ip), Some(info)) = (rseq.abort_ip, core.thread_info.as_mut()) {
+            info.gpregs.ip = ip;
+        }
+        core.thread_core = Some(thread_core);
+        Ok(ThreadDraft {
+            tid,
+            core,
+            status,
+            rseq,
+        })
+    })();
+    Ok(collected)
+}
+
+/// The part of the leader's core that is about the whole process, as far as it can be seen.
+fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, CollectError> {
+    let proc = &task.proc;
+    let optional = |name| match proc.number(name) {
+        Err(error) if error.is_gone() => Ok(None),
+        other => other.map(Some),
+    };
+    let thread_core = leader.core.thread_core.as_ref();
+    Ok(TaskCoreEntry {
+        task_state: state_number(task.state),
+        exit_code: 0,
+        personality: personality(proc.hex_number("personality")?),
+        flags: task.stat.flags,
+        blk_sigset: thread_core.and_then(|core| core.blk_sigset).unwrap_or(0),
+        comm: String::from_utf8_lossy(&task.stat.comm).into_owned(),
+        signals_s: Some(collect_pending(task.pid, SignalQueue::Shared)?),
+        // Unset is all bits set.
+        loginuid: optional("loginuid")?.map(|uid| uid as u32),
+        oom_score_adj: optional("oom_score_adj")?.map(|score| score as i32),
+        stop_signo: match task.state {
+            TaskState::Stopped(signal) => Some(signal.cast_unsigned()),
+            _ => None,
+        },
+        ..TaskCoreEntry::default()
+    })
+}
+
+/// CRIU reads the kernel's hexadecimal text as decimal and never restores it. Our restore does, so what
+/// has digits above 9 is kept as it is, marked by the top bit.
+fn personality(value: u64) -> u32 {
+    format!("{value:x}")
+        .parse()
+        .unwrap_or(value as u32 | 1 << 31)
+}
+
+fn dead_core(task: &FrozenTask) -> CoreEntry {
+    let tc = TaskCoreEntry {
+        task_state: state_number(TaskState::Dead),
+        exit_code: task.stat.exit_code,
+        comm: String::from_utf8_lossy(&task.stat.comm).into_owned(),
+        ..TaskCoreEntry::default()
+    };
+    CoreEntry {
+        mtype: CoreEntryMarch::X8664 as i32,
+        tc: Some(tc),
+        ..CoreEntry::default()
+    }
+}
+
+/// The task's line in `pstree.img`.
+pub fn tree_entry(task: &FrozenTask) -> PstreeEntry {
+    let number = |pid: HostPid| pid.0.cast_unsigned();
+    let threads: Vec<u32> = task
+        .threads
+        .iter()
+        .map(|thread| number(thread.pid()))
+        .collect();
+    PstreeEntry {
+        pid: number(task.pid),
+        ppid: task.parent.map_or(0, number),
+        pgid: number(task.stat.pgid),
+        sid: number(task.stat.sid),
+        // A zombie has its main thread still.
+        threads: if threads.is_empty() {
+            vec![number(task.pid)]
+        } else {
+            threads
+        },
+    }
+}
+
+/// Credentials of a thread, once its securebits are known.
+pub fn credentials(draft: &ThreadDraft, securebits: u32) -> CredsEntry {
+    credentials_entry(&draft.status, securebits)
+}
+
+/// Timers of a task.
+pub fn timers(
+    [real, virt, prof]: [floe_image::messages::ItimerEntry; 3],
+    posix: Vec<floe_image::messages::PosixTimerEntry>,
+) -> TaskTimersEntry {
+    TaskTimersEntry {
+        real,
+        virt,
+        prof,
+        posix,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn personalities_keep_their_value_either_way() {
+        assert_eq!(personality(0), 0);
+        assert_eq!(personality(0x0004_0000), 40000);
+        assert_eq!(personality(0x00c4_0000), 0x80c4_0000);
+    }
+}

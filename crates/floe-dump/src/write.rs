@@ -1,0 +1,101 @@
+//! Writing the images of tasks, and those of the whole tree.
+
+use std::time::SystemTime;
+
+use floe_image::manifest::{DumpKind, ManifestInfo};
+use floe_image::messages::{InventoryEntry, Lsmtype, VmaEntry};
+use floe_image::{ImageKind, ImageWriter, WriteError};
+use floe_options::{DumpOptions, NetworkLock};
+use floe_resources::vma::AddressSpace;
+
+use crate::freeze::FrozenTask;
+use crate::kinship::host_namespaces;
+use crate::task::{Draft, TaskDraft};
+
+/// Version 2 of the format: images with two magics.
+const IMAGE_VERSION: u32 = 2;
+
+/// Writes everything of one task but its pages.
+pub fn write_task(
+    writer: &ImageWriter,
+    task: &FrozenTask,
+    draft: Draft,
+    guards: Vec<VmaEntry>,
+) -> Result<(), WriteError> {
+    let pid = task.pid.0 as u64;
+    let draft = match draft {
+        Draft::Dead(core) => return writer.write_one(ImageKind::Core, pid, &*core),
+        Draft::Living(draft) => *draft,
+    };
+    let TaskDraft {
+        threads,
+        ids,
+        fds,
+        space,
+        mut mm,
+        fs,
+    } = draft;
+    for thread in &threads {
+        writer.write_one(ImageKind::Core, thread.tid.0 as u64, &thread.core)?;
+    }
+    mm.vmas = entries(space, guards);
+    writer.write_one(ImageKind::Mm, pid, &mm)?;
+    writer.write_one(ImageKind::Fs, pid, &fs)?;
+    writer.write_one(ImageKind::Ids, pid, &ids)?;
+    if let Some(fds) = fds {
+        writer.write_all(ImageKind::Fdinfo, u64::from(ids.files_id), &fds)?;
+    }
+    Ok(())
+}
+
+fn entries(space: AddressSpace, guards: Vec<VmaEntry>) -> Vec<VmaEntry> {
+    space
+        .vmas
+        .into_iter()
+        .map(|vma| vma.entry)
+        .chain(guards)
+        .collect()
+}
+
+/// Writes the inventory, by which a restore begins.
+pub fn write_inventory(
+    writer: &ImageWriter,
+    options: &DumpOptions,
+    own_cgroups: u32,
+    run_id: String,
+) -> Result<(), WriteError> {
+    let lock = match options.sockets.network_lock {
+        NetworkLock::Iptables => 1,
+        NetworkLock::Nftables => 2,
+        NetworkLock::Skip => 3,
+    };
+    let entry = InventoryEntry {
+        img_version: IMAGE_VERSION,
+        fdinfo_per_id: Some(true),
+        root_ids: Some(host_namespaces()),
+        ns_per_id: Some(true),
+        root_cg_set: Some(own_cgroups),
+        lsmtype: Some(Lsmtype::NoLsm as i32),
+        tcp_close: options.sockets.tcp_close.then_some(true),
+        network_lock_method: Some(lock),
+        dump_criu_run_id: Some(run_id),
+        ..InventoryEntry::default()
+    };
+    writer.write_one(ImageKind::Inventory, 0, &entry)
+}
+
+/// What the manifest says about a full dump.
+pub fn manifest_info() -> ManifestInfo {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    ManifestInfo {
+        kind: DumpKind::Full,
+        generation: 0,
+        parent: None,
+        tracker: None,
+        floe: env!("CARGO_PKG_VERSION").to_string(),
+        kernel: release.trim_end().to_string(),
+        machine: std::env::consts::ARCH.to_string(),
+        cpu: None,
+        created: SystemTime::now(),
+    }
+}
