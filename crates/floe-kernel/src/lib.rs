@@ -13,6 +13,8 @@ pub mod pagemap;
 pub mod pidfd;
 pub mod proc;
 pub mod ptrace;
+pub mod shared_anonymous;
 pub mod thread;
+pub mod uffd;
 pub mod vm;
 pub mod xsave;

@@ -1,7 +1,8 @@
-//! Reading the memory of another process.
+//! Reading and writing the memory of another process.
 //!
-//! Contract relied on: `process_vm_readv` writes only to the local ranges that it is given, and fails or
-//! stops short at the first remote page that it cannot read.
+//! Contract relied on: `process_vm_readv` writes only to the local ranges that it is given,
+//! `process_vm_writev` only reads them; both fail or stop short at the first remote page that the task
+//! itself could not access.
 
 use std::io;
 
@@ -48,6 +49,39 @@ pub fn read_ranges(pid: HostPid, ranges: &[RemoteRange], buffer: &mut [u8]) -> i
         Err(io::Error::last_os_error())
     } else {
         Ok(read as usize)
+    }
+}
+
+/// Writes `bytes` to `ranges` one after another; returns the bytes written, which may be fewer. `EFAULT`
+/// when the first page is not writable.
+pub fn write_ranges(pid: HostPid, ranges: &[RemoteRange], bytes: &[u8]) -> io::Result<usize> {
+    let remote: Vec<libc::iovec> = ranges
+        .iter()
+        .map(|range| libc::iovec {
+            iov_base: range.start.0 as *mut libc::c_void,
+            iov_len: range.len,
+        })
+        .collect();
+    let local = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: the kernel only reads `local`, which spans exactly the caller's slice; remote addresses
+    // are only interpreted in the other process.
+    let written = unsafe {
+        libc::process_vm_writev(
+            pid.0,
+            &raw const local,
+            1,
+            remote.as_ptr(),
+            remote.len() as libc::c_ulong,
+            0,
+        )
+    };
+    if written < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(written as usize)
     }
 }
 

@@ -6,10 +6,12 @@
 
 mod index;
 mod pump;
+mod resolve;
 mod select;
 mod source;
 
 pub use index::{PagemapBuilder, PagemapStats, PresentPages};
 pub use pump::{Copied, CopyError, PagePump, PageSink};
+pub use resolve::{IndexError, PageIndex, StoredRun};
 pub use select::{PageRun, PageScanner, ScanError, Selection, data_runs};
 pub use source::{FilePages, ForcedTaskPages, PageSource, TaskPages};

@@ -1,0 +1,309 @@
+//! The layout of one address space to be, decided before anything is made.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::Arc;
+
+use floe_image::messages::MmEntry;
+use floe_inject::TASK_SIZE;
+use floe_kernel::ids::{PAGE_SIZE, TaskAddr};
+use floe_kernel::proc::Mapping;
+use floe_memory::PageIndex;
+
+use super::error::PlanError;
+use super::region::{Origin, Region, Source, status};
+use super::vdso::{HostVdso, VdsoPlan};
+
+/// Bytes that stay free on both sides of an arena, so that it never touches a mapping.
+const ARENA_MARGIN: u64 = 64 * 1024;
+/// Where the search for an arena begins: above what 32-bit addresses reach.
+const ARENA_FLOOR: u64 = 1 << 32;
+/// Where it begins when there is no hole above: `vm.mmap_min_addr` is 64 KiB by default.
+const LOWEST: u64 = 64 * 1024;
+
+/// What a layout is made from.
+#[derive(Clone, Copy)]
+pub struct MemoryRequest<'a> {
+    /// The address space as the image has it.
+    pub mm: &'a MmEntry,
+    /// Its content.
+    pub pages: &'a Arc<PageIndex>,
+    /// The layout of the parent, if the task may be forked when the parent is filled.
+    pub parent: Option<&'a MemoryPlan>,
+    /// Where the executor lies.
+    pub arena: &'a Range<u64>,
+    /// The vDSO of the running kernel.
+    pub vdso: &'a HostVdso,
+}
+
+/// The layout of one address space: what is kept of the parent's, mapped, filled and set.
+#[derive(Clone, Debug)]
+pub struct MemoryPlan {
+    pub(super) regions: Vec<Region>,
+    pub(super) guards: Vec<Range<u64>>,
+    pub(super) vdso: Option<VdsoPlan>,
+    pub(super) keeps_vdso: bool,
+    pub(super) rings: Vec<RingPlan>,
+    pub(super) numbers: MmNumbers,
+    pub(super) exe_file: u32,
+    /// The program file that the parent already is an instance of, when forked from it.
+    pub(super) parent_exe: Option<u32>,
+    pub(super) thp_disabled: bool,
+    pub(super) pages: Arc<PageIndex>,
+    pub(super) parent_pages: Option<Arc<PageIndex>>,
+    pub(super) arena: Range<u64>,
+}
+
+/// A context of `io_setup(2)`.
+#[derive(Clone, Debug)]
+pub(super) struct RingPlan {
+    pub range: Range<u64>,
+    /// The number of events that gives a ring of this size.
+    pub requests: u32,
+}
+
+/// What `PR_SET_MM_MAP` sets, in the order of `struct prctl_mm_map`.
+#[derive(Clone, Debug)]
+pub(super) struct MmNumbers {
+    /// `start_code` to `env_end`.
+    pub addresses: [u64; 11],
+    pub auxv: Vec<u64>,
+}
+
+impl MemoryPlan {
+    /// Decides the layout. With a parent, [`MemoryPlan::shares_with_parent`] tells whether forking from
+    /// the filled parent is worth it; if not, the layout is that of a task forked before.
+    pub fn new(request: MemoryRequest<'_>) -> Result<MemoryPlan, PlanError> {
+        let mm = request.mm;
+        let mut regions = Vec::with_capacity(mm.vmas.len());
+        let mut guards = Vec::new();
+        for vma in &mm.vmas {
+            if vma.status & status::GUARD != 0 {
+                guards.push(vma.start..vma.end);
+            } else if let Some(region) = Region::of(vma)? {
+                regions.push(region);
+            }
+        }
+        regions.sort_by_key(|region| region.range.start);
+        check_disjoint(&regions, request.arena)?;
+        let mut plan = MemoryPlan {
+            vdso: VdsoPlan::of(mm, request.pages, request.vdso)?,
+            keeps_vdso: false,
+            rings: rings(mm)?,
+            regions,
+            guards,
+            numbers: MmNumbers::of(mm),
+            exe_file: mm.exe_file_id,
+            parent_exe: None,
+            thp_disabled: mm.thp_disabled(),
+            pages: request.pages.clone(),
+            parent_pages: None,
+            arena: request.arena.clone(),
+        };
+        plan.check_pages()?;
+        if let Some(parent) = request.parent {
+            plan.inherit(parent);
+        }
+        Ok(plan)
+    }
+
+    /// What must be open in the task before it is mapped, beside its program file.
+    pub fn sources(&self) -> BTreeSet<Source> {
+        self.regions.iter().filter_map(Region::source).collect()
+    }
+
+    /// The program file's id (`/proc/PID/exe`), which must be open for reading.
+    pub fn exe_file(&self) -> u32 {
+        self.exe_file
+    }
+
+    /// Whether the task is to be forked from its filled parent, so that pages which both have are
+    /// shared until one writes. Otherwise it must be forked before the parent is mapped.
+    pub fn shares_with_parent(&self) -> bool {
+        self.parent_pages.is_some()
+    }
+
+    /// The part of each anonymous shared segment that this task maps: id and end of it, in bytes, and
+    /// the flags of mmap(2) that tell the size of its pages.
+    pub(super) fn segment_ends(&self) -> impl Iterator<Item = (u64, u64, i32)> + '_ {
+        self.regions.iter().filter_map(|region| {
+            let super::region::Backing::Shared {
+                source: Source::Segment { id },
+                offset,
+            } = region.backing
+            else {
+                return None;
+            };
+            Some((id, offset + region.len(), region.flags))
+        })
+    }
+
+    /// What of the parent's address space stays, in order.
+    pub(super) fn kept(&self) -> Vec<Range<u64>> {
+        let mut kept: Vec<Range<u64>> = self
+            .regions
+            .iter()
+            .filter_map(|region| match &region.origin {
+                Origin::Inherited { covers, .. } => Some(covers.clone()),
+                Origin::New => None,
+            })
+            .collect();
+        if self.keeps_vdso
+            && let Some(vdso) = &self.vdso
+        {
+            kept.push(vdso.range.clone());
+        }
+        kept.push(self.arena.clone());
+        kept.sort_by_key(|range| range.start);
+        kept
+    }
+
+    /// Finds regions that continue one of the parent's, if any of them has content in both.
+    fn inherit(&mut self, parent: &MemoryPlan) {
+        let mut inherited = Vec::new();
+        let mut worth_it = false;
+        for (index, region) in self.regions.iter().enumerate() {
+            let at = parent
+                .regions
+                .partition_point(|other| other.range.end <= region.range.start);
+            let Some(other) = parent.regions.get(at) else {
+                continue;
+            };
+            if !region.continues(other) {
+                continue;
+            }
+            let covers = region.range.start..region.range.end.min(other.range.end);
+            let has = |pages: &PageIndex| pages.runs_in(covers.clone()).next().is_some();
+            worth_it |= has(&self.pages) && has(&parent.pages);
+            inherited.push((
+                index,
+                Origin::Inherited {
+                    covers,
+                    prot: other.prot,
+                },
+            ));
+        }
+        if !worth_it {
+            return;
+        }
+        for (index, origin) in inherited {
+            self.regions[index].origin = origin;
+        }
+        self.keeps_vdso = self.vdso.is_some() && self.vdso == parent.vdso;
+        self.parent_exe = Some(parent.exe_file);
+        self.parent_pages = Some(parent.pages.clone());
+    }
+
+    /// Every page of the image must have its place.
+    fn check_pages(&self) -> Result<(), PlanError> {
+        let mut places: Vec<Range<u64>> =
+            self.regions.iter().map(|region| region.range.clone()).collect();
+        places.extend(self.vdso.iter().map(|vdso| vdso.range.clone()));
+        places.sort_by_key(|range| range.start);
+        for run in self.pages.runs() {
+            let mut covered = run.start;
+            let first = places.partition_point(|place| place.end <= run.start);
+            for place in &places[first..] {
+                if place.start > covered || covered >= run.end() {
+                    break;
+                }
+                covered = place.end;
+            }
+            if covered < run.end() {
+                return Err(PlanError::StrayPages { start: covered });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl MmNumbers {
+    fn of(mm: &MmEntry) -> MmNumbers {
+        MmNumbers {
+            addresses: [
+                mm.mm_start_code,
+                mm.mm_end_code,
+                mm.mm_start_data,
+                mm.mm_end_data,
+                mm.mm_start_brk,
+                mm.mm_brk,
+                mm.mm_start_stack,
+                mm.mm_arg_start,
+                mm.mm_arg_end,
+                mm.mm_env_start,
+                mm.mm_env_end,
+            ],
+            auxv: mm.mm_saved_auxv.clone(),
+        }
+    }
+}
+
+fn check_disjoint(regions: &[Region], arena: &Range<u64>) -> Result<(), PlanError> {
+    for pair in regions.windows(2) {
+        if pair[0].range.end > pair[1].range.start {
+            return Err(PlanError::Overlap {
+                first: pair[0].range.start,
+                second: pair[1].range.start,
+            });
+        }
+    }
+    let overlaps = |region: &Region| region.range.start < arena.end && arena.start < region.range.end;
+    match regions.iter().find(|region| overlaps(region)) {
+        Some(region) => Err(PlanError::ArenaInUse {
+            start: region.range.start,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn rings(mm: &MmEntry) -> Result<Vec<RingPlan>, PlanError> {
+    let mut rings = Vec::new();
+    let vmas = mm.vmas.iter().filter(|vma| vma.status & status::AIO_RING != 0);
+    for vma in vmas {
+        let context = mm.aios.iter().find(|context| context.id == vma.start);
+        let context = context.ok_or_else(|| PlanError::AioRing {
+            start: vma.start,
+            problem: "the image does not tell its number of events".into(),
+        })?;
+        rings.push(RingPlan {
+            range: vma.start..vma.end,
+            requests: context.nr_req,
+        });
+    }
+    Ok(rings)
+}
+
+/// Picks a hole of `bytes` that is free in all address spaces of the tree and in our own.
+///
+/// `own` are the mappings of this process; it may map more before the hole is used, so that the use can
+/// still fail with `EEXIST`.
+pub fn choose_arena(mms: &[&MmEntry], own: &[Mapping], bytes: u64) -> Result<u64, PlanError> {
+    let wanted = bytes + 2 * ARENA_MARGIN;
+    let mut used: Vec<(u64, u64)> = mms
+        .iter()
+        .flat_map(|mm| &mm.vmas)
+        .map(|vma| (vma.start, vma.end))
+        .chain(own.iter().map(|mapping| {
+            let (TaskAddr(start), TaskAddr(end)) = (mapping.start, mapping.end);
+            (start, end)
+        }))
+        .collect();
+    used.sort_unstable();
+    [ARENA_FLOOR, LOWEST]
+        .into_iter()
+        .find_map(|floor| first_hole(&used, floor, wanted))
+        .map(|hole| (hole + ARENA_MARGIN).next_multiple_of(PAGE_SIZE))
+        .ok_or(PlanError::NoHole { bytes })
+}
+
+/// The lowest hole of `wanted` bytes at or above `floor`; `used` is sorted by start.
+fn first_hole(used: &[(u64, u64)], floor: u64, wanted: u64) -> Option<u64> {
+    let mut free_from = floor;
+    for &(start, end) in used {
+        if start.min(TASK_SIZE) >= free_from.saturating_add(wanted) {
+            return Some(free_from);
+        }
+        free_from = free_from.max(end);
+    }
+    (free_from.saturating_add(wanted) <= TASK_SIZE).then_some(free_from)
+}
