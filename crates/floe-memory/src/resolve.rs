@@ -73,11 +73,7 @@ pub enum IndexError {
     },
     #[error("{name} in {} says that the page at {at:#x} is in the parent snapshot, but it is not there: \
              the parent is another dump's, or was removed or damaged", dir.display())]
-    NotInParent {
-        name: String,
-        dir: PathBuf,
-        at: u64,
-    },
+    NotInParent { name: String, dir: PathBuf, at: u64 },
     #[error("pages-{id}.img in {} is {found} bytes long, its index needs {wanted}: copied only in part?", dir.display())]
     PagesTruncated {
         id: u64,
@@ -141,7 +137,10 @@ impl PageIndex {
             let len = entry.nr_pages().checked_mul(PAGE_SIZE);
             let end = len.and_then(|len| entry.vaddr.checked_add(len));
             let (Some(len), Some(end)) = (len, end) else {
-                return Err(damaged("an entry is longer than the address space", entry.vaddr));
+                return Err(damaged(
+                    "an entry is longer than the address space",
+                    entry.vaddr,
+                ));
             };
             if entry.vaddr % PAGE_SIZE != 0 || entry.vaddr < reached {
                 return Err(damaged("entries overlap or are out of order", entry.vaddr));

@@ -16,7 +16,9 @@ pub enum PlanError {
     BadRange { start: u64, end: u64 },
     #[error("The mappings at {first:#x} and {second:#x} overlap: the image is damaged")]
     Overlap { first: u64, second: u64 },
-    #[error("The mapping at {start:#x} refers to the impossible file id {id}: the image is damaged")]
+    #[error(
+        "The mapping at {start:#x} refers to the impossible file id {id}: the image is damaged"
+    )]
     FileId { start: u64, id: u64 },
     #[error("The mapping at {start:#x} is of an unknown kind (status {status:#x})")]
     Unknown { start: u64, status: u32 },
@@ -26,22 +28,25 @@ pub enum PlanError {
         what: &'static str,
         remedy: &'static str,
     },
-    #[error("The image has content for {start:#x}, where nothing is mapped: mm and pagemap are of different dumps")]
+    #[error(
+        "The image has content for {start:#x}, where nothing is mapped: mm and pagemap are of different dumps"
+    )]
     StrayPages { start: u64 },
     #[error(
-        "The vDSO in the image is another kernel's ({problem}); \
-         restore on the kernel of the dump, {wanted}"
+        "The vDSO in the image is another kernel's ({problem}): \
+         restore on the kernel that the checkpoint was made on"
     )]
-    ForeignVdso {
-        problem: String,
-        wanted: &'static str,
-    },
-    #[error("The address spaces of the tree leave no common hole of {bytes} bytes for the executor")]
+    ForeignVdso { problem: String },
+    #[error(
+        "The address spaces of the tree leave no common hole of {bytes} bytes for the executor"
+    )]
     NoHole { bytes: u64 },
     #[error("The arena at {start:#x} lies where the task has a mapping")]
     ArenaInUse { start: u64 },
     #[error("Reading our own address space")]
     OwnMaps(#[source] ProcError),
+    #[error("Reading our own vDSO")]
+    OwnVdso(#[source] io::Error),
     #[error("Context of asynchronous I/O at {start:#x}: {problem}")]
     AioRing { start: u64, problem: String },
 }

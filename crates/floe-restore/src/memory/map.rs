@@ -78,11 +78,12 @@ pub fn map(
     exe: TaskFd,
 ) -> Result<(), MemoryError> {
     let pid = puppet.thread.pid();
-    let rseq = floe_kernel::ptrace::rseq_configuration(pid).map_err(|source| MemoryError::Task {
-        pid,
-        what: "asking for its rseq registration",
-        source,
-    })?;
+    let rseq =
+        floe_kernel::ptrace::rseq_configuration(pid).map_err(|source| MemoryError::Task {
+            pid,
+            what: "asking for its rseq registration",
+            source,
+        })?;
     let mut steps = Steps::new(puppet);
     if rseq.rseq_abi_pointer != 0 {
         // Of the process that was forked: the kernel would write there, where nothing will be mapped.
@@ -158,7 +159,7 @@ fn set_numbers(
     bytes.extend(tail.to_le_bytes());
     let size = bytes.len();
     let map = program.buffer(&bytes);
-    program.set_address(map, 11 * 8, vector);
+    program.point(map, 11 * 8, vector);
     let args = [
         Arg::from(libc::PR_SET_MM),
         Arg::from(libc::PR_SET_MM_MAP),

@@ -23,7 +23,7 @@ pub use error::{MemoryError, PlanError};
 pub use fill::{FillOptions, FillStats, fill};
 pub use finish::finish;
 pub use map::{Puppet, map};
-pub use plan::{MemoryPlan, MemoryRequest, choose_arena};
+pub use plan::{HostMemory, HugePages, MemoryPlan, MemoryRequest, choose_arena};
 pub use region::Source;
 pub use segment::{SegmentPlan, fill_shared_file, make_segment, plan_segments};
 pub use vdso::HostVdso;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use floe_image::messages::MmEntry;
 use floe_inject::TASK_SIZE;
-use floe_kernel::ids::{PAGE_SIZE, TaskAddr};
-use floe_kernel::proc::Mapping;
+use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr};
+use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
 use floe_memory::PageIndex;
 
 use super::error::PlanError;
@@ -20,6 +20,7 @@ const ARENA_MARGIN: u64 = 64 * 1024;
 const ARENA_FLOOR: u64 = 1 << 32;
 /// Where it begins when there is no hole above: `vm.mmap_min_addr` is 64 KiB by default.
 const LOWEST: u64 = 64 * 1024;
+const HUGE_PAGE: u64 = 2 << 20;
 
 /// What a layout is made from.
 #[derive(Clone, Copy)]
@@ -32,8 +33,39 @@ pub struct MemoryRequest<'a> {
     pub parent: Option<&'a MemoryPlan>,
     /// Where the executor lies.
     pub arena: &'a Range<u64>,
-    /// The vDSO of the running kernel.
-    pub vdso: &'a HostVdso,
+    /// The running kernel.
+    pub host: &'a HostMemory,
+}
+
+/// What the running kernel decides.
+#[derive(Clone, Debug)]
+pub struct HostMemory {
+    /// Our own mappings.
+    pub maps: Vec<Mapping>,
+    /// Its vDSO.
+    pub vdso: HostVdso,
+    /// Where it makes huge pages by itself.
+    pub huge_pages: HugePages,
+}
+
+impl HostMemory {
+    /// Reads it from `/proc/self/maps` and `/sys`.
+    pub fn probe() -> Result<HostMemory, PlanError> {
+        let me = HostPid(std::process::id().cast_signed());
+        let proc = ProcDir::open(me).map_err(PlanError::OwnMaps)?;
+        let text = proc.read("maps").map_err(PlanError::OwnMaps)?;
+        let maps = parse_maps(&text)
+            .map_err(|source| proc.bad(source))
+            .map_err(PlanError::OwnMaps)?;
+        let vdso = HostVdso::of_this_process(&maps).map_err(PlanError::OwnVdso)?;
+        // Absent where the kernel has no huge pages.
+        let setting = std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/enabled");
+        Ok(HostMemory {
+            maps,
+            vdso,
+            huge_pages: HugePages::parse(&setting.unwrap_or_default()),
+        })
+    }
 }
 
 /// The layout of one address space: what is kept of the parent's, mapped, filled and set.
@@ -49,9 +81,34 @@ pub struct MemoryPlan {
     /// The program file that the parent already is an instance of, when forked from it.
     pub(super) parent_exe: Option<u32>,
     pub(super) thp_disabled: bool,
+    pub(super) huge_pages: HugePages,
     pub(super) pages: Arc<PageIndex>,
     pub(super) parent_pages: Option<Arc<PageIndex>>,
     pub(super) arena: Range<u64>,
+}
+
+/// `/sys/kernel/mm/transparent_hugepage/enabled`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HugePages {
+    /// Wherever they fit.
+    Always,
+    /// Where `MADV_HUGEPAGE` asks for them.
+    Advised,
+    /// Nowhere.
+    Never,
+}
+
+impl HugePages {
+    /// Reads the setting from the text of the file.
+    pub fn parse(text: &str) -> HugePages {
+        if text.contains("[always]") {
+            HugePages::Always
+        } else if text.contains("[madvise]") {
+            HugePages::Advised
+        } else {
+            HugePages::Never
+        }
+    }
 }
 
 /// A context of `io_setup(2)`.
@@ -87,7 +144,7 @@ impl MemoryPlan {
         regions.sort_by_key(|region| region.range.start);
         check_disjoint(&regions, request.arena)?;
         let mut plan = MemoryPlan {
-            vdso: VdsoPlan::of(mm, request.pages, request.vdso)?,
+            vdso: VdsoPlan::of(mm, request.pages, &request.host.vdso)?,
             keeps_vdso: false,
             rings: rings(mm)?,
             regions,
@@ -96,6 +153,7 @@ impl MemoryPlan {
             exe_file: mm.exe_file_id,
             parent_exe: None,
             thp_disabled: mm.thp_disabled(),
+            huge_pages: request.host.huge_pages,
             pages: request.pages.clone(),
             parent_pages: None,
             arena: request.arena.clone(),
@@ -136,6 +194,32 @@ impl MemoryPlan {
             };
             Some((id, offset + region.len(), region.flags))
         })
+    }
+
+    /// The protection with which a region is filled. Nobody can write to read-only huge pages, not even
+    /// by force, so those get theirs at the end.
+    pub(super) fn first_protection(&self, region: &Region) -> u32 {
+        let filled = || self.pages.runs_in(region.range.clone()).next().is_some();
+        if region.is_hugetlb() && region.is_anonymous() && filled() {
+            region.prot | libc::PROT_WRITE as u32
+        } else {
+            region.prot
+        }
+    }
+
+    /// Whether the kernel may give a region huge pages when it is touched.
+    pub(super) fn may_get_huge_pages(&self, region: &Region) -> bool {
+        let advised = match self.huge_pages {
+            HugePages::Always => !region.advised(libc::MADV_NOHUGEPAGE),
+            HugePages::Advised => region.advised(libc::MADV_HUGEPAGE),
+            HugePages::Never => false,
+        };
+        let first = region.range.start.next_multiple_of(HUGE_PAGE);
+        advised
+            && !self.thp_disabled
+            && region.is_anonymous()
+            && !region.is_hugetlb()
+            && first.saturating_add(HUGE_PAGE) <= region.range.end
     }
 
     /// What of the parent's address space stays, in order.
@@ -196,8 +280,11 @@ impl MemoryPlan {
 
     /// Every page of the image must have its place.
     fn check_pages(&self) -> Result<(), PlanError> {
-        let mut places: Vec<Range<u64>> =
-            self.regions.iter().map(|region| region.range.clone()).collect();
+        let mut places: Vec<Range<u64>> = self
+            .regions
+            .iter()
+            .map(|region| region.range.clone())
+            .collect();
         places.extend(self.vdso.iter().map(|vdso| vdso.range.clone()));
         places.sort_by_key(|range| range.start);
         for run in self.pages.runs() {
@@ -247,7 +334,8 @@ fn check_disjoint(regions: &[Region], arena: &Range<u64>) -> Result<(), PlanErro
             });
         }
     }
-    let overlaps = |region: &Region| region.range.start < arena.end && arena.start < region.range.end;
+    let overlaps =
+        |region: &Region| region.range.start < arena.end && arena.start < region.range.end;
     match regions.iter().find(|region| overlaps(region)) {
         Some(region) => Err(PlanError::ArenaInUse {
             start: region.range.start,
@@ -258,7 +346,10 @@ fn check_disjoint(regions: &[Region], arena: &Range<u64>) -> Result<(), PlanErro
 
 fn rings(mm: &MmEntry) -> Result<Vec<RingPlan>, PlanError> {
     let mut rings = Vec::new();
-    let vmas = mm.vmas.iter().filter(|vma| vma.status & status::AIO_RING != 0);
+    let vmas = mm
+        .vmas
+        .iter()
+        .filter(|vma| vma.status & status::AIO_RING != 0);
     for vma in vmas {
         let context = mm.aios.iter().find(|context| context.id == vma.start);
         let context = context.ok_or_else(|| PlanError::AioRing {

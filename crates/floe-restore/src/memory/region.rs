@@ -49,8 +49,14 @@ pub enum Source {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
     Anonymous,
-    PrivateFile { source: Source, offset: u64 },
-    Shared { source: Source, offset: u64 },
+    PrivateFile {
+        source: Source,
+        offset: u64,
+    },
+    Shared {
+        source: Source,
+        offset: u64,
+    },
     /// The ring of an `io_setup(2)` context.
     AioRing,
 }
@@ -108,7 +114,10 @@ impl Region {
 
     /// Whether its pages belong to the address space, so that a fork copies them on write.
     pub fn is_private(&self) -> bool {
-        matches!(self.backing, Backing::Anonymous | Backing::PrivateFile { .. })
+        matches!(
+            self.backing,
+            Backing::Anonymous | Backing::PrivateFile { .. }
+        )
     }
 
     /// Whether it is private memory without a file.

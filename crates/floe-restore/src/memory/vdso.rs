@@ -75,10 +75,7 @@ impl VdsoPlan {
         let data: Vec<Range<u64>> = pieces(status::VVAR).collect();
         let data_start = data.iter().map(|piece| piece.start).min();
         let data_len = data_start.map_or(host.data_len, |start| code.start.wrapping_sub(start));
-        let foreign = |problem: String| PlanError::ForeignVdso {
-            problem,
-            wanted: "or migrate between equal kernels",
-        };
+        let foreign = |problem: String| PlanError::ForeignVdso { problem };
         let code_len = code.end - code.start;
         if code_len != host.code.len() as u64 {
             return Err(foreign(format!(
