@@ -13,10 +13,35 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
-use crate::{check, cpuinfo, engine, help, image, logging};
+use crate::{check, cpuinfo, demo, engine, help, image, logging, statistics};
 
-/// Floe's own commands, for the help and for suggestions.
-pub const OWN_COMMANDS: [(&str, &str); 1] = [("image", "show, decode and encode image files")];
+/// A command of Floe's own: its words stand first and have options of their own.
+pub struct OwnCommand {
+    /// As typed.
+    pub name: &'static str,
+    /// One line for the help; empty for those that only Floe itself calls.
+    pub about: &'static str,
+    run: fn(&[OsString]) -> Result<Exit, Failure>,
+}
+
+/// Floe's own commands.
+pub const OWN_COMMANDS: &[OwnCommand] = &[
+    OwnCommand {
+        name: "image",
+        about: "show, decode and encode image files",
+        run: image::run,
+    },
+    OwnCommand {
+        name: "demo",
+        about: "checkpoint and restore a live program, to see it",
+        run: demo::run,
+    },
+    OwnCommand {
+        name: "demo-part",
+        about: "",
+        run: demo::run_part,
+    },
+];
 
 /// The program: everything but the conversion of the exit code.
 pub fn run(args: Vec<OsString>) -> Exit {
@@ -87,9 +112,11 @@ fn version(program: &str) -> String {
 }
 
 fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure> {
-    // Floe's own commands stand first and have options of their own.
-    if args.get(1).is_some_and(|word| word == "image") {
-        return image::run(args.get(2..).unwrap_or_default());
+    let own = OWN_COMMANDS
+        .iter()
+        .find(|own| args.get(1).is_some_and(|word| *word == *own.name));
+    if let Some(own) = own {
+        return (own.run)(args.get(2..).unwrap_or_default());
     }
     let words = utf8(args.get(1..).unwrap_or_default())?;
     let line = CommandLine::parse(words)?;
@@ -106,7 +133,11 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
         return Ok(Exit::Done);
     }
     let settings = configured(&line, &settings)?;
-    let own: Vec<&str> = OWN_COMMANDS.iter().map(|(name, _)| *name).collect();
+    let own: Vec<&str> = OWN_COMMANDS
+        .iter()
+        .filter(|own| !own.about.is_empty())
+        .map(|own| own.name)
+        .collect();
     let (command, rest) = line.command(&own)?;
     settings.check(command, rest)?;
     reporter.silent = settings.log.level == 0;
@@ -209,29 +240,36 @@ fn hooks(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
     }))
 }
 
-fn show_statistics(settings: &Settings, statistics: &engine::Statistics) -> Result<(), Failure> {
-    if !settings.display_stats {
-        return Ok(());
-    }
-    let lines: Vec<String> = statistics
-        .iter()
-        .map(|(name, value)| format!("{name}: {value}\n"))
-        .collect();
-    print(&lines.concat())
-}
-
 fn dump(settings: &Settings) -> Result<Exit, Failure> {
     let options = settings.dump_options(hooks(settings)?)?;
-    let statistics = engine::dump(&options, &KernelFeatures::probe())?;
-    show_statistics(settings, &statistics)?;
+    engine::dump(&options, &KernelFeatures::probe())?;
+    if settings.display_stats {
+        let stats = statistics::of_dump(&options.place.work_dir);
+        let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
+        print(
+            &stats
+                .as_ref()
+                .map(statistics::dump_text)
+                .unwrap_or_default(),
+        )?;
+    }
     tracing::info!("Dumping finished successfully");
     Ok(Exit::Done)
 }
 
 fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
     let options = settings.restore_options(hooks(settings)?);
-    let statistics = engine::restore(&options, &KernelFeatures::probe())?;
-    show_statistics(settings, &statistics)?;
+    engine::restore(&options, &KernelFeatures::probe())?;
+    if settings.display_stats {
+        let stats = statistics::of_restore(&options.place.work_dir);
+        let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
+        print(
+            &stats
+                .as_ref()
+                .map(statistics::restore_text)
+                .unwrap_or_default(),
+        )?;
+    }
     tracing::info!("Restore finished successfully. Tasks resumed.");
     if let (true, Some((program, args))) = (settings.exec_cmd, rest.split_first()) {
         let error = std::process::Command::new(program).args(args).exec();

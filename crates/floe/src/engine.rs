@@ -6,13 +6,13 @@ use floe_options::{DumpOptions, RestoreOptions};
 
 use crate::exit::{Exit, Failure};
 
-/// What is printed by `--display-stats`: a name and a value with its unit.
-pub type Statistics = Vec<(&'static str, String)>;
-
 /// Dumps a tree.
-pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<Statistics, Failure> {
+pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<(), Failure> {
     match floe_dump::dump(options, features) {
-        Ok(report) => Ok(dump_statistics(&report)),
+        Ok(report) => {
+            log_report(&report);
+            Ok(())
+        }
         Err(error) => Err(Failure::new(dump_exit(&error), error)),
     }
 }
@@ -28,38 +28,20 @@ fn dump_exit(error: &DumpError) -> Exit {
     }
 }
 
-fn dump_statistics(report: &DumpReport) -> Statistics {
-    let micros = |time: std::time::Duration| format!("{} us", time.as_micros());
-    vec![
-        ("Freezing time", micros(report.freezing)),
-        ("Frozen time", micros(report.frozen)),
-        ("Memory dump time", micros(report.memory_reading)),
-        ("Memory write time", micros(report.memory_writing)),
-        ("Total time", micros(report.total)),
-        ("Tasks", report.tasks.to_string()),
-        ("Threads", report.threads.to_string()),
-        ("Open files", report.files.to_string()),
-        (
-            "Memory pages scanned",
-            report.memory.pages_scanned.to_string(),
-        ),
-        (
-            "Memory pages written",
-            report.memory.pages_written.to_string(),
-        ),
-        (
-            "Shared pages written",
-            report.memory.shared_written.to_string(),
-        ),
-        ("Image size", format!("{} bytes", report.image_bytes)),
-    ]
+fn log_report(report: &DumpReport) {
+    tracing::info!(
+        "{} tasks, {} threads, {} files; frozen for {} us, {} us in all, {} bytes",
+        report.tasks,
+        report.threads,
+        report.files,
+        report.frozen.as_micros(),
+        report.total.as_micros(),
+        report.image_bytes
+    );
 }
 
 /// Restores a tree.
-pub fn restore(
-    _options: &RestoreOptions,
-    _features: &KernelFeatures,
-) -> Result<Statistics, Failure> {
+pub fn restore(_options: &RestoreOptions, _features: &KernelFeatures) -> Result<(), Failure> {
     Err(Failure::new(
         Exit::Unsupported,
         anyhow::anyhow!("restore is not built into this binary yet"),

@@ -57,8 +57,8 @@ fn overview(out: &mut String) {
     for (_, name, about) in criu {
         row(name, about, out);
     }
-    for (name, about) in OWN_COMMANDS {
-        row(name, about, out);
+    for own in OWN_COMMANDS.iter().filter(|own| !own.about.is_empty()) {
+        row(own.name, own.about, out);
     }
     out.push_str("\n`floe COMMAND --help` tells about one command.\n");
 }

@@ -7,12 +7,14 @@
 mod check;
 mod command;
 mod cpuinfo;
+mod demo;
 mod engine;
 mod exit;
 mod help;
 mod image;
 mod logging;
 mod scripts;
+mod statistics;
 
 use std::process::ExitCode;
 
