@@ -14,6 +14,7 @@ pub mod itimers;
 pub mod memory_map;
 pub mod pending;
 pub mod posix_timers;
+pub mod rebuild;
 pub mod registers;
 pub mod rlimits;
 pub mod rseq;

@@ -1,0 +1,48 @@
+//! What puppets are born with: the state of the process that makes them.
+
+use std::fs;
+use std::io;
+
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::parse_status;
+use floe_kernel::thread::{Scheduling, scheduling};
+
+use super::credentials::Credentials;
+use super::limits::{Limit, own_limits};
+
+/// State that a new task inherits, so that what is right already needs no call.
+#[derive(Clone, Debug, Default)]
+pub struct Birth {
+    /// Credentials of a thread.
+    pub credentials: Credentials,
+    /// Resource limits in the order of `RLIMIT_*`.
+    pub limits: Vec<Limit>,
+    /// As `personality(2)` has it.
+    pub personality: u32,
+    /// Policy and nice value.
+    pub scheduling: Scheduling,
+    /// The security module's label of the task, empty without one.
+    pub label: String,
+}
+
+impl Birth {
+    /// What the calling thread would hand down. In a new user namespace the credentials are others:
+    /// replace them.
+    pub fn of_this_thread() -> io::Result<Self> {
+        let status = parse_status(&fs::read("/proc/thread-self/status")?)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        let securebits = rustix::thread::capabilities_secure_bits()?.bits();
+        let personality = fs::read_to_string("/proc/thread-self/personality")?;
+        let personality = u32::from_str_radix(personality.trim(), 16)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+        // Without a security module the file is there, and cannot be read.
+        let label = fs::read_to_string("/proc/thread-self/attr/current").unwrap_or_default();
+        Ok(Birth {
+            credentials: Credentials::from_status(&status, securebits),
+            limits: own_limits(),
+            personality,
+            scheduling: scheduling(HostPid(0))?,
+            label: label.trim_end_matches(['\0', '\n']).to_string(),
+        })
+    }
+}

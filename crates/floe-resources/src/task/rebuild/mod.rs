@@ -1,0 +1,142 @@
+//! The state of a puppet, as programs that it runs upon itself.
+//!
+//! Everything here is pure: image entries in, calls appended to a [`Program`]. Three programs make a
+//! task; each may be empty, and then nothing needs to run.
+//!
+//! 1. [`plan_task`], once a process, as soon as it exists: before its threads, because registering
+//!    for membarrier waits for every CPU once a process has more than one, and before its memory,
+//!    because the THP setting decides what pages it gets.
+//! 2. [`plan_thread`], every thread with the leader, once memory is filled: the kernel writes to the
+//!    rseq area when it is registered, and `READ_IMPLIES_EXEC` in a personality changes mappings.
+//! 3. [`plan_last`], all other threads first and the leader after them, when descriptors and children
+//!    are complete and those that are to be zombies are dead. Its order:
+//!    - scheduling, while there are the capabilities and limits for it;
+//!    - the leader's signal actions: an ignored SIGCHLD would have reaped the zombies;
+//!    - pending signals, into queues emptied of what the restore itself caused;
+//!    - the leader's timers: they tick from here on, and need privilege for some clocks;
+//!    - seccomp filters, which need CAP_SYS_ADMIN or no_new_privs (they do not stop our own calls:
+//!      puppets are traced with `PTRACE_O_SUSPEND_SECCOMP`);
+//!    - the leader's resource limits, below what the restore has used: threads queue signals, and
+//!      `RLIMIT_SIGPENDING` counts them, so the leader comes last;
+//!    - credentials: nothing after them needs privilege;
+//!    - the parent-death signal and the leader's dumpable flag, which changing credentials clears.
+//!
+//! Masks, registers and the group stop are set by ptrace afterwards ([`registers`], [`fpu`], [`rseq`]),
+//! what lies in `/proc` by the coordinator ([`attributes::write_proc`]).
+
+pub mod attributes;
+mod birth;
+pub mod credentials;
+pub mod fpu;
+pub mod limits;
+pub mod registers;
+pub mod rseq;
+pub mod scheduling;
+pub mod seccomp;
+pub mod signals;
+pub mod timers;
+
+use floe_image::messages::{CoreEntry, MmEntry, SeccompFilter, ThreadCoreEntry};
+use floe_inject::Program;
+use floe_kernel::features::KernelFeatures;
+
+use crate::restore::PlanError;
+pub use birth::Birth;
+
+/// What the state of a thread depends on besides its own image.
+#[derive(Clone, Copy, Debug)]
+pub struct TaskContext<'a> {
+    /// The thread, as the images number it.
+    pub tid: u32,
+    /// What the kernel can do.
+    pub features: &'a KernelFeatures,
+    /// What puppets are born with.
+    pub birth: &'a Birth,
+    /// The process's address space: it keeps two flags.
+    pub mm: Option<&'a MmEntry>,
+    /// All filters of `seccomp.img`.
+    pub seccomp: &'a [SeccompFilter],
+}
+
+impl TaskContext<'_> {
+    fn damaged(&self, what: impl Into<String>) -> PlanError {
+        PlanError::damaged(format!("core-{}.img", self.tid), what)
+    }
+
+    fn unsupported(&self, what: &str, remedy: &'static str) -> PlanError {
+        PlanError::Unsupported {
+            object: format!("{what} of thread {}", self.tid),
+            remedy,
+        }
+    }
+}
+
+fn thread_core<'a>(
+    core: &'a CoreEntry,
+    context: &TaskContext<'_>,
+) -> Result<&'a ThreadCoreEntry, PlanError> {
+    let missing = || context.damaged("thread_core is missing");
+    core.thread_core.as_ref().ok_or_else(missing)
+}
+
+/// What a process does before it has memory and threads.
+pub fn plan_task(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program, PlanError> {
+    let mut program = Program::new();
+    let task = core
+        .tc
+        .as_ref()
+        .ok_or_else(|| context.damaged("tc is missing"))?;
+    attributes::plan_early(task, context.mm, &mut program);
+    Ok(program)
+}
+
+/// What a thread does once its process has its memory.
+pub fn plan_thread(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program, PlanError> {
+    let mut program = Program::new();
+    let thread = thread_core(core, context)?;
+    if let Some(task) = &core.tc {
+        attributes::plan_personality(task.personality, context.birth.personality, &mut program);
+        attributes::plan_comm(&task.comm, &mut program);
+    } else if let Some(comm) = &thread.comm {
+        attributes::plan_comm(comm, &mut program);
+    }
+    attributes::plan_addresses(core, &mut program);
+    signals::plan_alt_stack(thread, core.tc.is_some(), &mut program);
+    rseq::plan(thread, &mut program);
+    Ok(program)
+}
+
+/// What a thread does as the last thing; all other threads before the leader.
+pub fn plan_last(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program, PlanError> {
+    let mut program = Program::new();
+    let thread = thread_core(core, context)?;
+    let leader = core.tc.as_ref();
+    scheduling::plan(thread, context, &mut program)?;
+    if let Some(task) = leader {
+        signals::plan_actions(task, context, &mut program)?;
+        signals::plan_shared_queue(task, context, &mut program)?;
+    }
+    signals::plan_private_queue(thread, context, &mut program)?;
+    if let Some(timers) = leader.and_then(|task| task.timers.as_ref()) {
+        timers::plan(timers, context, &mut program)?;
+    }
+    let credentials = credentials::wanted(thread, context)?;
+    seccomp::plan(core, (&credentials, context), &mut program)?;
+    if let Some(limits) = leader.and_then(|task| task.rlimits.as_ref()) {
+        limits::plan(limits, context, &mut program)?;
+    }
+    credentials::plan(
+        &credentials,
+        &context.birth.credentials,
+        context,
+        &mut program,
+    )?;
+    if leader.is_some() || thread.pdeath_sig.is_some_and(|signal| signal != 0) {
+        attributes::plan_death_signal(thread, &mut program);
+    }
+    if leader.is_some() {
+        credentials::warn_of_losses(&credentials, context);
+        attributes::plan_dumpable(context.mm, &mut program);
+    }
+    Ok(program)
+}
