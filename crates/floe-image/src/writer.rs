@@ -112,14 +112,13 @@ impl ImageWriter {
                 });
             }
         }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        match rustix::fs::open(&path, flags, Mode::empty()) {
-            Ok(fd) => ImageWriter::from_fd(fd, path, sync),
-            Err(errno) => Err(WriteError::OpenDir {
-                path,
-                source: errno.into(),
-            }),
-        }
+        ImageWriter::from_fd(open_dir(&path)?, path, sync)
+    }
+
+    /// Opens a directory for `stats-*` alone: the images and the manifest in it stay as they are.
+    pub fn for_statistics(path: impl AsRef<Path>) -> Result<ImageWriter, WriteError> {
+        let path = path.as_ref().to_path_buf();
+        Ok(ImageWriter::new(open_dir(&path)?, path, Sync::None))
     }
 
     /// Takes an opened directory, whose `path` is for messages only.
@@ -135,15 +134,19 @@ impl ImageWriter {
                 }
             }
         }
+        Ok(ImageWriter::new(fd, path, sync))
+    }
+
+    fn new(fd: OwnedFd, path: PathBuf, sync: Sync) -> ImageWriter {
         let files = Mutex::new(BTreeMap::new());
-        Ok(ImageWriter {
+        ImageWriter {
             inner: Arc::new(Inner {
                 path,
                 fd,
                 sync,
                 files,
             }),
-        })
+        }
     }
 
     /// The path that the directory was opened by.
@@ -429,4 +432,12 @@ impl EntryStream {
     fn path(&self) -> PathBuf {
         self.writer.file_path(&self.name)
     }
+}
+
+fn open_dir(path: &Path) -> Result<OwnedFd, WriteError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).map_err(|errno| WriteError::OpenDir {
+        path: path.to_path_buf(),
+        source: errno.into(),
+    })
 }

@@ -55,3 +55,41 @@ pub fn file_owner(fd: BorrowedFd<'_>) -> io::Result<FileOwner> {
         signal: signal.cast_unsigned(),
     })
 }
+
+const F_SETOWN_EX: i32 = 15;
+const F_SETSIG: i32 = 10;
+
+/// Sets the owner. The kernel notes the caller's ids as those of the setter, so the calling thread
+/// takes the saved ones for that moment.
+pub fn set_file_owner(fd: BorrowedFd<'_>, owner: &FileOwner) -> io::Result<()> {
+    fcntl(fd, F_SETSIG, owner.signal as usize)?;
+    if owner.pid == 0 {
+        return Ok(());
+    }
+    let wanted = OwnerEx {
+        kind: owner.kind.cast_signed(),
+        pid: owner.pid.cast_signed(),
+    };
+    let (uid, euid) = (
+        rustix::process::getuid().as_raw(),
+        rustix::process::geteuid().as_raw(),
+    );
+    if (owner.uid, owner.euid) == (uid, euid) {
+        return fcntl(fd, F_SETOWN_EX, &raw const wanted as usize).map(drop);
+    }
+    set_thread_uids(owner.uid, owner.euid)?;
+    let result = fcntl(fd, F_SETOWN_EX, &raw const wanted as usize);
+    set_thread_uids(uid, euid)?;
+    result.map(drop)
+}
+
+/// Real and effective uid of this thread alone; the saved one stays, so that they can be taken back.
+fn set_thread_uids(uid: u32, euid: u32) -> io::Result<()> {
+    // SAFETY: integers only.
+    let result = unsafe { libc::syscall(libc::SYS_setresuid, uid, euid, -1i32) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}

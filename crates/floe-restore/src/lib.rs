@@ -1,3 +1,18 @@
+//! Restore: images become running tasks.
+//!
+//! `plan` changes nothing and is verified before anything is touched; `execute` carries out one step
+//! after the other and takes everything down again when one fails.
 #![forbid(unsafe_code)]
 
+mod births;
+mod descriptors;
+mod engine;
+mod error;
 pub mod memory;
+mod release;
+mod space;
+mod state;
+mod tree;
+
+pub use engine::{RestoreReport, plan, restore};
+pub use error::RestoreError;

@@ -3,6 +3,8 @@
 use floe_dump::{DumpError, DumpReport};
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, RestoreOptions};
+use floe_resources::restore::PlanError;
+use floe_restore::RestoreError;
 
 use crate::exit::{Exit, Failure};
 
@@ -41,11 +43,22 @@ fn log_report(report: &DumpReport) {
 }
 
 /// Restores a tree.
-pub fn restore(_options: &RestoreOptions, _features: &KernelFeatures) -> Result<(), Failure> {
-    Err(Failure::new(
-        Exit::Unsupported,
-        anyhow::anyhow!("restore is not built into this binary yet"),
-    ))
+pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<(), Failure> {
+    match floe_restore::restore(options, features) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(Failure::new(restore_exit(&error), error)),
+    }
+}
+
+fn restore_exit(error: &RestoreError) -> Exit {
+    match error {
+        RestoreError::Plan(PlanError::Unsupported { .. }) => Exit::Unsupported,
+        RestoreError::Plan(PlanError::Missing { .. }) => Exit::Kernel,
+        RestoreError::Plan(PlanError::IdTaken { .. }) => Exit::Failed,
+        RestoreError::Plan(_) | RestoreError::Image(_) => Exit::BadImage,
+        RestoreError::Step { .. } => Exit::Kernel,
+        _ => Exit::Failed,
+    }
 }
 
 /// Waits until all children of ours have ended, as CRIU does without `--restore-detached`: the

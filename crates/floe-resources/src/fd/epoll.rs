@@ -11,7 +11,15 @@ use floe_kernel::ids::TaskFd;
 use floe_kernel::kcmp::is_epoll_target;
 
 use super::{FdKind, file_entry};
+use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::restore::{
+    Attempt, ExecuteError, Holder, PlanError, Planner, World, plan_owner, set_flags,
+};
+use floe_inject::{Arg, Program};
+use floe_plan::Handle;
+use rustix::event::epoll::CreateFlags;
+use std::os::fd::AsFd;
 
 /// See the module.
 pub struct Epoll;
@@ -99,6 +107,67 @@ fn find_target(fd: &FdProbe<'_>, tfd: u32, index: u32) -> Result<u32, CollectErr
         what,
         remedy,
     )))
+}
+
+impl FdRestore for Epoll {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Eventpoll
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.epfd)?;
+        planner.open(entry.id, "make an epoll", &[], move |_| {
+            let epoll = rustix::event::epoll::create(CreateFlags::CLOEXEC)
+                .during("Making", || "an epoll".into())?;
+            set_flags(epoll.as_fd(), entry.flags)?;
+            Ok(epoll)
+        });
+        plan_owner(planner, entry.id, &entry.fown);
+        // A target is known by its number in the table of the task that added it.
+        let Some(&holder) = planner.images.holders(entry.id).first() else {
+            return Ok(());
+        };
+        let done = Handle::Object("epoll", u64::from(entry.id));
+        let name = format!("watch {} descriptors", entry.tfd.len());
+        planner.task_step(
+            holder.pid,
+            name,
+            (&[Handle::Descriptors(holder.pid)], &[done]),
+            move |world| watch(world, holder, entry),
+        );
+        Ok(())
+    }
+}
+
+fn watch(
+    world: &mut World<'_>,
+    holder: Holder,
+    entry: &EventpollFileEntry,
+) -> Result<(), ExecuteError> {
+    let mut program = Program::new();
+    for target in &entry.tfd {
+        let event = program.buffer(&event_bytes(target));
+        let args = [
+            Arg::from(holder.fd),
+            Arg::from(libc::EPOLL_CTL_ADD),
+            Arg::from(target.tfd),
+            Arg::from(event),
+        ];
+        program.call(
+            format!("epoll_ctl of fd {} for fd {}", holder.fd, target.tfd),
+            libc::SYS_epoll_ctl,
+            &args,
+        );
+    }
+    world.run(holder.pid, &program).map(drop)
+}
+
+/// `struct epoll_event`, which is packed on x86-64.
+fn event_bytes(target: &EventpollTfdEntry) -> [u8; 12] {
+    let mut bytes = [0; 12];
+    bytes[..4].copy_from_slice(&target.events.to_le_bytes());
+    bytes[4..].copy_from_slice(&target.data.to_le_bytes());
+    bytes
 }
 
 #[cfg(test)]

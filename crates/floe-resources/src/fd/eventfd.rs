@@ -7,7 +7,11 @@
 use floe_image::messages::{EventfdFileEntry, FdTypes, FileEntry};
 
 use super::{FdKind, file_entry};
+use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
+use crate::restore::{Attempt, PlanError, Planner, plan_owner, set_flags};
+use rustix::event::EventfdFlags;
+use std::os::fd::AsFd;
 
 /// See the module.
 pub struct EventFd;
@@ -41,5 +45,33 @@ impl FdKind for EventFd {
             efd: Some(entry),
             ..file_entry(FdTypes::Eventfd, id)
         })
+    }
+}
+
+impl FdRestore for EventFd {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Eventfd
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.efd)?;
+        planner.open(entry.id, "make an eventfd", &[], move |_| {
+            let semaphore = if entry.flags & SEMAPHORE != 0 {
+                EventfdFlags::SEMAPHORE
+            } else {
+                EventfdFlags::empty()
+            };
+            let what = || format!("with counter {}", entry.counter);
+            let event = rustix::event::eventfd(0, semaphore | EventfdFlags::CLOEXEC)
+                .during("Making an eventfd", what)?;
+            if entry.counter > 0 {
+                rustix::io::write(&event, &entry.counter.to_ne_bytes())
+                    .during("Setting an eventfd", what)?;
+            }
+            set_flags(event.as_fd(), entry.flags)?;
+            Ok(event)
+        });
+        plan_owner(planner, entry.id, &entry.fown);
+        Ok(())
     }
 }

@@ -7,6 +7,7 @@
 //! [`Collector::append_side`], whatever is asked of the kernel once a dump through
 //! [`Collector::cache`], and work that needs to know all descriptors through [`Collector::defer`].
 //! What cannot be saved is `CollectError::Unsupported` with a remedy: all of them are shown at once.
+//! Its restore half is `impl FdRestore` in the same module, with a line in [`RESTORE_KINDS`].
 
 pub mod device;
 pub mod epoll;
@@ -20,9 +21,10 @@ pub mod remap;
 pub mod signalfd;
 pub mod timerfd;
 
-use floe_image::messages::FileEntry;
+use floe_image::messages::{FdTypes, FileEntry};
 
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
+use crate::restore::{PlanError, Planner};
 
 /// How one kind of descriptor is saved.
 pub trait FdKind: Sync {
@@ -53,10 +55,63 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
 ];
 
 /// An entry of `files.img` without its content.
-pub(crate) fn file_entry(kind: floe_image::messages::FdTypes, id: FileId) -> FileEntry {
+pub(crate) fn file_entry(kind: FdTypes, id: FileId) -> FileEntry {
     FileEntry {
         r#type: kind as i32,
         id: id.0,
         ..FileEntry::default()
     }
+}
+
+/// How one kind of descriptor is rebuilt.
+pub trait FdRestore: Sync {
+    /// The type of its entries in `files.img`.
+    fn fd_type(&self) -> FdTypes;
+
+    /// Adds the steps that make the open file description of `file` ([`Planner::open`]).
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError>;
+}
+
+/// Every kind that can be rebuilt.
+pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
+    &eventfd::EventFd,
+    &epoll::Epoll,
+    &signalfd::SignalFd,
+    &timerfd::TimerFd,
+    &pipe::Pipe,
+    &regular::RegularFile,
+];
+
+/// Adds the steps for every entry of `files.img`.
+pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    for file in images.files.values() {
+        let kind = FdTypes::try_from(file.r#type)
+            .ok()
+            .and_then(|wanted| RESTORE_KINDS.iter().find(|kind| kind.fd_type() == wanted));
+        match kind {
+            Some(kind) => kind.plan(file, planner)?,
+            None => {
+                let name = FdTypes::try_from(file.r#type).map_or_else(
+                    |_| format!("type {}", file.r#type),
+                    |kind| format!("{kind:?}"),
+                );
+                return Err(PlanError::Unsupported {
+                    object: format!("File {:#x} ({name})", file.id),
+                    remedy: "this version has no such kind; restore it with the version that made the images",
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The part of an entry that its type promises.
+pub(crate) fn payload<'i, T>(file: &'i FileEntry, part: &'i Option<T>) -> Result<&'i T, PlanError> {
+    part.as_ref().ok_or_else(|| {
+        PlanError::damaged(
+            "files.img",
+            format!("file {:#x} lacks the part that its type promises", file.id),
+        )
+    })
 }

@@ -14,7 +14,12 @@ use rustix::fs::OFlags;
 use rustix::pipe::SpliceFlags;
 
 use super::{FdKind, file_entry};
+use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
+use floe_plan::Handle;
+use rustix::fs::Mode;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 /// See the module.
 pub struct Pipe;
@@ -100,6 +105,110 @@ fn peek(pipe: BorrowedFd<'_>, size: usize) -> io::Result<Vec<u8>> {
         }
     }
     Ok(bytes)
+}
+
+impl FdRestore for Pipe {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Pipe
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.pipe)?;
+        let ends: Vec<&PipeEntry> = planner
+            .images
+            .files
+            .values()
+            .filter_map(|file| file.pipe.as_ref())
+            .collect();
+        let ends: Vec<&PipeEntry> = ends
+            .into_iter()
+            .filter(|end| end.pipe_id == entry.pipe_id)
+            .collect();
+        if ends[0].id != entry.id {
+            return Ok(()); // The first end brings the others along.
+        }
+        let data = queued(planner, ImageKind::PipesData, entry.pipe_id)?;
+        let makes: Vec<Handle> = ends.iter().map(|end| Handle::File(end.id)).collect();
+        for end in &ends {
+            planner.consume("files.img", u64::from(end.id));
+            plan_owner(planner, end.id, &end.fown);
+        }
+        planner.step(
+            format!("make pipe {:#x} with {} ends", entry.pipe_id, ends.len()),
+            (&[], &makes),
+            move |world| make(world, &ends, data),
+        );
+        Ok(())
+    }
+}
+
+/// The size of a pipe and its unread bytes.
+pub(super) type Queued = Option<(PipeDataEntry, Vec<u8>)>;
+
+/// Finds the data of a pipe or fifo.
+pub(super) fn queued(
+    planner: &Planner<'_>,
+    kind: ImageKind,
+    pipe_id: u32,
+) -> Result<Queued, PlanError> {
+    let all = planner
+        .images
+        .dir
+        .read_with_extra::<PipeDataEntry>(kind, 0)?;
+    Ok(all.into_iter().find(|(entry, _)| entry.pipe_id == pipe_id))
+}
+
+fn make(world: &mut World<'_>, ends: &[&PipeEntry], data: Queued) -> Result<(), ExecuteError> {
+    let what = || format!("{:#x}", ends[0].pipe_id);
+    let (out, into) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).during("Making pipe", what)?;
+    fill(into.as_fd(), data, ends[0].pipe_id)?;
+    let mut fresh = [
+        Some(out.try_clone().during("Copying pipe", what)?),
+        Some(into.try_clone().during("Copying pipe", what)?),
+    ];
+    for end in ends {
+        let access = OFlags::from_bits_retain(end.flags) & OFlags::ACCMODE;
+        let index = usize::from(access != OFlags::RDONLY);
+        let file = match (access, fresh[index].take()) {
+            (OFlags::RDONLY | OFlags::WRONLY, Some(file)) => file,
+            (_, given) => {
+                fresh[index] = given;
+                reopen(out.as_fd(), access)?
+            }
+        };
+        set_flags(file.as_fd(), end.flags)?;
+        world.keep_file(end.id, file)?;
+    }
+    Ok(())
+}
+
+/// Another open file description of a pipe.
+pub(super) fn reopen(pipe: BorrowedFd<'_>, access: OFlags) -> Result<OwnedFd, ExecuteError> {
+    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    rustix::fs::open(
+        &path,
+        access | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .during("Opening again", || path.clone())
+}
+
+/// Sets the size of a pipe and puts its unread bytes in.
+pub(super) fn fill(into: BorrowedFd<'_>, data: Queued, pipe_id: u32) -> Result<(), ExecuteError> {
+    let what = || format!("{pipe_id:#x}");
+    let Some((entry, bytes)) = data else {
+        return Ok(());
+    };
+    if let Some(size) = entry.size.filter(|size| *size > 0) {
+        rustix::pipe::fcntl_setpipe_size(into, size as usize).during("Sizing pipe", what)?;
+    }
+    let mut rest = &bytes[..];
+    while !rest.is_empty() {
+        let done = rustix::io::write(into, rest).during("Filling pipe", what)?;
+        rest = &rest[done..];
+    }
+    Ok(())
 }
 
 #[cfg(test)]

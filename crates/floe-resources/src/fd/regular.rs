@@ -12,7 +12,12 @@ use floe_options::External;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
 use super::{FdKind, file_entry, remap};
+use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_offset};
+use rustix::fs::Mode;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 /// See the module.
 pub struct RegularFile;
@@ -151,4 +156,95 @@ fn external_name(
     Ok(candidates
         .contains(&mount)
         .then(|| format!("file[{mount:x}:{inode:x}]")))
+}
+
+impl FdRestore for RegularFile {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Reg
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.reg)?;
+        let flags = open_flags(entry, planner);
+        planner.open(
+            entry.id,
+            format!("open {}", entry.name),
+            &[],
+            move |world| open(world, entry, flags),
+        );
+        plan_owner(planner, entry.id, &entry.fown);
+        Ok(())
+    }
+}
+
+/// Flags of `open` that act on the file once, when it is opened first.
+const ONCE: OFlags = OFlags::CREATE.union(OFlags::EXCL).union(OFlags::TRUNC);
+
+/// How to open a file: as the descriptor was, or as its mappings need it.
+fn open_flags(entry: &RegFileEntry, planner: &Planner<'_>) -> OFlags {
+    let saved = OFlags::from_bits_retain(entry.flags);
+    // O_TMPFILE has O_DIRECTORY in it, which must stay for directories.
+    let saved = if saved.contains(OFlags::TMPFILE) {
+        saved - OFlags::TMPFILE
+    } else {
+        saved
+    };
+    let access = if planner.images.is_written_through_mapping(entry.id) {
+        OFlags::RDWR
+    } else {
+        saved & OFlags::ACCMODE
+    };
+    (saved - ONCE - OFlags::ACCMODE) | access | OFlags::NOCTTY | OFlags::CLOEXEC
+}
+
+/// Opens a file by its name and checks that it still is the one that was dumped.
+pub(crate) fn open(
+    world: &World<'_>,
+    entry: &RegFileEntry,
+    flags: OFlags,
+) -> Result<OwnedFd, ExecuteError> {
+    let path = PathBuf::from(&entry.name);
+    let file =
+        rustix::fs::open(&path, flags, Mode::empty()).during("Opening", || entry.name.clone())?;
+    check(world, entry, &file, &path)?;
+    if !flags.contains(OFlags::PATH) {
+        set_offset(file.as_fd(), entry.pos)?;
+    }
+    Ok(file)
+}
+
+fn check(
+    world: &World<'_>,
+    entry: &RegFileEntry,
+    file: &OwnedFd,
+    path: &Path,
+) -> Result<(), ExecuteError> {
+    let stat = rustix::fs::fstat(file).during("Looking at", || entry.name.clone())?;
+    let changed = |what, saved: String, found: String| {
+        Err(ExecuteError::Changed {
+            path: path.to_path_buf(),
+            what,
+            saved,
+            found,
+        })
+    };
+    let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    if let Some(size) = entry
+        .size
+        .filter(|size| regular && *size != stat.st_size as u64)
+    {
+        return changed(
+            "its size",
+            format!("{size} bytes"),
+            format!("{} bytes", stat.st_size),
+        );
+    }
+    match entry.mode {
+        Some(mode) if mode != stat.st_mode && !world.options.skip_file_rwx_check => changed(
+            "its mode",
+            format!("{mode:o}"),
+            format!("{:o} (--skip-file-rwx-check ignores it)", stat.st_mode),
+        ),
+        _ => Ok(()),
+    }
 }

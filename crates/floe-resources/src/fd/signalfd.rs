@@ -7,7 +7,10 @@
 use floe_image::messages::{FdTypes, FileEntry, SignalfdEntry};
 
 use super::{FdKind, file_entry};
+use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
+use crate::restore::{Attempt, PlanError, Planner, plan_owner, set_flags};
+use std::os::fd::AsFd;
 
 /// See the module.
 pub struct SignalFd;
@@ -33,5 +36,23 @@ impl FdKind for SignalFd {
             sgfd: Some(entry),
             ..file_entry(FdTypes::Signalfd, id)
         })
+    }
+}
+
+impl FdRestore for SignalFd {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Signalfd
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.sgfd)?;
+        planner.open(entry.id, "make a signalfd", &[], move |_| {
+            let signals = floe_kernel::anonymous::signalfd(entry.sigmask)
+                .during("Making a signalfd for", || format!("{:#x}", entry.sigmask))?;
+            set_flags(signals.as_fd(), entry.flags)?;
+            Ok(signals)
+        });
+        plan_owner(planner, entry.id, &entry.fown);
+        Ok(())
     }
 }

@@ -20,6 +20,8 @@ pub enum PlanError {
     },
     #[error("{object} needs {feature}, which this machine lacks")]
     Missing { object: String, feature: String },
+    #[error("Pid {id} is taken by `{owner}`; end it, or restore in a new pid namespace")]
+    IdTaken { id: u32, owner: String },
     #[error("The plan does not hold together: {}", .0.join("; "))]
     Incoherent(Vec<String>),
 }
@@ -51,12 +53,12 @@ pub enum ExecuteError {
         saved: String,
         found: String,
     },
-    #[error("Pid {pid} is taken by {owner}")]
-    PidTaken { pid: u32, owner: String },
     #[error(transparent)]
     Inject(#[from] InjectError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error(transparent)]
+    Plan(Box<PlanError>),
     #[error("The memory of task {pid}")]
     Memory {
         pid: u32,

@@ -11,6 +11,9 @@ use floe_image::{ImageDir, ImageKind};
 
 use super::PlanError;
 
+/// `vma_entry.status`: a shared mapping of a file.
+const FILE_SHARED: u32 = 128;
+
 /// `task_core_entry.task_state`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TaskState {
@@ -151,6 +154,19 @@ impl TreeImages {
             .map(|fd| fd.fd)
             .max()
             .unwrap_or(0)
+    }
+
+    /// Whether some shared mapping of this file lets its task write.
+    pub fn is_written_through_mapping(&self, file: u32) -> bool {
+        let spaces = self.tasks.iter().filter_map(|task| task.mm.as_ref());
+        let mut vmas = spaces.flat_map(|mm| mm.vmas.iter());
+        vmas.any(|vma| {
+            let mapped = vma.status & FILE_SHARED != 0 && vma.shmid == u64::from(file);
+            mapped
+                && vma
+                    .fdflags
+                    .is_some_and(|flags| flags & libc::O_ACCMODE as u32 != libc::O_RDONLY as u32)
+        })
     }
 
     fn check_tree(&self) -> Result<(), PlanError> {

@@ -3,11 +3,13 @@
 //! A kind turns each of its image entries into steps ([`Planner`]), which act on what exists so far
 //! ([`World`]) when their turn comes.
 
+mod description;
 mod error;
 mod images;
 mod planner;
 mod world;
 
+pub use description::{plan_owner, set_flags, set_offset};
 pub use error::{Attempt, ExecuteError, PlanError};
 pub use images::{Holder, TaskImages, TaskState, TreeImages};
 pub use planner::{Op, Planner};

@@ -1,7 +1,7 @@
 //! What exists so far while a plan is carried out.
 
 use std::any::{Any, TypeId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use floe_inject::{Arena, Arg, Outcome, Program, Stopped};
@@ -51,7 +51,10 @@ pub struct World<'i> {
     /// The tasks made so far, by pid in the images.
     pub puppets: BTreeMap<u32, Puppet>,
     files: HashMap<u32, OwnedFd>,
-    inherited: bool,
+    segments: HashMap<u64, OwnedFd>,
+    /// Files that tasks do not inherit: opened when the first task existed already.
+    late: HashSet<u32>,
+    born: bool,
     first_fd: RawFd,
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
@@ -72,7 +75,9 @@ impl<'i> World<'i> {
             features,
             puppets: BTreeMap::new(),
             files: HashMap::new(),
-            inherited: false,
+            segments: HashMap::new(),
+            late: HashSet::new(),
+            born: false,
             first_fd,
             state: HashMap::new(),
             undo: Vec::new(),
@@ -83,6 +88,9 @@ impl<'i> World<'i> {
     pub fn keep_file(&mut self, id: u32, file: OwnedFd) -> Result<(), ExecuteError> {
         let high = self.lift(file)?;
         self.files.insert(id, high);
+        if self.born {
+            self.late.insert(id);
+        }
         Ok(())
     }
 
@@ -105,6 +113,18 @@ impl<'i> World<'i> {
         })
     }
 
+    /// Keeps a shared memory segment of the images.
+    pub fn keep_segment(&mut self, id: u64, segment: OwnedFd) -> Result<(), ExecuteError> {
+        let high = self.lift(segment)?;
+        self.segments.insert(id, high);
+        Ok(())
+    }
+
+    /// The descriptor of a segment, which every task inherits.
+    pub fn segment(&self, id: u64) -> Option<RawFd> {
+        self.segments.get(&id).map(AsRawFd::as_raw_fd)
+    }
+
     /// Whether a file is open already.
     pub fn has_file(&self, id: u32) -> bool {
         self.files.contains_key(&id)
@@ -112,7 +132,17 @@ impl<'i> World<'i> {
 
     /// From now on files are not inherited any more: the first task exists.
     pub fn end_of_inheritance(&mut self) {
-        self.inherited = true;
+        self.born = true;
+    }
+
+    /// The number by which a task finds a file before its own descriptors are in place.
+    pub fn number_in_task(&mut self, pid: u32, id: u32) -> Result<RawFd, ExecuteError> {
+        let number = self.file(id)?.as_raw_fd();
+        if self.late.contains(&id) {
+            self.hand_over(pid, number)
+        } else {
+            Ok(number)
+        }
     }
 
     /// Runs a program in the leader of a task.

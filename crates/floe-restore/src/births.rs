@@ -1,0 +1,400 @@
+//! Steps that make the tasks: the root, forks, sessions, groups, threads, zombies.
+
+use std::collections::BTreeSet;
+
+use floe_inject::{ARENA_BYTES, Arg, Program, RootSpawn, Seized, spawn_root};
+use floe_kernel::ids::HostPid;
+use floe_options::DetachMode;
+use floe_plan::Handle;
+use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
+
+use crate::tree::{Birth, Tree, is_zombie};
+
+/// What makes the birth of the tree's tasks differ from run to run.
+pub struct Births<'t> {
+    /// Who forks whom.
+    pub tree: &'t Tree,
+    /// Where every arena lies.
+    pub arena: u64,
+    /// Tasks that are forked when their parent's memory is in place, to share pages with it.
+    pub share_memory: BTreeSet<u32>,
+}
+
+impl Births<'_> {
+    /// Adds the steps from the root's birth to the whole tree standing there.
+    pub fn plan(&self, planner: &mut Planner<'_>) -> Result<(), PlanError> {
+        let files = planner.made(|handle| matches!(handle, Handle::File(_) | Handle::Segment(_)));
+        planner.step(
+            "all inherited files are open",
+            (&files, &[Handle::Files]),
+            |world| {
+                world.end_of_inheritance();
+                Ok(())
+            },
+        );
+        for birth in &self.tree.births {
+            match birth.parent {
+                None => self.plan_root(birth, planner),
+                Some(parent) => self.plan_fork(birth, parent, planner)?,
+            }
+            self.plan_session(birth, planner);
+        }
+        let born: Vec<Handle> = self
+            .tree
+            .births
+            .iter()
+            .map(|birth| Handle::Session(birth.pid))
+            .collect();
+        planner.step(
+            "the whole tree stands",
+            (&born, &[Handle::Tree]),
+            |_| Ok(()),
+        );
+        self.plan_groups(planner);
+        self.plan_deaths(planner);
+        Ok(())
+    }
+
+    fn plan_root(&self, birth: &Birth, planner: &mut Planner<'_>) {
+        let (pid, arena) = (birth.pid, self.arena);
+        let sibling = planner.options.detach == DetachMode::Sibling;
+        planner.step(
+            format!("clone the root, pid {pid}"),
+            (&[Handle::Files], &[Handle::Born(pid)]),
+            move |world| {
+                let spawn = RootSpawn {
+                    flags: if sibling {
+                        libc::CLONE_PARENT as u64
+                    } else {
+                        0
+                    },
+                    set_tid: vec![pid as i32],
+                    // The kernel takes the signal of CLONE_PARENT from the caller's own birth.
+                    exit_signal: if sibling { 0 } else { libc::SIGCHLD },
+                    arena,
+                    arena_bytes: ARENA_BYTES,
+                };
+                let (arena, leader) = spawn_root(&spawn)?;
+                world.puppets.insert(
+                    pid,
+                    Puppet {
+                        arena,
+                        leader,
+                        threads: Default::default(),
+                    },
+                );
+                Ok(())
+            },
+        );
+    }
+
+    fn plan_fork(
+        &self,
+        birth: &Birth,
+        parent: u32,
+        planner: &mut Planner<'_>,
+    ) -> Result<(), PlanError> {
+        let pid = birth.pid;
+        let flags = shared_tables(planner, parent, pid)?;
+        let mut needs = Vec::new();
+        if !birth.before_session {
+            needs.push(Handle::Session(parent));
+        }
+        if self.share_memory.contains(&pid) {
+            needs.push(Handle::Memory(parent));
+        }
+        planner.task_step(
+            parent,
+            format!("fork task {pid}"),
+            (&needs, &[Handle::Born(pid)]),
+            move |world| fork(world, parent, pid, flags),
+        );
+        Ok(())
+    }
+
+    fn plan_session(&self, birth: &Birth, planner: &mut Planner<'_>) {
+        let pid = birth.pid;
+        let early = self
+            .tree
+            .births
+            .iter()
+            .filter(|child| child.parent == Some(pid) && child.before_session);
+        let needs: Vec<Handle> = early.map(|child| Handle::Born(child.pid)).collect();
+        if !birth.leads_session {
+            planner.task_step(
+                pid,
+                "stay in the session",
+                (&needs, &[Handle::Session(pid)]),
+                |_| Ok(()),
+            );
+            return;
+        }
+        planner.task_step(
+            pid,
+            "setsid",
+            (&needs, &[Handle::Session(pid)]),
+            move |world| {
+                let mut program = Program::new();
+                program.call("setsid", libc::SYS_setsid, &[]);
+                world.run(pid, &program).map(drop)
+            },
+        );
+    }
+
+    fn plan_groups(&self, planner: &mut Planner<'_>) {
+        let members: Vec<(u32, u32)> = self
+            .tree
+            .births
+            .iter()
+            .filter_map(|birth| Some((birth.pid, birth.group?)))
+            .collect();
+        planner.step(
+            "join process groups",
+            (&[Handle::Tree], &[Handle::Object("groups", 0)]),
+            move |world| {
+                let (leaders, others): (Vec<_>, Vec<_>) =
+                    members.into_iter().partition(|(pid, group)| pid == group);
+                for (pid, group) in leaders.into_iter().chain(others) {
+                    let mut program = Program::new();
+                    program.call(
+                        format!("setpgid to {group}"),
+                        libc::SYS_setpgid,
+                        &[Arg::from(0), Arg::from(group)],
+                    );
+                    world.run(pid, &program)?;
+                }
+                Ok(())
+            },
+        );
+    }
+
+    /// Helpers go before zombies appear, so that nobody mistakes one for the other.
+    fn plan_deaths(&self, planner: &mut Planner<'_>) {
+        let helpers: Vec<(u32, u32)> = self
+            .tree
+            .births
+            .iter()
+            .filter(|birth| birth.helper)
+            .filter_map(|birth| Some((birth.pid, birth.parent?)))
+            .collect();
+        let adopters: Vec<u32> = self.tree.adopters.iter().copied().collect();
+        let memory: Vec<Handle> = adopters.iter().map(|pid| Handle::Memory(*pid)).collect();
+        let needs = [&[Handle::Tree, Handle::Object("groups", 0)][..], &memory].concat();
+        planner.step(
+            "dismiss helpers",
+            (&needs, &[Handle::Object("helpers", 0)]),
+            move |world| {
+                set_subreapers(world, &adopters, 1)?;
+                for (pid, parent) in helpers.into_iter().rev() {
+                    dismiss(world, pid, parent)?;
+                }
+                set_subreapers(world, &adopters, 0)
+            },
+        );
+        let images = planner.images;
+        for birth in self
+            .tree
+            .births
+            .iter()
+            .filter(|birth| is_zombie(images, birth.pid))
+        {
+            let pid = birth.pid;
+            let status = images
+                .task(pid)
+                .and_then(|task| task.core.tc.as_ref())
+                .map_or(0, |task| task.exit_code);
+            let needs = [
+                Handle::Tree,
+                Handle::Object("groups", 0),
+                Handle::Object("helpers", 0),
+            ];
+            let makes = [
+                Handle::Memory(pid),
+                Handle::Descriptors(pid),
+                Handle::Threads(pid),
+            ];
+            planner.task_step(pid, "die as a zombie", (&needs, &makes), move |world| {
+                die(world, pid, status)
+            });
+        }
+    }
+}
+
+/// `CLONE_FILES` and the like, for what a child shares with its parent.
+fn shared_tables(planner: &Planner<'_>, parent: u32, pid: u32) -> Result<u64, PlanError> {
+    let ids = |pid| planner.images.task(pid).and_then(|task| task.ids.as_ref());
+    let (Some(theirs), Some(ours)) = (ids(parent), ids(pid)) else {
+        return Ok(0);
+    };
+    if is_zombie(planner.images, pid) || is_zombie(planner.images, parent) {
+        return Ok(0);
+    }
+    let table = [
+        (theirs.files_id == ours.files_id, libc::CLONE_FILES),
+        (theirs.fs_id == ours.fs_id, libc::CLONE_FS),
+        (theirs.vm_id == ours.vm_id, libc::CLONE_VM),
+        (
+            theirs.vm_id == ours.vm_id && theirs.sighand_id == ours.sighand_id,
+            libc::CLONE_SIGHAND,
+        ),
+    ];
+    Ok(table
+        .iter()
+        .filter(|(shared, _)| *shared)
+        .map(|(_, flag)| *flag as u64)
+        .sum())
+}
+
+/// Offset of `set_tid` in `struct clone_args`.
+const SET_TID_OFFSET: usize = 64;
+
+/// `struct clone_args` for a new task that is traced from its first instruction.
+fn clone_program(
+    program: &mut Program,
+    label: String,
+    flags: u64,
+    (tid, exit_signal): (u32, i32),
+) -> floe_inject::CallId {
+    let set_tid = program.buffer(&tid.to_le_bytes());
+    // flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
+    let words = [
+        flags | libc::CLONE_PTRACE as u64,
+        0,
+        0,
+        0,
+        exit_signal as u64,
+        0,
+        0,
+        0,
+        0,
+        1,
+        0,
+    ];
+    let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let size = bytes.len();
+    let args = program.buffer(&bytes);
+    program.point(args, SET_TID_OFFSET, set_tid);
+    program.call(label, libc::SYS_clone3, &[Arg::from(args), Arg::from(size)])
+}
+
+fn fork(world: &mut World<'_>, parent: u32, pid: u32, flags: u64) -> Result<(), ExecuteError> {
+    let mut program = Program::new();
+    let call = clone_program(
+        &mut program,
+        format!("clone3 of task {pid}"),
+        flags,
+        (pid, libc::SIGCHLD),
+    );
+    let puppet = world.puppet(parent)?;
+    let outcome = puppet.run(&program)?.expect("the program has a call");
+    let leader = Seized::born(HostPid(outcome.result(call) as i32)).wait_stopped()?;
+    let arena = puppet.arena.clone();
+    world.puppets.insert(
+        pid,
+        Puppet {
+            arena,
+            leader,
+            threads: Default::default(),
+        },
+    );
+    Ok(())
+}
+
+/// Adds the steps that make the threads of every task.
+pub fn plan_threads(planner: &mut Planner<'_>) {
+    let images = planner.images;
+    for task in images
+        .tasks
+        .iter()
+        .filter(|task| !is_zombie(images, task.pid()))
+    {
+        let pid = task.pid();
+        let tids: Vec<u32> = task.threads.keys().copied().collect();
+        let needs = [Handle::Memory(pid), Handle::Descriptors(pid)];
+        let name = format!("make {} threads", tids.len());
+        planner.task_step(pid, name, (&needs, &[Handle::Threads(pid)]), move |world| {
+            make_threads(world, pid, &tids)
+        });
+    }
+}
+
+/// Threads made by one program; the arena has room for some thousands.
+const THREADS_AT_ONCE: usize = 2000;
+
+fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), ExecuteError> {
+    let flags = libc::CLONE_VM
+        | libc::CLONE_FS
+        | libc::CLONE_FILES
+        | libc::CLONE_SIGHAND
+        | libc::CLONE_THREAD
+        | libc::CLONE_SYSVSEM;
+    let puppet = world.puppet(pid)?;
+    for some in tids.chunks(THREADS_AT_ONCE) {
+        let mut program = Program::new();
+        let calls: Vec<_> = some
+            .iter()
+            .map(|tid| {
+                clone_program(
+                    &mut program,
+                    format!("clone3 of thread {tid}"),
+                    flags as u64,
+                    (*tid, 0),
+                )
+            })
+            .collect();
+        let outcome = puppet.run(&program)?.expect("chunks are not empty");
+        for (tid, call) in some.iter().zip(calls) {
+            let thread = Seized::born(HostPid(outcome.result(call) as i32)).wait_stopped()?;
+            puppet.threads.insert(*tid, thread);
+        }
+    }
+    Ok(())
+}
+
+fn set_subreapers(world: &mut World<'_>, pids: &[u32], on: i32) -> Result<(), ExecuteError> {
+    for pid in pids {
+        let mut program = Program::new();
+        program.call(
+            "prctl(PR_SET_CHILD_SUBREAPER)",
+            libc::SYS_prctl,
+            &[Arg::from(libc::PR_SET_CHILD_SUBREAPER), Arg::from(on)],
+        );
+        world.run(*pid, &program)?;
+    }
+    Ok(())
+}
+
+/// Ends a helper and lets its parent reap it.
+fn dismiss(world: &mut World<'_>, pid: u32, parent: u32) -> Result<(), ExecuteError> {
+    let host = world.puppet(pid)?.pid();
+    die(world, pid, 0)?;
+    let mut program = Program::new();
+    let args = [
+        Arg::from(host.0),
+        Arg::from(0),
+        Arg::from(libc::__WALL),
+        Arg::from(0),
+    ];
+    program.call(format!("wait4 for helper {pid}"), libc::SYS_wait4, &args);
+    world.run(parent, &program).map(drop)
+}
+
+/// Ends a task with a wait status: an exit code in the second byte, or a signal in the first.
+fn die(world: &mut World<'_>, pid: u32, status: u32) -> Result<(), ExecuteError> {
+    let Some(mut puppet) = world.puppets.remove(&pid) else {
+        return Ok(());
+    };
+    let signal = (status & 0x7f) as i32;
+    let mut program = Program::new();
+    let no_core = program.buffer(&[0; 16]);
+    let args = [
+        Arg::from(0),
+        Arg::from(libc::RLIMIT_CORE),
+        Arg::from(no_core),
+        Arg::from(0),
+    ];
+    program.call("prlimit64(RLIMIT_CORE)", libc::SYS_prlimit64, &args);
+    puppet.run(&program)?;
+    let Puppet { arena, leader, .. } = puppet;
+    Ok(arena.end_task(leader, (status >> 8 & 0xff) as i32, signal)?)
+}

@@ -1,0 +1,156 @@
+//! Descriptors, directories and umask of every task.
+
+use std::collections::BTreeSet;
+use std::os::fd::AsRawFd;
+
+use floe_image::messages::FdinfoEntry;
+use floe_inject::{Arg, Program};
+use floe_plan::Handle;
+use floe_resources::restore::{ExecuteError, PlanError, Planner, World};
+
+use crate::tree::is_zombie;
+
+/// `fdinfo_entry.flags`: close-on-exec.
+const CLOSE_ON_EXEC: u32 = 1;
+/// Descriptors moved by one program; the arena has room for some more.
+const MOVES_AT_ONCE: usize = 8000;
+
+/// Adds the steps that give each task its directories, then its descriptors.
+pub fn plan(planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    let mut tables = BTreeSet::new();
+    for task in images
+        .tasks
+        .iter()
+        .filter(|task| !is_zombie(images, task.pid()))
+    {
+        plan_directories(planner, task.pid())?;
+        let pid = task.pid();
+        let mut needs = vec![
+            Handle::Tree,
+            Handle::Memory(pid),
+            Handle::Object("directories", u64::from(pid)),
+        ];
+        if !tables.insert(task.files_id()) {
+            planner.task_step(
+                pid,
+                "share a table of descriptors",
+                (&needs, &[Handle::Descriptors(pid)]),
+                |_| Ok(()),
+            );
+            continue;
+        }
+        // Tasks that share the table still need the inherited descriptors for memory and directories.
+        for sharer in images
+            .tasks
+            .iter()
+            .filter(|other| other.files_id() == task.files_id() && !is_zombie(images, other.pid()))
+        {
+            needs.extend([
+                Handle::Memory(sharer.pid()),
+                Handle::Object("directories", u64::from(sharer.pid())),
+            ]);
+        }
+        let files: BTreeSet<u32> = task.fds.iter().map(|fd| fd.id).collect();
+        needs.extend(files.into_iter().map(Handle::File));
+        let fds = &task.fds;
+        let name = format!("install {} descriptors", fds.len());
+        planner.task_step(
+            pid,
+            name,
+            (&needs, &[Handle::Descriptors(pid)]),
+            move |world| install(world, pid, fds),
+        );
+    }
+    Ok(())
+}
+
+fn install(world: &mut World<'_>, pid: u32, fds: &[FdinfoEntry]) -> Result<(), ExecuteError> {
+    let mut moves = Vec::with_capacity(fds.len());
+    for fd in fds {
+        moves.push((world.number_in_task(pid, fd.id)?, fd));
+    }
+    for some in moves.chunks(MOVES_AT_ONCE) {
+        let mut program = Program::new();
+        for (source, fd) in some {
+            let flags = if fd.flags & CLOSE_ON_EXEC != 0 {
+                libc::O_CLOEXEC
+            } else {
+                0
+            };
+            program.call(
+                "dup3 to a final descriptor",
+                libc::SYS_dup3,
+                &[Arg::from(*source), Arg::from(fd.fd), Arg::from(flags)],
+            );
+        }
+        world.run(pid, &program)?;
+    }
+    world.run(pid, &close_all_others(fds)).map(drop)
+}
+
+/// Closes every descriptor that the task did not have.
+fn close_all_others(fds: &[FdinfoEntry]) -> Program {
+    let mut numbers: Vec<u32> = fds.iter().map(|fd| fd.fd).collect();
+    numbers.sort_unstable();
+    let mut program = Program::new();
+    let mut first_free = 0;
+    for number in numbers {
+        if number > first_free {
+            close_range(&mut program, first_free, number - 1);
+        }
+        first_free = number + 1;
+    }
+    close_range(&mut program, first_free, u32::MAX);
+    program
+}
+
+fn close_range(program: &mut Program, first: u32, last: u32) {
+    program.call(
+        "close_range",
+        libc::SYS_close_range,
+        &[Arg::from(first), Arg::from(last), Arg::from(0)],
+    );
+}
+
+fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError> {
+    let Some(fs) = planner.images.task(pid).and_then(|task| task.fs.as_ref()) else {
+        return Err(PlanError::damaged(format!("fs-{pid}.img"), "it is missing"));
+    };
+    let (cwd, root, umask) = (fs.cwd_id, fs.root_id, fs.umask);
+    let root_is_ours = planner
+        .images
+        .files
+        .get(&root)
+        .and_then(|file| file.reg.as_ref())
+        .is_some_and(|file| file.name == "/");
+    let needs = [Handle::Files, Handle::File(cwd), Handle::File(root)];
+    let makes = [Handle::Object("directories", u64::from(pid))];
+    planner.task_step(
+        pid,
+        "chdir, chroot, umask",
+        (&needs, &makes),
+        move |world| {
+            let mut program = Program::new();
+            if !root_is_ours {
+                let here = program.buffer(b".\0");
+                program.call(
+                    "fchdir to the root",
+                    libc::SYS_fchdir,
+                    &[Arg::from(world.file(root)?.as_raw_fd())],
+                );
+                program.call("chroot", libc::SYS_chroot, &[Arg::from(here)]);
+            }
+            program.call(
+                "fchdir",
+                libc::SYS_fchdir,
+                &[Arg::from(world.file(cwd)?.as_raw_fd())],
+            );
+            if let Some(umask) = umask {
+                program.call("umask", libc::SYS_umask, &[Arg::from(umask)]);
+            }
+            world.run(pid, &program).map(drop)
+        },
+    );
+    Ok(())
+}

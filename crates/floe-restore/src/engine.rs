@@ -1,0 +1,195 @@
+//! The life of a restore: load, plan, verify, execute, release.
+
+use std::path::Path;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use floe_image::messages::{RestoreStatsEntry, StatsEntry};
+use floe_image::{ImageKind, ImageWriter};
+use floe_kernel::features::KernelFeatures;
+use floe_kernel::ptrace::{self, WaitStatus};
+use floe_options::{Action, HookEvent, RestoreOptions};
+use floe_plan::Plan;
+use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
+
+use crate::births::{Births, plan_threads};
+use crate::error::RestoreError;
+use crate::space::Spaces;
+use crate::state::Background;
+use crate::tree::Tree;
+use crate::{descriptors, release, state};
+
+/// What a restore did.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreReport {
+    /// The root in the caller's pid namespace.
+    pub root: i32,
+    /// Tasks, zombies among them.
+    pub tasks: usize,
+    /// From the first clone to the whole tree standing there.
+    pub forking: Duration,
+    /// From the start to the release.
+    pub total: Duration,
+    /// Pages written into tasks.
+    pub pages_restored: u64,
+}
+
+/// Plans the restore of a loaded tree: changes nothing.
+pub fn plan<'i>(
+    images: &'i TreeImages,
+    options: &'i RestoreOptions,
+    features: &'i KernelFeatures,
+) -> Result<(Plan<Op<'i>>, Rc<Background<'i>>), PlanError> {
+    let mut planner = Planner::new(images, options, features);
+    let tree = Tree::new(images)?;
+    floe_resources::fd::plan_files(&mut planner)?;
+    let spaces = Spaces::new(images, &tree)?;
+    spaces.plan(&tree, &mut planner)?;
+    Births {
+        tree: &tree,
+        arena: spaces.arena.start,
+        share_memory: spaces.sharing(),
+    }
+    .plan(&mut planner)?;
+    descriptors::plan(&mut planner)?;
+    plan_threads(&mut planner);
+    let background = Rc::new(Background::new(&planner)?);
+    state::plan(&mut planner, &background)?;
+    Ok((planner.finish()?, background))
+}
+
+/// Restores the tree of an images directory.
+pub fn restore(
+    options: &RestoreOptions,
+    features: &KernelFeatures,
+) -> Result<RestoreReport, RestoreError> {
+    let start = Instant::now();
+    let images = TreeImages::load(&options.place.images_dir)?;
+    let (plan, background) = plan(&images, options, features)?;
+    check_ids_are_free(&Tree::new(&images)?, &images)?;
+    options
+        .hooks
+        .run(HookEvent::new(Action::PreRestore, None))?;
+    raise_descriptor_limit();
+    let first_fd = images.highest_fd().max(63) as i32 + 1;
+    let mut world = World::new(&images, options, features, first_fd);
+    let mut report = RestoreReport {
+        tasks: images.tasks.len(),
+        ..RestoreReport::default()
+    };
+    if let Err(error) = execute(&mut world, (plan, &background), start, &mut report) {
+        abort(&mut world);
+        return Err(error);
+    }
+    report.total = start.elapsed();
+    write_statistics(&options.place.work_dir, &report)?;
+    let resumed = options
+        .hooks
+        .run(HookEvent::new(Action::PostResume, Some(report.root)));
+    if let Err(error) = resumed {
+        tracing::warn!(%error, "a hook failed after the restore");
+    }
+    tracing::info!(
+        pid = report.root,
+        tasks = report.tasks,
+        "Restore finished successfully. Tasks resumed."
+    );
+    Ok(report)
+}
+
+fn execute<'i>(
+    world: &mut World<'i>,
+    (plan, background): (Plan<Op<'i>>, &Background<'i>),
+    start: Instant,
+    report: &mut RestoreReport,
+) -> Result<(), RestoreError> {
+    for step in plan.into_steps() {
+        let name = step.to_string();
+        tracing::debug!("{name}");
+        (step.op)(world).map_err(|source| RestoreError::Step { step: name, source })?;
+    }
+    report.forking = start.elapsed();
+    let (options, root) = (world.options, world.images.root().pid());
+    report.root = world.puppets.get(&root).map_or(0, |puppet| puppet.pid().0);
+    let event = |action| options.hooks.run(HookEvent::new(action, Some(report.root)));
+    event(Action::PostRestore)?;
+    if let Some(path) = &options.pidfile {
+        std::fs::write(path, report.root.to_string()).map_err(|source| RestoreError::Write {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    event(Action::NetworkUnlock)?;
+    event(Action::PreResume)?;
+    release::release(world, background).map_err(|source| RestoreError::Step {
+        step: "release".into(),
+        source,
+    })
+}
+
+/// Leaves nothing behind: every task made so far is killed and reaped, names are removed.
+fn abort(world: &mut World<'_>) {
+    let made = std::mem::take(&mut world.puppets);
+    let leaders: Vec<_> = made.values().map(|puppet| puppet.pid()).collect();
+    // Dropping a puppet kills it.
+    drop(made);
+    for pid in leaders {
+        while let Ok(Some((_, status))) = ptrace::wait(pid, 0) {
+            if matches!(status, WaitStatus::Exited(_) | WaitStatus::Killed(_)) {
+                break;
+            }
+        }
+    }
+    world.take_back();
+}
+
+/// Finds every pid and tid that is taken, before anything is made.
+fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError> {
+    for id in tree.ids(images) {
+        let path = format!("/proc/{id}/comm");
+        if let Ok(owner) = std::fs::read_to_string(Path::new(&path)) {
+            return Err(PlanError::IdTaken {
+                id,
+                owner: owner.trim_end().to_string(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Our descriptors lie above those of all tasks; the soft limit is for programs that use `select`.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: limit.maximum,
+            maximum: limit.maximum,
+        },
+    );
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+}
+
+fn write_statistics(work_dir: &Path, report: &RestoreReport) -> Result<(), RestoreError> {
+    let microseconds = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+    let restore = RestoreStatsEntry {
+        pages_compared: 0,
+        pages_skipped_cow: 0,
+        forking_time: microseconds(report.forking),
+        restore_time: microseconds(report.total),
+        pages_restored: Some(report.pages_restored),
+    };
+    let writer = ImageWriter::for_statistics(work_dir)?;
+    writer.write_one(
+        ImageKind::Stats,
+        floe_image::catalogue::STATS_RESTORE,
+        &StatsEntry {
+            dump: None,
+            restore: Some(restore),
+        },
+    )?;
+    Ok(())
+}

@@ -1,0 +1,31 @@
+//! Why a restore failed.
+
+use std::path::PathBuf;
+
+use floe_image::ImageError;
+use floe_resources::restore::{ExecuteError, PlanError};
+
+/// Why a tree was not restored. Nothing of it is left behind.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error("Step `{step}` failed")]
+    Step {
+        step: String,
+        #[source]
+        source: ExecuteError,
+    },
+    #[error(transparent)]
+    WriteImage(#[from] floe_image::WriteError),
+    #[error("Writing {}", .path.display())]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Hook(#[from] floe_options::HookError),
+}

@@ -1,0 +1,101 @@
+//! The last act: registers in, executor out, everybody runs.
+
+use floe_image::messages::CoreEntry;
+use floe_inject::{Saved, Stopped};
+use floe_kernel::ptrace;
+use floe_options::AfterRestore;
+use floe_resources::restore::{Attempt, ExecuteError, PlanError, Puppet, TaskState, World};
+use floe_resources::task::rebuild::{TaskContext, fpu, registers, rseq};
+
+use crate::state::Background;
+
+/// Lets the whole tree run; consumes every puppet.
+pub fn release(world: &mut World<'_>, background: &Background<'_>) -> Result<(), ExecuteError> {
+    let images = world.images;
+    for (pid, puppet) in &mut world.puppets {
+        let task = images
+            .task(*pid)
+            .expect("helpers and zombies are gone by now");
+        set_final_state(&mut puppet.leader, &task.core, &background.of(task, *pid))?;
+        for (tid, thread) in &mut puppet.threads {
+            set_final_state(thread, &task.threads[tid], &background.of(task, *tid))?;
+        }
+    }
+    remove_executors(world)?;
+    let all_stopped = world.options.after == AfterRestore::LeaveStopped;
+    for (
+        pid,
+        Puppet {
+            leader, threads, ..
+        },
+    ) in std::mem::take(&mut world.puppets)
+    {
+        let saved = images.task(pid).and_then(|task| task.state().ok());
+        if all_stopped || saved == Some(TaskState::Stopped) {
+            floe_kernel::pidfd::tgkill(leader.pid(), libc::SIGSTOP)
+                .during("Stopping task", || pid.to_string())?;
+        }
+        for (_, thread) in threads {
+            thread.release()?;
+        }
+        leader.release()?;
+    }
+    Ok(())
+}
+
+fn set_final_state(
+    thread: &mut Stopped,
+    core: &CoreEntry,
+    context: &TaskContext<'_>,
+) -> Result<(), ExecuteError> {
+    let pid = thread.pid();
+    let what = || format!("of thread {pid}");
+    let info = registers::checked(core, context).map_err(late)?;
+    let mut area = ptrace::xstate(pid).during("Reading the FPU state", what)?;
+    fpu::from_image(&info.fpregs, &mut area, context).map_err(late)?;
+    ptrace::set_xstate(pid, &area).during("Setting the FPU state", what)?;
+    let mut regs = registers::from_image(&info.gpregs);
+    let Some(own) = &core.thread_core else {
+        return Err(late(PlanError::damaged(
+            format!("core-{}.img", context.tid),
+            "thread_core is missing",
+        )));
+    };
+    if let Some(registration) = &own.rseq_entry {
+        let read = |at: floe_kernel::ids::TaskAddr, buffer: &mut [u8]| {
+            floe_inject::read_memory(pid, at.0, buffer)
+        };
+        regs.rip = rseq::fix_ip(registration, regs.rip, read)
+            .during("Reading the restartable sequence", what)?;
+        if let Some((at, pointer)) = rseq::pointer_to_write(registration) {
+            floe_inject::write_memory(pid, at.0, &pointer.to_le_bytes())
+                .during("Writing the restartable sequence", what)?;
+        }
+    }
+    thread.replace(Saved {
+        regs,
+        sigmask: own.blk_sigset.unwrap_or(0),
+    });
+    Ok(())
+}
+
+/// A fault of the images that only shows beside the machine's own state.
+fn late(error: PlanError) -> ExecuteError {
+    ExecuteError::Plan(Box::new(error))
+}
+
+/// Unmaps the executor from every address space: once for tasks that share one.
+fn remove_executors(world: &mut World<'_>) -> Result<(), ExecuteError> {
+    let images = world.images;
+    let mut done = std::collections::BTreeSet::new();
+    for (pid, puppet) in &mut world.puppets {
+        let space = images
+            .task(*pid)
+            .and_then(|task| task.ids.as_ref())
+            .map_or(*pid, |ids| ids.vm_id);
+        if done.insert(space) {
+            puppet.arena.clone().remove(&mut puppet.leader)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,258 @@
+//! Who forks whom, and when: pure.
+//!
+//! A task is born in the session that its birth parent has at that moment, and leaves it only by
+//! becoming a leader. So a child of an older session is forked before its parent calls `setsid`.
+//! Where no living task can give a child its session, because the leader died and the child was
+//! adopted, a helper takes the leader's place: it forks the orphans and exits, and they are adopted
+//! by their real parent, which is a subreaper for that time.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use floe_resources::restore::{PlanError, TaskState, TreeImages};
+
+/// How one task comes to be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Birth {
+    /// The task, or a helper.
+    pub pid: u32,
+    /// Who forks it; `None` for the root.
+    pub parent: Option<u32>,
+    /// Forked before `parent` calls `setsid`.
+    pub before_session: bool,
+    /// Calls `setsid` itself.
+    pub leads_session: bool,
+    /// The group to join, where it is not that of the session's leader.
+    pub group: Option<u32>,
+    /// Exists only to give others their session or group.
+    pub helper: bool,
+}
+
+/// The births of a tree, parents before children.
+#[derive(Clone, Debug, Default)]
+pub struct Tree {
+    /// In the order of the plan.
+    pub births: Vec<Birth>,
+    /// Tasks that must adopt orphans of a helper, and so be subreapers while it exits.
+    pub adopters: BTreeSet<u32>,
+}
+
+/// One task of the tree in progress.
+#[derive(Clone, Copy, Debug)]
+struct Node {
+    parent: Option<u32>,
+    sid: u32,
+    pgid: u32,
+    helper: bool,
+}
+
+impl Tree {
+    /// Plans the births; `outside` is the session of a root that does not lead its own.
+    pub fn new(images: &TreeImages) -> Result<Tree, PlanError> {
+        let mut nodes: BTreeMap<u32, Node> = BTreeMap::new();
+        let mut order = Vec::new();
+        for (index, task) in images.tasks.iter().enumerate() {
+            let entry = &task.entry;
+            let parent = (index > 0).then_some(entry.ppid);
+            nodes.insert(
+                entry.pid,
+                Node {
+                    parent,
+                    sid: entry.sid,
+                    pgid: entry.pgid,
+                    helper: false,
+                },
+            );
+            order.push(entry.pid);
+        }
+        let outside = outside_ids(images);
+        let mut adopters = BTreeSet::new();
+        add_session_helpers(&mut nodes, &mut order, &mut adopters, &outside)?;
+        add_group_helpers(&mut nodes, &mut order, &outside)?;
+        let early = early_sessions(&nodes, &order);
+        let births = order
+            .iter()
+            .map(|pid| birth(*pid, &nodes, &early, &outside))
+            .collect();
+        Ok(Tree { births, adopters })
+    }
+
+    /// Every pid and tid that must be free.
+    pub fn ids<'a>(&'a self, images: &'a TreeImages) -> impl Iterator<Item = u32> + 'a {
+        let helpers = self
+            .births
+            .iter()
+            .filter(|birth| birth.helper)
+            .map(|birth| birth.pid);
+        let tasks = images
+            .tasks
+            .iter()
+            .flat_map(|task| std::iter::once(task.pid()).chain(task.threads.keys().copied()));
+        tasks.chain(helpers)
+    }
+}
+
+/// Sessions and groups that the tree had from outside: those of a root that leads neither.
+fn outside_ids(images: &TreeImages) -> BTreeSet<u32> {
+    let root = &images.root().entry;
+    let mut outside = BTreeSet::from([0]);
+    if root.sid != root.pid {
+        outside.insert(root.sid);
+        if root.pgid != root.pid {
+            outside.insert(root.pgid);
+        }
+    }
+    outside
+}
+
+/// The session that a task must be born in; `None` where any will do.
+fn wanted_session(pid: u32, node: &Node, early: &BTreeMap<u32, u32>) -> Option<u32> {
+    if node.sid == pid {
+        early.get(&pid).copied()
+    } else {
+        Some(node.sid)
+    }
+}
+
+/// For each leader with children of an older session: that session, in which it must be born itself.
+fn early_sessions(nodes: &BTreeMap<u32, Node>, order: &[u32]) -> BTreeMap<u32, u32> {
+    let mut early = BTreeMap::new();
+    for pid in order.iter().rev() {
+        let node = &nodes[pid];
+        let (Some(parent), Some(wanted)) = (node.parent, wanted_session(*pid, node, &early)) else {
+            continue;
+        };
+        if nodes[&parent].sid == parent && wanted != parent {
+            early.entry(parent).or_insert(wanted);
+        }
+    }
+    early
+}
+
+fn add_session_helpers(
+    nodes: &mut BTreeMap<u32, Node>,
+    order: &mut Vec<u32>,
+    adopters: &mut BTreeSet<u32>,
+    outside: &BTreeSet<u32>,
+) -> Result<(), PlanError> {
+    loop {
+        let early = early_sessions(nodes, order);
+        let stray = order.iter().copied().find_map(|pid| {
+            let node = nodes[&pid];
+            let parent = node.parent?;
+            let wanted = wanted_session(pid, &node, &early)?;
+            let available = nodes[&parent].sid == wanted || early.get(&parent) == Some(&wanted);
+            (!available).then_some((pid, parent, wanted))
+        });
+        let Some((pid, parent, session)) = stray else {
+            return Ok(());
+        };
+        if outside.contains(&session) || nodes.get(&session).is_some_and(|leader| !leader.helper) {
+            let what = format!(
+                "task {pid} is in session {session}, which it cannot have inherited from its parent {parent}"
+            );
+            return Err(PlanError::damaged("pstree.img", what));
+        }
+        if !nodes.contains_key(&session) {
+            nodes.insert(
+                session,
+                Node {
+                    parent: Some(parent),
+                    sid: session,
+                    pgid: session,
+                    helper: true,
+                },
+            );
+            let at = order
+                .iter()
+                .position(|other| *other == parent)
+                .map_or(order.len(), |at| at + 1);
+            order.insert(at, session);
+            adopters.insert(parent);
+        }
+        nodes.get_mut(&pid).expect("it was found there").parent = Some(session);
+        sort_parents_first(nodes, order);
+    }
+}
+
+fn add_group_helpers(
+    nodes: &mut BTreeMap<u32, Node>,
+    order: &mut Vec<u32>,
+    outside: &BTreeSet<u32>,
+) -> Result<(), PlanError> {
+    for pid in order.clone() {
+        let node = nodes[&pid];
+        if nodes.contains_key(&node.pgid) || outside.contains(&node.pgid) {
+            continue;
+        }
+        // A sibling in the same session, or a child of the leader itself.
+        let parent = if node.sid == pid { None } else { node.parent };
+        let Some(parent) = parent else {
+            let what = format!("task {pid} leads its session but is in group {}", node.pgid);
+            return Err(PlanError::damaged("pstree.img", what));
+        };
+        nodes.insert(
+            node.pgid,
+            Node {
+                parent: Some(parent),
+                sid: node.sid,
+                pgid: node.pgid,
+                helper: true,
+            },
+        );
+        order.push(node.pgid);
+    }
+    Ok(())
+}
+
+fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) {
+    let mut sorted = Vec::with_capacity(order.len());
+    let mut done = BTreeSet::new();
+    while sorted.len() < order.len() {
+        let before = sorted.len();
+        for pid in order.iter() {
+            if !done.contains(pid)
+                && nodes[pid]
+                    .parent
+                    .is_none_or(|parent| done.contains(&parent))
+            {
+                done.insert(*pid);
+                sorted.push(*pid);
+            }
+        }
+        assert!(
+            sorted.len() > before,
+            "every task has a parent in the tree, so there is always one to place"
+        );
+    }
+    *order = sorted;
+}
+
+fn birth(
+    pid: u32,
+    nodes: &BTreeMap<u32, Node>,
+    early: &BTreeMap<u32, u32>,
+    outside: &BTreeSet<u32>,
+) -> Birth {
+    let node = &nodes[&pid];
+    let before_session = match (node.parent, wanted_session(pid, node, early)) {
+        (Some(parent), Some(wanted)) => nodes[&parent].sid == parent && wanted != parent,
+        _ => false,
+    };
+    // Nobody calls setpgid before the whole tree exists, so all are in the group of their session.
+    let inherited = node.pgid == node.sid || outside.contains(&node.pgid);
+    Birth {
+        pid,
+        parent: node.parent,
+        before_session,
+        leads_session: node.sid == pid,
+        group: (node.sid != pid && !inherited).then_some(node.pgid),
+        helper: node.helper,
+    }
+}
+
+/// Whether a task is a zombie in the images.
+pub fn is_zombie(images: &TreeImages, pid: u32) -> bool {
+    images
+        .task(pid)
+        .is_some_and(|task| matches!(task.state(), Ok(TaskState::Dead)))
+}
