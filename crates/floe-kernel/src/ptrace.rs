@@ -180,7 +180,7 @@ pub fn set_xstate(pid: HostPid, area: &[u8]) -> io::Result<()> {
 pub fn sigmask(pid: HostPid) -> io::Result<u64> {
     let mut mask = 0u64;
     request(
-        libc::PTRACE_GETSIGMASK as u32,
+        libc::PTRACE_GETSIGMASK,
         pid,
         size_of::<u64>(),
         &raw mut mask as usize,
@@ -191,7 +191,7 @@ pub fn sigmask(pid: HostPid) -> io::Result<u64> {
 /// Replaces the mask of blocked signals.
 pub fn set_sigmask(pid: HostPid, mask: u64) -> io::Result<()> {
     request(
-        libc::PTRACE_SETSIGMASK as u32,
+        libc::PTRACE_SETSIGMASK,
         pid,
         size_of::<u64>(),
         &raw const mask as usize,
@@ -215,14 +215,14 @@ pub fn peek_siginfo(pid: HostPid, queue: SignalQueue) -> io::Result<Vec<RawSigin
         let mut args = libc::ptrace_peeksiginfo_args {
             off: all.len() as u64,
             flags: if queue == SignalQueue::Shared {
-                libc::PTRACE_PEEKSIGINFO_SHARED as u32
+                libc::PTRACE_PEEKSIGINFO_SHARED
             } else {
                 0
             },
             nr: BATCH as i32,
         };
         let count = request(
-            libc::PTRACE_PEEKSIGINFO as u32,
+            libc::PTRACE_PEEKSIGINFO,
             pid,
             &raw mut args as usize,
             batch.as_mut_ptr() as usize,

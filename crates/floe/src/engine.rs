@@ -1,6 +1,6 @@
 //! The call sites of the engine, and what its errors mean for the exit code.
 
-use floe_dump::{DumpError, DumpReport};
+use floe_dump::{DumpError, DumpReport, FreezeError};
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, RestoreOptions};
 use floe_resources::restore::PlanError;
@@ -22,10 +22,22 @@ pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<(), Fail
 fn dump_exit(error: &DumpError) -> Exit {
     match error {
         DumpError::Preflight(_) => Exit::Unsupported,
-        DumpError::Freeze(_)
-        | DumpError::Inject(_)
+        DumpError::Freeze(error) => freeze_exit(error),
+        DumpError::Inject(_)
         | DumpError::Collect(_)
-        | DumpError::Scan(_) => Exit::Kernel,
+        | DumpError::Scan(_)
+        | DumpError::Kill { .. } => Exit::Kernel,
+        _ => Exit::Failed,
+    }
+}
+
+/// A wrong pid is not the kernel's fault.
+fn freeze_exit(error: &FreezeError) -> Exit {
+    match error {
+        FreezeError::RootDead { .. }
+        | FreezeError::Traced { .. }
+        | FreezeError::LeaderEnded { .. } => Exit::Unsupported,
+        FreezeError::Stop { .. } | FreezeError::Proc(_) => Exit::Kernel,
         _ => Exit::Failed,
     }
 }

@@ -213,7 +213,11 @@ pub fn client(directory: &Path, mib: u64) -> anyhow::Result<()> {
 fn ask(server: &mut TcpStream, versions: &mut [u64], seed: &mut u64) -> anyhow::Result<bool> {
     let key = next(seed) % versions.len() as u64;
     let version = &mut versions[usize::try_from(key)?];
-    let operation = if next(seed) % 4 == 0 { PUT } else { GET };
+    let operation = if next(seed).is_multiple_of(4) {
+        PUT
+    } else {
+        GET
+    };
     *version += u64::from(operation == PUT);
     server.write_all(&bytes([operation, key, *version]))?;
     let mut answer = [0; 16];

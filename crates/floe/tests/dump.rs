@@ -1,0 +1,136 @@
+//! `floe dump` as a user calls it. Needs root; says `skipped` without.
+
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+fn floe(directory: &Path, line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    command
+        .current_dir(directory)
+        .args(["--no-default-config"])
+        .args(line.split_whitespace());
+    command.output().expect("the binary runs")
+}
+
+/// Whether this test can run: root is needed to stop and read other tasks.
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: not root");
+    }
+    root
+}
+
+/// A sleeping task in a session of its own, killed and reaped when dropped.
+struct Sleeper(Child);
+
+impl Sleeper {
+    fn start() -> Self {
+        let mut command = Command::new("setsid");
+        command
+            .args(["sleep", "100"])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        Self(command.spawn().expect("setsid is part of every system"))
+    }
+
+    fn is_running(&mut self) -> bool {
+        self.0.try_wait().expect("our own child").is_none()
+    }
+}
+
+impl Drop for Sleeper {
+    fn drop(&mut self) {
+        // Both fail only where it is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_pid_that_nobody_has_exits_with_1_and_is_named() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let output = floe(directory.path(), "dump -t 4194303");
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("There is no task 4194303"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn a_dump_that_leaves_the_task_running_can_be_shown() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut sleeper = Sleeper::start();
+    // The task is setsid itself for a moment, and then sleep under the same pid.
+    while std::fs::read_to_string(format!("/proc/{}/comm", sleeper.0.id())).unwrap_or_default()
+        != "sleep\n"
+    {
+        assert!(sleeper.is_running());
+        std::thread::yield_now();
+    }
+    let line = format!(
+        "dump -t {} --leave-running -o dump.log -v4 --display-stats",
+        sleeper.0.id()
+    );
+    let output = floe(directory.path(), &line);
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(sleeper.is_running());
+    let shown = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(shown.contains("Frozen time: "), "{shown}");
+    let log = std::fs::read_to_string(directory.path().join("dump.log")).expect("the log");
+    assert!(
+        log.contains("Dumping finished successfully") && !log.contains("Error"),
+        "{log}"
+    );
+    let listed = Command::new(env!("CARGO_BIN_EXE_floe"))
+        .args(["image", "show"])
+        .arg(directory.path())
+        .output();
+    let listed = String::from_utf8_lossy(&listed.expect("the binary runs").stdout).into_owned();
+    assert!(
+        listed.contains("sleep") && listed.contains("stats-dump"),
+        "{listed}"
+    );
+}
+
+#[test]
+fn an_action_script_runs_at_each_stage_and_can_refuse() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let script = directory.path().join("script.sh");
+    let text = "#!/bin/sh\necho $CRTOOLS_SCRIPT_ACTION $CRTOOLS_INIT_PID >>stages\n[ $CRTOOLS_SCRIPT_ACTION != post-dump ]\n";
+    std::fs::write(&script, text).expect("a file of our own");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&script, mode).expect("a file of our own");
+    let mut sleeper = Sleeper::start();
+    let line = format!(
+        "dump -t {} --action-script {}",
+        sleeper.0.id(),
+        script.display()
+    );
+    let output = floe(directory.path(), &line);
+    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("The hook for post-dump failed"),
+        "{}",
+        stderr(&output)
+    );
+    assert!(sleeper.is_running(), "a refused dump lets the task run on");
+    let stages = std::fs::read_to_string(directory.path().join("stages")).expect("the script ran");
+    assert!(
+        stages.starts_with(&format!("pre-dump {}\n", sleeper.0.id())),
+        "{stages}"
+    );
+}
