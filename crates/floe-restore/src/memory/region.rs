@@ -9,7 +9,6 @@ use super::error::PlanError;
 
 /// Bits of `vma_entry.status`.
 pub(super) mod status {
-    pub const REGULAR: u32 = 1;
     pub const VSYSCALL: u32 = 1 << 2;
     pub const VDSO: u32 = 1 << 3;
     pub const FILE_PRIVATE: u32 = 1 << 6;
