@@ -143,15 +143,30 @@ fn abort(world: &mut World<'_>) {
     world.take_back();
 }
 
+/// How long a zombie may keep its pid: init processes reap orphans within seconds.
+const ZOMBIE_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Finds every pid and tid that is taken, before anything is made.
 fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError> {
+    let deadline = Instant::now() + ZOMBIE_PATIENCE;
     for id in tree.ids(images) {
-        let path = format!("/proc/{id}/comm");
-        if let Ok(owner) = std::fs::read_to_string(Path::new(&path)) {
-            return Err(PlanError::IdTaken {
-                id,
-                owner: owner.trim_end().to_string(),
-            });
+        while let Ok(stat) = std::fs::read_to_string(format!("/proc/{id}/stat")) {
+            // `pid (comm) state ...`, where comm may hold anything.
+            let (owner, rest) = stat.rsplit_once(')').unwrap_or((&stat, ""));
+            let zombie = rest.trim_start().starts_with(['Z', 'X']);
+            if !zombie || Instant::now() > deadline {
+                let owner = owner.split_once('(').map_or(owner, |(_, comm)| comm);
+                let owner = format!(
+                    "`{owner}`{}",
+                    if zombie {
+                        ", a zombie whose parent does not reap it"
+                    } else {
+                        ""
+                    }
+                );
+                return Err(PlanError::IdTaken { id, owner });
+            }
+            std::thread::sleep(Duration::from_millis(5));
         }
     }
     Ok(())
