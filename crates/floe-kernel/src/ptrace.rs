@@ -269,8 +269,8 @@ pub fn set_syscall_user_dispatch(pid: HostPid, conf: &SyscallUserDispatch) -> io
     .map(drop)
 }
 
-/// The instructions (`sock_filter`, 8 bytes each) of the seccomp filter at `index`, newest first;
-/// `None` past the last one.
+/// The instructions (`sock_filter`, 8 bytes each) of the seccomp filter at `index`, oldest first;
+/// `None` past the newest.
 pub fn seccomp_filter(pid: HostPid, index: u64) -> io::Result<Option<Vec<u8>>> {
     let count = match request(raw::SECCOMP_GET_FILTER, pid, index as usize, 0) {
         Ok(count) => count as usize,

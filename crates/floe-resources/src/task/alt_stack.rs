@@ -4,7 +4,7 @@
 //! Rebuilt:  set by the thread. Needs: memory.
 //! Not kept: nothing.
 
-use floe_image::messages::ThreadSasEntry;
+use floe_image::messages::{ThreadCoreEntry, ThreadSasEntry};
 use floe_inject::{Arg, BufferId, Outcome, Program};
 
 use super::word;
@@ -35,4 +35,25 @@ impl AltStack {
             ss_size: word(bytes, 16),
         }
     }
+}
+
+/// Sets the alternate stack. A leader inherits one, threads do not.
+pub fn plan(thread: &ThreadCoreEntry, leader: bool, program: &mut Program) {
+    const SS_AUTODISARM: u32 = 1 << 31;
+    let disabled = libc::SS_DISABLE as u32;
+    let (at, size, flags) = match &thread.sas {
+        // SS_ONSTACK tells of the stack pointer, and is not a setting.
+        Some(it) => (
+            it.ss_sp,
+            it.ss_size,
+            it.ss_flags & (disabled | SS_AUTODISARM),
+        ),
+        None => (0, 0, disabled),
+    };
+    if flags & disabled != 0 && !leader {
+        return;
+    }
+    let stack = [at, u64::from(flags), size].map(u64::to_le_bytes).concat();
+    let stack = program.buffer(&stack);
+    program.call("sigaltstack", libc::SYS_sigaltstack, &[Arg::from(stack)]);
 }

@@ -3,12 +3,14 @@
 //! What only the task itself can tell is asked with remote calls: a kind adds its calls to the
 //! [`Program`](floe_inject::Program) of the task or of the thread (`ask`), and takes the answers out of
 //! the [`Outcome`](floe_inject::Outcome) (`read`), so that one stop serves all kinds. What `/proc` and
-//! ptrace tell is collected without them.
+//! ptrace tell is collected without them. The way back is in [`rebuild`].
 
 pub mod alt_stack;
 pub mod attributes;
+mod birth;
 pub mod cgroup;
 pub mod credentials;
+pub mod fpu;
 pub mod fs;
 pub mod itimers;
 pub mod memory_map;

@@ -1,20 +1,20 @@
-//! Registers of a thread, with the extended processor state.
+//! General registers of a thread.
 //!
-//! Saved:    general registers, segment bases, x87, SSE, AVX, AVX-512 and PKRU state. A thread that was
-//!           interrupted in a system call is put in front of it, so that it makes the call again.
+//! Saved:    general registers and segment bases. A thread that was interrupted in a system call is put
+//!           in front of it, so that it makes the call again.
 //! Rebuilt:  set by ptrace. Needs: nothing.
-//! Not kept: what restarts a timed wait (`nanosleep` and the like answer EINTR); AMX tiles.
+//! Not kept: what restarts a timed wait (`nanosleep` and the like answer EINTR).
 
 use floe_image::messages::{
-    CoreEntry, CoreEntryMarch, ThreadInfoX86, UserDescT, UserX86FpregsEntry, UserX86RegsEntry,
-    UserX86RegsMode, UserX86XsaveEntry,
+    CoreEntry, CoreEntryMarch, ThreadInfoX86, UserDescT, UserX86RegsEntry, UserX86RegsMode,
 };
 use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::{self, Regs};
-use floe_kernel::xsave::{XsaveComponent, component_range};
 
-use super::word;
+use super::fpu;
+use super::rebuild::TaskContext;
 use crate::collect::{CollectError, Obstacle};
+use crate::restore::PlanError;
 
 /// In-kernel results of interrupted calls (`include/linux/errno.h`).
 const ERESTARTSYS: i64 = 512;
@@ -48,7 +48,7 @@ pub fn collect_registers(tid: HostPid, regs: &Regs) -> Result<CoreEntry, Collect
     let info = ThreadInfoX86 {
         clear_tid_addr: 0,
         gpregs: general_registers(regs),
-        fpregs: fpu_registers(&area),
+        fpregs: fpu::to_image(&area),
         tls: (0..TLS_SLOTS)
             .map(|slot| unused_segment(FIRST_TLS_ENTRY + slot))
             .collect(),
@@ -116,55 +116,53 @@ fn unused_segment(entry_number: u32) -> UserDescT {
     }
 }
 
-fn fpu_registers(area: &[u8]) -> UserX86FpregsEntry {
-    let half = |at: usize| u32::from(u16::from_ne_bytes([area[at], area[at + 1]]));
-    let single = |at: usize| u32::from_ne_bytes(area[at..at + 4].try_into().expect("four bytes"));
-    UserX86FpregsEntry {
-        cwd: half(0),
-        swd: half(2),
-        twd: half(4),
-        fop: half(6),
-        rip: word(area, 8),
-        rdp: word(area, 16),
-        mxcsr: single(24),
-        mxcsr_mask: single(28),
-        st_space: singles(&area[32..160]),
-        xmm_space: singles(&area[160..416]),
-        padding: Vec::new(),
-        xsave: Some(extended_state(area)),
+/// The x86 part of a core, if the thread ran 64-bit code, which is all that we restore.
+pub fn checked<'a>(
+    core: &'a CoreEntry,
+    context: &TaskContext<'_>,
+) -> Result<&'a ThreadInfoX86, PlanError> {
+    let info = core.thread_info.as_ref();
+    let info = info.ok_or_else(|| context.damaged("it has no x86 registers"))?;
+    let mode = info.gpregs.mode.unwrap_or(UserX86RegsMode::Native as i32);
+    let segments = info.tls.iter().any(|segment| !segment.seg_not_present);
+    if mode != UserX86RegsMode::Native as i32 || segments {
+        return Err(context.unsupported("the 32-bit state", "only 64-bit programs are restored"));
     }
+    Ok(info)
 }
 
-/// The components as CRIU names them; those that this CPU lacks stay empty.
-fn extended_state(area: &[u8]) -> UserX86XsaveEntry {
-    const HEADER: usize = 512;
-    let component = |which| {
-        component_range(which)
-            .and_then(|range| area.get(range))
-            .unwrap_or(&[])
-    };
-    UserX86XsaveEntry {
-        xstate_bv: word(area, HEADER),
-        ymmh_space: singles(component(XsaveComponent::Ymm)),
-        bndreg_state: words(component(XsaveComponent::BndRegs)),
-        bndcsr_state: words(component(XsaveComponent::BndCsr)),
-        opmask_reg: words(component(XsaveComponent::Opmask)),
-        zmm_upper: words(component(XsaveComponent::ZmmHi256)),
-        hi16_zmm: words(component(XsaveComponent::Hi16Zmm)),
-        pkru: singles(component(XsaveComponent::Pkru)),
-        cet: None,
+/// The registers with which a thread goes on.
+pub fn from_image(entry: &UserX86RegsEntry) -> Regs {
+    Regs {
+        r15: entry.r15,
+        r14: entry.r14,
+        r13: entry.r13,
+        r12: entry.r12,
+        rbp: entry.bp,
+        rbx: entry.bx,
+        r11: entry.r11,
+        r10: entry.r10,
+        r9: entry.r9,
+        r8: entry.r8,
+        rax: entry.ax,
+        rcx: entry.cx,
+        rdx: entry.dx,
+        rsi: entry.si,
+        rdi: entry.di,
+        // No call to restart: the dump has put the thread where it goes on.
+        orig_rax: u64::MAX,
+        rip: entry.ip,
+        cs: entry.cs,
+        eflags: entry.flags,
+        rsp: entry.sp,
+        ss: entry.ss,
+        fs_base: entry.fs_base,
+        gs_base: entry.gs_base,
+        ds: entry.ds,
+        es: entry.es,
+        fs: entry.fs,
+        gs: entry.gs,
     }
-}
-
-fn singles(bytes: &[u8]) -> Vec<u32> {
-    bytes
-        .chunks_exact(4)
-        .map(|part| u32::from_ne_bytes(part.try_into().expect("four bytes")))
-        .collect()
-}
-
-fn words(bytes: &[u8]) -> Vec<u64> {
-    bytes.chunks_exact(8).map(|part| word(part, 0)).collect()
 }
 
 #[cfg(test)]

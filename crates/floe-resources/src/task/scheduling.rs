@@ -1,14 +1,17 @@
 //! Scheduling of a thread (`sched(7)`).
 //!
 //! Saved:    policy, real-time priority, nice value.
-//! Rebuilt:  set by each thread. Needs: nothing.
+//! Rebuilt:  set by each thread where it is not inherited, before limits. Needs: nothing.
 //! Not kept: CPU affinity; the machine may be another.
 
 use floe_image::messages::ThreadCoreEntry;
+use floe_inject::{Arg, Program};
 use floe_kernel::ids::HostPid;
 use floe_kernel::thread::scheduling;
 
+use super::rebuild::TaskContext;
 use crate::collect::{CollectError, Obstacle};
+use crate::restore::PlanError;
 
 const SCHED_RESET_ON_FORK: u32 = 0x4000_0000;
 
@@ -31,5 +34,38 @@ pub fn collect_scheduling(tid: HostPid, core: &mut ThreadCoreEntry) -> Result<()
     core.sched_policy = Some(found.policy);
     core.sched_nice = Some(found.nice);
     core.sched_prio = matches!(policy, libc::SCHED_FIFO | libc::SCHED_RR).then_some(found.priority);
+    Ok(())
+}
+
+/// Sets policy and nice value.
+pub fn plan(
+    thread: &ThreadCoreEntry,
+    context: &TaskContext<'_>,
+    program: &mut Program,
+) -> Result<(), PlanError> {
+    let born = &context.birth.scheduling;
+    let policy = thread.sched_policy.unwrap_or(libc::SCHED_OTHER as u32);
+    let priority = thread.sched_prio.unwrap_or(0);
+    let plain = (policy & !SCHED_RESET_ON_FORK).cast_signed();
+    if plain == libc::SCHED_DEADLINE {
+        let remedy = "give it another policy (chrt) before the checkpoint";
+        return Err(context.unsupported("policy SCHED_DEADLINE", remedy));
+    }
+    // A policy that resets itself on fork has been reset in the puppet.
+    let inherited = born.policy & SCHED_RESET_ON_FORK == 0;
+    if !inherited || policy != born.policy || priority != born.priority {
+        let param = program.buffer(&priority.to_le_bytes());
+        let args = [Arg::from(0), Arg::from(policy), Arg::from(param)];
+        let label = "sched_setscheduler";
+        program.call(label, libc::SYS_sched_setscheduler, &args);
+    }
+    // The kernel keeps the nice value under real-time policies too.
+    if let Some(nice) = thread
+        .sched_nice
+        .filter(|nice| *nice != born.nice || !inherited)
+    {
+        let args = [libc::PRIO_PROCESS as i32, 0, nice].map(Arg::from);
+        program.call(format!("setpriority({nice})"), libc::SYS_setpriority, &args);
+    }
     Ok(())
 }

@@ -8,7 +8,7 @@ use floe_kernel::proc::parse_status;
 use floe_kernel::thread::{Scheduling, scheduling};
 
 use super::credentials::Credentials;
-use super::limits::{Limit, own_limits};
+use super::rlimits::{Limit, own_limits};
 
 /// State that a new task inherits, so that what is right already needs no call.
 #[derive(Clone, Debug, Default)]
@@ -17,8 +17,6 @@ pub struct Birth {
     pub credentials: Credentials,
     /// Resource limits in the order of `RLIMIT_*`.
     pub limits: Vec<Limit>,
-    /// As `personality(2)` has it.
-    pub personality: u32,
     /// Policy and nice value.
     pub scheduling: Scheduling,
     /// The security module's label of the task, empty without one.
@@ -32,15 +30,11 @@ impl Birth {
         let status = parse_status(&fs::read("/proc/thread-self/status")?)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let securebits = rustix::thread::capabilities_secure_bits()?.bits();
-        let personality = fs::read_to_string("/proc/thread-self/personality")?;
-        let personality = u32::from_str_radix(personality.trim(), 16)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         // Without a security module the file is there, and cannot be read.
         let label = fs::read_to_string("/proc/thread-self/attr/current").unwrap_or_default();
         Ok(Birth {
             credentials: Credentials::from_status(&status, securebits),
             limits: own_limits(),
-            personality,
             scheduling: scheduling(HostPid(0))?,
             label: label.trim_end_matches(['\0', '\n']).to_string(),
         })

@@ -3,9 +3,9 @@
 //! Everything here is pure: image entries in, calls appended to a [`Program`]. Three programs make a
 //! task; each may be empty, and then nothing needs to run.
 //!
-//! 1. [`plan_task`], once a process, as soon as it exists: before its threads, because registering
-//!    for membarrier waits for every CPU once a process has more than one, and before its memory,
-//!    because the THP setting decides what pages it gets.
+//! 1. [`plan_task`], once a process, as soon as it exists: before its threads, because they inherit
+//!    the personality, and registering for membarrier waits for every CPU once a process has more than
+//!    one; before its memory, because the THP setting decides what pages it gets.
 //! 2. [`plan_thread`], every thread with the leader, once memory is filled: the kernel writes to the
 //!    rseq area when it is registered, and `READ_IMPLIES_EXEC` in a personality changes mappings.
 //! 3. [`plan_last`], all other threads first and the leader after them, when descriptors and children
@@ -24,24 +24,18 @@
 //! Masks, registers and the group stop are set by ptrace afterwards ([`registers`], [`fpu`], [`rseq`]),
 //! what lies in `/proc` by the coordinator ([`attributes::write_proc`]).
 
-pub mod attributes;
-mod birth;
-pub mod credentials;
-pub mod fpu;
-pub mod limits;
-pub mod registers;
-pub mod rseq;
-pub mod scheduling;
-pub mod seccomp;
-pub mod signals;
-pub mod timers;
-
 use floe_image::messages::{CoreEntry, MmEntry, SeccompFilter, ThreadCoreEntry};
 use floe_inject::Program;
 use floe_kernel::features::KernelFeatures;
 
+use super::{
+    alt_stack, credentials, itimers, pending, posix_timers, rlimits, scheduling, seccomp,
+    sigactions,
+};
 use crate::restore::PlanError;
-pub use birth::Birth;
+
+pub use super::birth::Birth;
+pub use super::{attributes, fpu, registers, rseq};
 
 /// What the state of a thread depends on besides its own image.
 #[derive(Clone, Copy, Debug)]
@@ -59,11 +53,11 @@ pub struct TaskContext<'a> {
 }
 
 impl TaskContext<'_> {
-    fn damaged(&self, what: impl Into<String>) -> PlanError {
+    pub(super) fn damaged(&self, what: impl Into<String>) -> PlanError {
         PlanError::damaged(format!("core-{}.img", self.tid), what)
     }
 
-    fn unsupported(&self, what: &str, remedy: &'static str) -> PlanError {
+    pub(super) fn unsupported(&self, what: &str, remedy: &'static str) -> PlanError {
         PlanError::Unsupported {
             object: format!("{what} of thread {}", self.tid),
             remedy,
@@ -71,7 +65,7 @@ impl TaskContext<'_> {
     }
 }
 
-fn thread_core<'a>(
+pub(super) fn thread_core<'a>(
     core: &'a CoreEntry,
     context: &TaskContext<'_>,
 ) -> Result<&'a ThreadCoreEntry, PlanError> {
@@ -86,6 +80,7 @@ pub fn plan_task(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
         .tc
         .as_ref()
         .ok_or_else(|| context.damaged("tc is missing"))?;
+    attributes::plan_personality(task, &mut program);
     attributes::plan_early(task, context.mm, &mut program);
     Ok(program)
 }
@@ -95,13 +90,13 @@ pub fn plan_thread(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Progra
     let mut program = Program::new();
     let thread = thread_core(core, context)?;
     if let Some(task) = &core.tc {
-        attributes::plan_personality(task.personality, context.birth.personality, &mut program);
+        attributes::plan_late_personality(task, &mut program);
         attributes::plan_comm(&task.comm, &mut program);
     } else if let Some(comm) = &thread.comm {
         attributes::plan_comm(comm, &mut program);
     }
     attributes::plan_addresses(core, &mut program);
-    signals::plan_alt_stack(thread, core.tc.is_some(), &mut program);
+    alt_stack::plan(thread, core.tc.is_some(), &mut program);
     rseq::plan(thread, &mut program);
     Ok(program)
 }
@@ -113,17 +108,18 @@ pub fn plan_last(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
     let leader = core.tc.as_ref();
     scheduling::plan(thread, context, &mut program)?;
     if let Some(task) = leader {
-        signals::plan_actions(task, context, &mut program)?;
-        signals::plan_shared_queue(task, context, &mut program)?;
+        sigactions::plan(task, context, &mut program)?;
+        pending::plan_shared(task, context, &mut program)?;
     }
-    signals::plan_private_queue(thread, context, &mut program)?;
+    pending::plan_private(thread, context, &mut program)?;
     if let Some(timers) = leader.and_then(|task| task.timers.as_ref()) {
-        timers::plan(timers, context, &mut program)?;
+        itimers::plan(timers, context, &mut program)?;
+        posix_timers::plan(timers, context, &mut program)?;
     }
     let credentials = credentials::wanted(thread, context)?;
     seccomp::plan(core, (&credentials, context), &mut program)?;
     if let Some(limits) = leader.and_then(|task| task.rlimits.as_ref()) {
-        limits::plan(limits, context, &mut program)?;
+        rlimits::plan(limits, context, &mut program)?;
     }
     credentials::plan(
         &credentials,
@@ -139,4 +135,11 @@ pub fn plan_last(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
         attributes::plan_dumpable(context.mm, &mut program);
     }
     Ok(program)
+}
+
+/// The signals that a thread blocks, bit 0 for signal 1.
+pub fn signal_mask(core: &CoreEntry) -> u64 {
+    let own = core.thread_core.as_ref().and_then(|own| own.blk_sigset);
+    let leader = core.tc.as_ref().map(|task| task.blk_sigset);
+    leader.or(own).unwrap_or(0)
 }

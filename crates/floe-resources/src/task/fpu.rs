@@ -7,7 +7,8 @@
 use floe_image::messages::{UserX86FpregsEntry, UserX86XsaveEntry};
 use floe_kernel::xsave::{XsaveComponent, component_range};
 
-use super::TaskContext;
+use super::rebuild::TaskContext;
+use super::word;
 use crate::restore::PlanError;
 
 /// Offset of the header, which begins with the mask of components in use.
@@ -28,6 +29,57 @@ const NAMED: [(XsaveComponent, &str); 7] = [
     (XsaveComponent::Hi16Zmm, "AVX-512 upper registers"),
     (XsaveComponent::Pkru, "protection keys"),
 ];
+
+/// The state in the words of the images, from what [`floe_kernel::ptrace::xstate`] gave.
+pub fn to_image(area: &[u8]) -> UserX86FpregsEntry {
+    let half = |at: usize| u32::from(u16::from_ne_bytes([area[at], area[at + 1]]));
+    let single = |at: usize| u32::from_ne_bytes(area[at..at + 4].try_into().expect("four bytes"));
+    UserX86FpregsEntry {
+        cwd: half(0),
+        swd: half(2),
+        twd: half(4),
+        fop: half(6),
+        rip: word(area, 8),
+        rdp: word(area, 16),
+        mxcsr: single(24),
+        mxcsr_mask: single(28),
+        st_space: singles(&area[32..160]),
+        xmm_space: singles(&area[160..416]),
+        padding: Vec::new(),
+        xsave: Some(extended_state(area)),
+    }
+}
+
+/// The components as CRIU names them; those that this CPU lacks stay empty.
+fn extended_state(area: &[u8]) -> UserX86XsaveEntry {
+    let component = |which| {
+        component_range(which)
+            .and_then(|range| area.get(range))
+            .unwrap_or(&[])
+    };
+    UserX86XsaveEntry {
+        xstate_bv: word(area, HEADER),
+        ymmh_space: singles(component(XsaveComponent::Ymm)),
+        bndreg_state: words(component(XsaveComponent::BndRegs)),
+        bndcsr_state: words(component(XsaveComponent::BndCsr)),
+        opmask_reg: words(component(XsaveComponent::Opmask)),
+        zmm_upper: words(component(XsaveComponent::ZmmHi256)),
+        hi16_zmm: words(component(XsaveComponent::Hi16Zmm)),
+        pkru: singles(component(XsaveComponent::Pkru)),
+        cet: None,
+    }
+}
+
+fn singles(bytes: &[u8]) -> Vec<u32> {
+    bytes
+        .chunks_exact(4)
+        .map(|part| u32::from_ne_bytes(part.try_into().expect("four bytes")))
+        .collect()
+}
+
+fn words(bytes: &[u8]) -> Vec<u64> {
+    bytes.chunks_exact(8).map(|part| word(part, 0)).collect()
+}
 
 /// Puts the state into `area`, which holds what [`floe_kernel::ptrace::xstate`] gave for any thread on
 /// this machine, for [`floe_kernel::ptrace::set_xstate`].
