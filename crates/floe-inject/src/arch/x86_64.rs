@@ -23,6 +23,9 @@ pub const SYSCALL_INSTRUCTION: [u8; 2] = [0x0f, 0x05];
 // the guardian repairs it. A trap instruction would kill it then, and it would reset SIGTRAP's action.
 global_asm!(
     ".pushsection .rodata.floe_executor, \"a\"",
+    // The code that refers to them may be in another object file.
+    ".globl floe_executor_start, floe_executor_idle, floe_executor_end",
+    ".hidden floe_executor_start, floe_executor_idle, floe_executor_end",
     "floe_executor_start:",
     "2:  cmp rbx, r12",
     "    jae 9f",
