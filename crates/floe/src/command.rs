@@ -270,7 +270,6 @@ fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
                 .unwrap_or_default(),
         )?;
     }
-    tracing::info!("Restore finished successfully. Tasks resumed.");
     if let (true, Some((program, args))) = (settings.exec_cmd, rest.split_first()) {
         let error = std::process::Command::new(program).args(args).exec();
         return Err(anyhow::anyhow!("becoming {program}: {error}").into());

@@ -3,7 +3,7 @@
 use floe_dump::{DumpError, DumpReport, FreezeError};
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, RestoreOptions};
-use floe_resources::restore::PlanError;
+use floe_resources::restore::{ExecuteError, PlanError};
 use floe_restore::RestoreError;
 
 use crate::exit::{Exit, Failure};
@@ -56,19 +56,37 @@ fn log_report(report: &DumpReport) {
 
 /// Restores a tree.
 pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<(), Failure> {
-    match floe_restore::restore(options, features) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(Failure::new(restore_exit(&error), error)),
-    }
+    let restored = floe_restore::restore(options, features);
+    restored
+        .map(drop)
+        .map_err(|error| Failure::new(restore_exit(&error), error))
 }
 
 fn restore_exit(error: &RestoreError) -> Exit {
     match error {
-        RestoreError::Plan(PlanError::Unsupported { .. }) => Exit::Unsupported,
-        RestoreError::Plan(PlanError::Missing { .. }) => Exit::Kernel,
-        RestoreError::Plan(PlanError::IdTaken { .. }) => Exit::Failed,
-        RestoreError::Plan(_) | RestoreError::Image(_) => Exit::BadImage,
-        RestoreError::Step { .. } => Exit::Kernel,
+        RestoreError::Plan(error) => plan_exit(error),
+        RestoreError::Image(_) => Exit::BadImage,
+        RestoreError::Step { source, .. } => step_exit(source),
+        _ => Exit::Failed,
+    }
+}
+
+fn plan_exit(error: &PlanError) -> Exit {
+    match error {
+        PlanError::Image(_) | PlanError::Damaged { .. } => Exit::BadImage,
+        PlanError::Unsupported { .. } => Exit::Unsupported,
+        PlanError::Missing { .. } => Exit::Kernel,
+        _ => Exit::Failed,
+    }
+}
+
+fn step_exit(error: &ExecuteError) -> Exit {
+    match error {
+        ExecuteError::Image(_) => Exit::BadImage,
+        ExecuteError::Plan(error) => plan_exit(error),
+        ExecuteError::Failed { .. } | ExecuteError::Inject(_) | ExecuteError::Memory { .. } => {
+            Exit::Kernel
+        }
         _ => Exit::Failed,
     }
 }
