@@ -7,6 +7,7 @@
 pub mod collect;
 pub mod cpu;
 pub mod fd;
+pub mod file_lock;
 pub mod restore;
 pub mod task;
 pub mod vma;

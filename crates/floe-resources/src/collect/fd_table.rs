@@ -8,6 +8,7 @@ use floe_kernel::proc::ProcDir;
 use super::file_ids::{DescriptionKey, Identity};
 use super::{CollectError, Collector, FdProbe, Obstacle};
 use crate::fd::FD_KINDS;
+use crate::file_lock::collect_locks;
 
 /// Collects every descriptor of a stopped task. Descriptors that cannot be saved become obstacles.
 pub fn collect_fd_table(
@@ -51,6 +52,8 @@ fn collect_fd(
             (id, kind)
         }
     };
+    let locks = collect_locks(id, probe, collector);
+    collector.note(locks)?;
     Ok(FdinfoEntry {
         id: id.0,
         flags: probe.fd_flags(),
