@@ -18,7 +18,7 @@ fn probing_leaves_no_child_and_no_descriptor() {
     let before = descriptors();
     let features = KernelFeatures::probe();
     assert!(
-        features.pidfd_open && features.prctl_mm_map,
+        features.openat2 && features.madv_guard,
         "this kernel is too old to test on"
     );
     let context = ProbeContext::default();

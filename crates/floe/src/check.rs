@@ -64,10 +64,12 @@ impl From<UnknownFeature> for Failure {
 /// code are what scripts look at, with CRIU's words.
 fn table(settings: &CheckSettings) -> Result<Exit, Failure> {
     let context = ProbeContext::default();
-    let answers: Vec<(&Feature, bool)> = FEATURES
+    let mut answers: Vec<(&Feature, bool)> = FEATURES
         .iter()
         .map(|feature| (feature, feature.present(&context)))
         .collect();
+    // What nothing works without comes first.
+    answers.sort_by_key(|(feature, _)| feature.need);
     let asked = |need: Need| match need {
         Need::Always => true,
         Need::Sometimes => settings.extra,

@@ -8,14 +8,16 @@ macro_rules! features {
         engine { $($name:ident $criu:tt $need:ident $purpose:literal $without:literal $probe:path;)* }
         check { $($cname:literal $ccriu:tt $cneed:ident $cpurpose:literal $cwithout:literal $cprobe:path;)* }
     ) => {
-        /// What dump and restore decide by; the same probes as [`FEATURES`].
+        /// What dump and restore decide by, as far as it is cheap to find out. What nothing works without,
+        /// and what needs a child or a lookup of every socket, is only in [`FEATURES`]: an operation that
+        /// lacks it fails by itself and says so.
         #[derive(Debug, Clone, PartialEq, Eq)]
         pub struct KernelFeatures {
             $(#[doc = $purpose] pub $name: bool,)*
         }
 
         impl KernelFeatures {
-            /// Tries everything that dump and restore decide by; about a millisecond.
+            /// Tries everything that dump and restore decide by; a fraction of a millisecond.
             pub fn probe() -> Self {
                 let context = ProbeContext::default();
                 Self { $($name: $probe(&context),)* }
@@ -44,41 +46,16 @@ macro_rules! features {
 features! {
 engine {
     // Tasks
-    checkpoint_restore_cap [] Always "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in effect"
-        "pids cannot be chosen and /proc/PID/map_files stays closed: run as root" process::checkpoint_restore_cap;
-    clone3_set_tid ["clone3_set_tid"] Always "clone3 with a chosen pid"
-        "tasks cannot be restored under their pids" process::clone3_set_tid;
-    pidfd_open [] Always "a stable handle for a task" "a reused pid could be taken for the task" process::pidfd_open;
-    pidfd_getfd ["pidfd_store"] Always "taking a descriptor out of a task"
-        "sockets and anonymous files cannot be examined" process::pidfd_getfd;
     pidfs [] Sometimes "pidfds with a stable inode" "pidfds held by programs cannot be told apart" process::pidfs;
-    kcmp [] Always "telling whether two tasks share an object" "shared descriptors would be split" process::kcmp;
     kcmp_epoll ["kcmp_epoll"] Sometimes "finding the descriptor behind an epoll entry"
         "epoll sets with closed or duplicated members are refused" process::kcmp_epoll;
-    ns_pid ["ns_pid"] Sometimes "NSpid in /proc/PID/status" "pids in nested namespaces are unknown" process::ns_pid;
-    ptrace_peek_siginfo [] Always "reading queued signals" "pending signals would be lost" process::ptrace_peek_siginfo;
-    ptrace_rseq_config ["get_rseq_conf"] Sometimes "reading a thread's rseq registration"
-        "programs of glibc 2.35 and newer would crash after restore" process::ptrace_rseq_config;
-    ptrace_suspend_seccomp ["seccomp_suspend"] Sometimes "stopping seccomp while we work in a task"
-        "tasks under strict seccomp filters cannot be saved" process::ptrace_suspend_seccomp;
-    ptrace_seccomp_filters ["seccomp_filters"] Sometimes "reading seccomp filters"
-        "tasks with filters are refused" process::ptrace_seccomp_filters;
-    ptrace_syscall_dispatch [] Sometimes "reading syscall user dispatch"
-        "programs that use it (wine) lose it" process::ptrace_syscall_dispatch;
-    ptrace_xstate [] Always "reading the whole FPU state" "AVX and newer registers would be lost" process::ptrace_xstate;
     membarrier_registrations [] Sometimes "reading membarrier registrations"
         "a program's membarrier calls may fail after restore" process::membarrier_registrations;
     timer_restore_ids ["timer_cr_ids"] Sometimes "POSIX timers made with a chosen id"
         "timers with high ids are reached by making and deleting all the lower ones" process::timer_restore_ids;
     shadow_stack [] Experimental "user shadow stacks of this CPU" "nothing, unless a program uses them" process::shadow_stack;
     time_namespace ["timens"] Sometimes "time namespaces" "monotonic time jumps after a reboot" process::time_namespace;
-
     // Memory
-    prctl_mm_map [] Always "setting the memory layout as /proc shows it"
-        "command line, environment and auxv pointers cannot be restored" process::prctl_mm_map;
-    map_vdso ["can_map_vdso"] Always "mapping the vDSO at a chosen address"
-        "the vDSO cannot be put where it was" process::map_vdso;
-    map_files [] Always "/proc/PID/map_files" "mappings of deleted files cannot be opened" memory::map_files;
     pagemap_scan ["pagemap_scan"] Sometimes "finding pages by PAGEMAP_SCAN"
         "pages are found through /proc/PID/pagemap, five times slower" memory::pagemap_scan;
     pagemap_scan_guard ["pagemap_scan_guard_pages"] Sometimes "seeing guard regions in PAGEMAP_SCAN"
@@ -89,31 +66,14 @@ engine {
         "dirty pages cannot be tracked by userfaultfd" memory::uffd_wp_async;
     uffd_move [] Experimental "UFFDIO_MOVE" "pages are copied where they could be moved" memory::uffd_move;
     soft_dirty [] Sometimes "soft-dirty bits in pagemap" "another tracker is used" memory::soft_dirty;
-    memfd [] Always "memfd_create" "anonymous shared memory cannot be rebuilt" memory::memfd;
     memfd_hugetlb ["memfd_hugetlb"] Sometimes "memfd of huge pages" "hugetlb memfds are refused" memory::memfd_hugetlb;
-
     // Files and mounts
-    fdinfo_mnt_id ["mnt_id"] Always "mnt_id in fdinfo" "a file's mount is unknown" files::fdinfo_mnt_id;
-    fdinfo_locks ["fdinfo_lock"] Sometimes "locks in fdinfo" "file locks cannot be saved" files::fdinfo_locks;
-    timerfd_fdinfo ["timerfd"] Sometimes "timerfd state in fdinfo and TFD_IOC_SET_TICKS"
-        "timerfds are refused" files::timerfd_fdinfo;
     openat2 ["openat2"] Sometimes "paths that cannot leave a directory" "paths are checked one by one" files::openat2;
     move_mount ["move_mount_set_group"] Sometimes "building mounts out of place, with sharing groups"
         "complex mount propagation cannot be rebuilt" files::move_mount_set_group;
     mount_setattr [] Sometimes "changing a mount by handle" "mount flags are set by remounting" files::mount_setattr;
-    cgroup2_freezer [] Sometimes "freezing a cgroup v2 group" "tasks are stopped one by one" files::cgroup2_freezer;
-
     // Network
-    tcp_repair [] Sometimes "TCP_REPAIR" "established connections cannot be saved" network::tcp_repair;
     tcp_repair_window [] Sometimes "TCP_REPAIR_WINDOW" "connections resume with a small window" network::tcp_repair_window;
-    tcp_half_closed ["tcp_half_closed"] Sometimes "TCP_REPAIR on closing connections"
-        "half-closed connections are refused" network::tcp_half_closed;
-    unix_diag [] Always "sock_diag for unix sockets" "unix sockets cannot be saved" network::unix_diag;
-    inet_diag [] Always "sock_diag for TCP" "TCP sockets cannot be saved" network::inet_diag;
-    udp_diag [] Sometimes "sock_diag for UDP" "UDP sockets cannot be saved" network::udp_diag;
-    raw_diag ["net_diag_raw"] Sometimes "sock_diag for raw sockets" "raw sockets cannot be saved" network::raw_diag;
-    packet_diag [] Sometimes "sock_diag for packet sockets" "packet sockets cannot be saved" network::packet_diag;
-    netlink_diag [] Sometimes "sock_diag for netlink" "netlink sockets cannot be saved" network::netlink_diag;
     unix_socket_file ["sk_unix_file"] Sometimes "opening the file of a bound unix socket"
         "renamed or deleted socket names are not found" network::unix_socket_file;
     socket_netns ["sk_ns"] Sometimes "the network namespace of a socket"
@@ -126,6 +86,50 @@ engine {
         network::nftables;
 }
 check {
+    // Tasks
+    "checkpoint_restore_cap" [] Always "CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN in effect"
+        "pids cannot be chosen and /proc/PID/map_files stays closed: run as root" process::checkpoint_restore_cap;
+    "clone3_set_tid" ["clone3_set_tid"] Always "clone3 with a chosen pid"
+        "tasks cannot be restored under their pids" process::clone3_set_tid;
+    "pidfd_open" [] Always "a stable handle for a task" "a reused pid could be taken for the task" process::pidfd_open;
+    "pidfd_getfd" ["pidfd_store"] Always "taking a descriptor out of a task"
+        "sockets and anonymous files cannot be examined" process::pidfd_getfd;
+    "kcmp" [] Always "telling whether two tasks share an object" "shared descriptors would be split" process::kcmp;
+    "ns_pid" ["ns_pid"] Sometimes "NSpid in /proc/PID/status" "pids in nested namespaces are unknown" process::ns_pid;
+    "ptrace_peek_siginfo" [] Always "reading queued signals" "pending signals would be lost" process::ptrace_peek_siginfo;
+    "ptrace_rseq_config" ["get_rseq_conf"] Sometimes "reading a thread's rseq registration"
+        "programs of glibc 2.35 and newer would crash after restore" process::ptrace_rseq_config;
+    "ptrace_suspend_seccomp" ["seccomp_suspend"] Sometimes "stopping seccomp while we work in a task"
+        "tasks under strict seccomp filters cannot be saved" process::ptrace_suspend_seccomp;
+    "ptrace_seccomp_filters" ["seccomp_filters"] Sometimes "reading seccomp filters"
+        "tasks with filters are refused" process::ptrace_seccomp_filters;
+    "ptrace_syscall_dispatch" [] Sometimes "reading syscall user dispatch"
+        "programs that use it (wine) lose it" process::ptrace_syscall_dispatch;
+    "ptrace_xstate" [] Always "reading the whole FPU state" "AVX and newer registers would be lost" process::ptrace_xstate;
+    // Memory
+    "prctl_mm_map" [] Always "setting the memory layout as /proc shows it"
+        "command line, environment and auxv pointers cannot be restored" process::prctl_mm_map;
+    "map_vdso" ["can_map_vdso"] Always "mapping the vDSO at a chosen address"
+        "the vDSO cannot be put where it was" process::map_vdso;
+    "map_files" [] Always "/proc/PID/map_files" "mappings of deleted files cannot be opened" memory::map_files;
+    "memfd" [] Always "memfd_create" "anonymous shared memory cannot be rebuilt" memory::memfd;
+    // Files and mounts
+    "fdinfo_mnt_id" ["mnt_id"] Always "mnt_id in fdinfo" "a file's mount is unknown" files::fdinfo_mnt_id;
+    "fdinfo_locks" ["fdinfo_lock"] Sometimes "locks in fdinfo" "file locks cannot be saved" files::fdinfo_locks;
+    "timerfd_fdinfo" ["timerfd"] Sometimes "timerfd state in fdinfo and TFD_IOC_SET_TICKS"
+        "timerfds are refused" files::timerfd_fdinfo;
+    "cgroup2_freezer" [] Sometimes "freezing a cgroup v2 group" "tasks are stopped one by one" files::cgroup2_freezer;
+    // Network
+    "tcp_repair" [] Sometimes "TCP_REPAIR" "established connections cannot be saved" network::tcp_repair;
+    "tcp_half_closed" ["tcp_half_closed"] Sometimes "TCP_REPAIR on closing connections"
+        "half-closed connections are refused" network::tcp_half_closed;
+    "unix_diag" [] Always "sock_diag for unix sockets" "unix sockets cannot be saved" network::unix_diag;
+    "inet_diag" [] Always "sock_diag for TCP" "TCP sockets cannot be saved" network::inet_diag;
+    "udp_diag" [] Sometimes "sock_diag for UDP" "UDP sockets cannot be saved" network::udp_diag;
+    "raw_diag" ["net_diag_raw"] Sometimes "sock_diag for raw sockets" "raw sockets cannot be saved" network::raw_diag;
+    "packet_diag" [] Sometimes "sock_diag for packet sockets" "packet sockets cannot be saved" network::packet_diag;
+    "netlink_diag" [] Sometimes "sock_diag for netlink" "netlink sockets cannot be saved" network::netlink_diag;
+    // The rest
     "mem_dirty_track" ["mem_dirty_track"] Sometimes "incremental dumps (--track-mem, pre-dump)"
         "every dump is a full one" memory::incremental_dumps;
     // Destroying a context takes tens of milliseconds, so no operation waits for this probe.
