@@ -45,6 +45,7 @@ pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<DumpRepo
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
     let writer = ImageWriter::create(&options.place.images_dir, Sync::Durable)?;
+    write::write_cpu(&writer, options)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
     let mut report = DumpReport {

@@ -5,7 +5,9 @@ use std::time::SystemTime;
 use floe_image::manifest::{DumpKind, ManifestInfo};
 use floe_image::messages::{InventoryEntry, Lsmtype, VmaEntry};
 use floe_image::{ImageKind, ImageWriter, WriteError};
+use floe_kernel::cpu::CpuFacts;
 use floe_options::{DumpOptions, NetworkLock};
+use floe_resources::cpu;
 use floe_resources::vma::AddressSpace;
 
 use crate::freeze::FrozenTask;
@@ -97,5 +99,19 @@ pub fn manifest_info() -> ManifestInfo {
         machine: std::env::consts::ARCH.to_string(),
         cpu: None,
         created: SystemTime::now(),
+    }
+}
+
+/// What the tasks may have found out about this CPU; `--cpu-cap=none` leaves it out.
+pub fn write_cpu(writer: &ImageWriter, options: &DumpOptions) -> Result<(), WriteError> {
+    if !options.cpu_cap.image {
+        return Ok(());
+    }
+    match CpuFacts::read() {
+        Ok(facts) => writer.write_one(ImageKind::Cpuinfo, 0, &cpu::encode(&facts)),
+        Err(error) => {
+            tracing::warn!("no CPU capabilities are saved: {error}");
+            Ok(())
+        }
     }
 }

@@ -5,11 +5,13 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use floe_image::messages::{RestoreStatsEntry, StatsEntry};
-use floe_image::{ImageKind, ImageWriter};
+use floe_image::{ImageDir, ImageKind, ImageWriter};
+use floe_kernel::cpu::CpuFacts;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ptrace::{self, WaitStatus};
 use floe_options::{Action, HookEvent, RestoreOptions};
 use floe_plan::Plan;
+use floe_resources::cpu;
 use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
@@ -65,6 +67,7 @@ pub fn restore(
 ) -> Result<RestoreReport, RestoreError> {
     let start = Instant::now();
     let images = TreeImages::load(&options.place.images_dir)?;
+    check_cpu(options)?;
     let (plan, background) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
     options
@@ -145,6 +148,25 @@ fn abort(world: &mut World<'_>) {
 
 /// How long a zombie may keep its pid: init processes reap orphans within seconds.
 const ZOMBIE_PATIENCE: Duration = Duration::from_secs(5);
+
+/// Compares this CPU with the one of the dump, if the images name it and the options ask for it.
+fn check_cpu(options: &RestoreOptions) -> Result<(), RestoreError> {
+    let wanted = options.cpu_cap;
+    if !wanted.fpu && !wanted.instructions && !wanted.exact {
+        return Ok(());
+    }
+    let dir = ImageDir::open(&options.place.images_dir)?;
+    let Some(saved) = dir.read_optional(ImageKind::Cpuinfo, 0)? else {
+        return Ok(());
+    };
+    match CpuFacts::read() {
+        Ok(here) => cpu::compare(&saved, &here, wanted).map_err(RestoreError::Cpu),
+        Err(error) => {
+            tracing::warn!("the saved CPU capabilities are not compared: {error}");
+            Ok(())
+        }
+    }
+}
 
 /// Finds every pid and tid that is taken, before anything is made.
 fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError> {

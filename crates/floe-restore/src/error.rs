@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use floe_image::ImageError;
+use floe_resources::cpu::CpuMismatch;
 use floe_resources::restore::{ExecuteError, PlanError};
 
 /// Why a tree was not restored. Nothing of it is left behind.
@@ -12,6 +13,8 @@ pub enum RestoreError {
     Plan(#[from] PlanError),
     #[error(transparent)]
     Image(#[from] ImageError),
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))]
+    Cpu(Vec<CpuMismatch>),
     #[error("Step `{step}` failed")]
     Step {
         step: String,

@@ -1,6 +1,6 @@
 //! `floe cpuinfo dump` and `floe cpuinfo check`.
 
-use floe_image::{ImageDir, ImageKind, ImageWriter, Sync};
+use floe_image::{ImageDir, ImageKind, ImageWriter};
 use floe_kernel::cpu::CpuFacts;
 use floe_options::{CpuCapabilities, Place};
 use floe_resources::cpu;
@@ -10,7 +10,7 @@ use crate::exit::{Exit, Failure};
 /// Writes `cpuinfo.img` of this CPU.
 pub fn dump(place: &Place) -> Result<Exit, Failure> {
     let facts = CpuFacts::read().map_err(|error| Failure::new(Exit::Unsupported, error))?;
-    let written = ImageWriter::create(&place.images_dir, Sync::None)
+    let written = ImageWriter::for_statistics(&place.images_dir)
         .and_then(|writer| writer.write_one(ImageKind::Cpuinfo, 0, &cpu::encode(&facts)));
     written.map_err(|error| Failure::new(Exit::Failed, error))?;
     Ok(Exit::Done)

@@ -66,6 +66,7 @@ fn restore_exit(error: &RestoreError) -> Exit {
     match error {
         RestoreError::Plan(error) => plan_exit(error),
         RestoreError::Image(_) => Exit::BadImage,
+        RestoreError::Cpu(_) => Exit::Unsupported,
         RestoreError::Step { source, .. } => step_exit(source),
         _ => Exit::Failed,
     }
