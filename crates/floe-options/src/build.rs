@@ -80,11 +80,6 @@ impl Settings {
                 "--restore-sibling needs --restore-detached",
             ));
         }
-        if restore && self.final_state == FinalState::Running {
-            return Err(UsageError::Conflict(
-                "--leave-running is for dump only; restored tasks run anyway",
-            ));
-        }
         if !restore && !self.inherit_fds.is_empty() {
             return Err(UsageError::Conflict("--inherit-fd is for restore only"));
         }

@@ -142,7 +142,7 @@ macro_rules! add {
 
 use For::{Both, Check, Dump, Every, Restore, Server};
 
-/// Every option of CRIU 4.2.
+/// Every option of CRIU 4.2, and a few of our own.
 #[rustfmt::skip] // a table
 pub const FLAGS: &[Flag] = &[
     value("tree", "PID", Dump, |s, v| { s.tree = Some(values::tree_pid(v)?); Ok(()) },
@@ -174,6 +174,7 @@ pub const FLAGS: &[Flag] = &[
         "how open files are compared: filesize, buildid"),
     switch("skip-file-rwx-check", Restore, |s| &mut s.skip_file_rwx_check,
         "do not compare permissions of open files"),
+    plain("dry-run", Restore, |s| s.dry_run = true, "only check the images and show the plan (not in CRIU)"),
     switch("weak-sysctls", Restore, |s| &mut s.weak_sysctls, "leave out sysctls that are not here"),
     switch("allow-uprobes", Both, |s| &mut s.allow_uprobes, "allow mappings made by uprobes"),
     switch("unprivileged", Every, |s| &mut s.unprivileged, "accept the limits of running without root"),

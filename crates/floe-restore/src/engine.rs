@@ -60,6 +60,18 @@ pub fn plan<'i>(
     Ok((planner.finish()?, background))
 }
 
+/// Does all that a restore does before it touches anything; the steps of the plan in their order.
+pub fn dry_run(
+    options: &RestoreOptions,
+    features: &KernelFeatures,
+) -> Result<Vec<String>, RestoreError> {
+    let images = TreeImages::load(&options.place.images_dir)?;
+    check_cpu(options)?;
+    let (plan, _) = plan(&images, options, features)?;
+    check_ids_are_free(&Tree::new(&images)?, &images)?;
+    Ok(plan.steps().iter().map(ToString::to_string).collect())
+}
+
 /// Restores the tree of an images directory.
 pub fn restore(
     options: &RestoreOptions,

@@ -14,5 +14,5 @@ mod space;
 mod state;
 mod tree;
 
-pub use engine::{RestoreReport, plan, restore};
+pub use engine::{RestoreReport, dry_run, plan, restore};
 pub use error::RestoreError;

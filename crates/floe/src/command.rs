@@ -259,6 +259,16 @@ fn dump(settings: &Settings) -> Result<Exit, Failure> {
 
 fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
     let options = settings.restore_options(hooks(settings)?);
+    if settings.dry_run {
+        let steps = engine::dry_run(&options, &KernelFeatures::probe())?;
+        print(
+            &steps
+                .iter()
+                .map(|step| format!("{step}\n"))
+                .collect::<String>(),
+        )?;
+        return Ok(Exit::Done);
+    }
     engine::restore(&options, &KernelFeatures::probe())?;
     if settings.display_stats {
         let stats = statistics::of_restore(&options.place.work_dir);

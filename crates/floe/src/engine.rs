@@ -62,6 +62,15 @@ pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<()
         .map_err(|error| Failure::new(restore_exit(&error), error))
 }
 
+/// The steps of a restore, of which none is done.
+pub fn dry_run(
+    options: &RestoreOptions,
+    features: &KernelFeatures,
+) -> Result<Vec<String>, Failure> {
+    let steps = floe_restore::dry_run(options, features);
+    steps.map_err(|error| Failure::new(restore_exit(&error), error))
+}
+
 fn restore_exit(error: &RestoreError) -> Exit {
     match error {
         RestoreError::Plan(error) => plan_exit(error),

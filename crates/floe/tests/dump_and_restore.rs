@@ -1,4 +1,4 @@
-//! `floe dump` as a user calls it. Needs root; says `skipped` without.
+//! `floe dump` and `floe restore` as a user calls them. Needs root; says `skipped` without.
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -132,5 +132,63 @@ fn an_action_script_runs_at_each_stage_and_can_refuse() {
     assert!(
         stages.starts_with(&format!("pre-dump {}\n", sleeper.0.id())),
         "{stages}"
+    );
+}
+
+#[test]
+fn a_task_is_restored_under_its_pid_and_a_dry_run_makes_nothing() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut sleeper = Sleeper::start();
+    let pid = sleeper.0.id();
+    let comm = format!("/proc/{pid}/comm");
+    while std::fs::read_to_string(&comm).unwrap_or_default() != "sleep\n" {
+        assert!(sleeper.is_running());
+        std::thread::yield_now();
+    }
+    let output = floe(directory.path(), &format!("dump -t {pid}"));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(!sleeper.is_running(), "a dump ends the task");
+
+    let planned = floe(directory.path(), "restore --dry-run");
+    assert_eq!(planned.status.code(), Some(0), "{}", stderr(&planned));
+    assert!(String::from_utf8_lossy(&planned.stdout).contains(&format!("task {pid}: ")));
+    assert!(!Path::new(&comm).exists());
+
+    let output = floe(
+        directory.path(),
+        "restore -d --pidfile root.pid -o restore.log -v4",
+    );
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(
+        std::fs::read_to_string(&comm).unwrap_or_default(),
+        "sleep\n"
+    );
+    let pidfile = std::fs::read_to_string(directory.path().join("root.pid")).expect("the pidfile");
+    assert_eq!(pidfile, pid.to_string());
+
+    let again = floe(directory.path(), "restore -d");
+    assert_eq!(again.status.code(), Some(1), "{}", stderr(&again));
+    assert!(
+        stderr(&again).contains(&format!("Pid {pid} is taken by `sleep`")),
+        "{}",
+        stderr(&again)
+    );
+
+    let root = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a pid");
+    rustix::process::kill_process(root, rustix::process::Signal::KILL).expect("the restored task");
+}
+
+#[test]
+fn a_restore_without_images_names_what_is_missing_and_exits_with_5() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let output = floe(directory.path(), "restore -d");
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    let message = stderr(&output);
+    assert!(
+        message.contains(".img") && !message.contains("empty-image"),
+        "{message}"
     );
 }
