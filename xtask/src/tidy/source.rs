@@ -13,6 +13,15 @@ const FUNCTION_LINES: usize = 80;
 const UNSAFE_CRATES: [&str; 3] = ["floe-kernel", "floe-inject", "testkit"];
 /// Crates that talk to people and read the environment.
 const PRINTING_CRATES: [&str; 3] = ["floe", "xtask", "testkit"];
+/// What a library must be told instead of looking for it.
+const ENVIRONMENT: [&str; 6] = [
+    "env::var",
+    "env::set_var",
+    "env::args",
+    "env::current_dir",
+    "env::current_exe",
+    "env::temp_dir",
+];
 /// Names that say nothing.
 const EMPTY_NAMES: [&str; 7] = [
     "utils", "util", "common", "misc", "helper", "helpers", "shared",
@@ -120,7 +129,7 @@ impl<'a> Source<'a> {
                     ));
                 }
             }
-            if line.contains("std::env") || line.contains("env::var") {
+            if ENVIRONMENT.iter().any(|call| line.contains(call)) {
                 findings.push(self.finding(
                     number,
                     "the environment is the command line's: take an argument".into(),
