@@ -23,7 +23,7 @@ pub struct Births<'t> {
 impl Births<'_> {
     /// Adds the steps from the root's birth to the whole tree standing there.
     pub fn plan(&self, planner: &mut Planner<'_>) -> Result<(), PlanError> {
-        let files = planner.made(|handle| matches!(handle, Handle::File(_) | Handle::Segment(_)));
+        let files = planner.inherited();
         planner.step(
             "all inherited files are open",
             (&files, &[Handle::Files]),

@@ -1,7 +1,6 @@
 //! Descriptors, directories and umask of every task.
 
 use std::collections::BTreeSet;
-use std::os::fd::AsRawFd;
 
 use floe_image::messages::FdinfoEntry;
 use floe_inject::{Arg, Program};
@@ -132,20 +131,14 @@ fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError
         (&needs, &makes),
         move |world| {
             let mut program = Program::new();
+            let cwd = world.number_in_task(pid, cwd)?;
             if !root_is_ours {
+                let root = world.number_in_task(pid, root)?;
                 let here = program.buffer(b".\0");
-                program.call(
-                    "fchdir to the root",
-                    libc::SYS_fchdir,
-                    &[Arg::from(world.file(root)?.as_raw_fd())],
-                );
+                program.call("fchdir to the root", libc::SYS_fchdir, &[Arg::from(root)]);
                 program.call("chroot", libc::SYS_chroot, &[Arg::from(here)]);
             }
-            program.call(
-                "fchdir",
-                libc::SYS_fchdir,
-                &[Arg::from(world.file(cwd)?.as_raw_fd())],
-            );
+            program.call("fchdir", libc::SYS_fchdir, &[Arg::from(cwd)]);
             if let Some(umask) = umask {
                 program.call("umask", libc::SYS_umask, &[Arg::from(umask)]);
             }

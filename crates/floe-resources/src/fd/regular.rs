@@ -9,6 +9,7 @@ use std::os::fd::BorrowedFd;
 use floe_image::messages::{FdTypes, FileEntry, FownEntry, RegFileEntry};
 use floe_kernel::ids::HostPid;
 use floe_options::External;
+use floe_plan::Handle;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
 use super::{FdKind, file_entry, remap};
@@ -169,12 +170,20 @@ impl FdRestore for RegularFile {
         planner.open(
             entry.id,
             format!("open {}", entry.name),
-            &[],
+            &owner_of_proc(entry, planner),
             move |world| open(world, entry, flags),
         );
         plan_owner(planner, entry.id, &entry.fown);
         Ok(())
     }
+}
+
+/// A file of `/proc/<pid>` exists once the task does.
+fn owner_of_proc(entry: &RegFileEntry, planner: &Planner<'_>) -> Vec<Handle> {
+    let rest = entry.name.strip_prefix("/proc/").unwrap_or_default();
+    let pid = rest.split('/').next().and_then(|pid| pid.parse().ok());
+    let known = pid.filter(|pid| planner.images.task(*pid).is_some());
+    known.map_or(Vec::new(), |pid| vec![Handle::Born(pid), Handle::Tree])
 }
 
 /// Flags of `open` that act on the file once, when it is opened first.

@@ -231,7 +231,10 @@ fn load_task(
     for &tid in entry.threads.iter().filter(|tid| **tid != entry.pid) {
         threads.insert(tid, dir.read_core(u64::from(tid))?);
     }
-    let dead = core.tc.as_ref().is_some_and(|task| task.task_state == 6);
+    let dead = core
+        .tc
+        .as_ref()
+        .is_some_and(|task| matches!(task.task_state, 2 | 6));
     let ids = dir.read_ids(pid)?;
     let table = match &ids {
         Some(ids) if fdinfo_per_id => u64::from(ids.files_id),

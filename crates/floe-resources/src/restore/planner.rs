@@ -1,6 +1,7 @@
 //! Building the plan of a restore.
 
 use std::borrow::Cow;
+use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 
 use floe_kernel::features::KernelFeatures;
@@ -22,6 +23,8 @@ pub struct Planner<'i> {
     pub features: &'i KernelFeatures,
     builder: PlanBuilder<Op<'i>>,
     coverage: Coverage,
+    /// Handles that exist only after the first task: nobody inherits those files.
+    late: BTreeSet<Handle>,
 }
 
 impl<'i> Planner<'i> {
@@ -44,6 +47,7 @@ impl<'i> Planner<'i> {
             features,
             builder: PlanBuilder::default(),
             coverage,
+            late: BTreeSet::new(),
         }
     }
 
@@ -87,6 +91,12 @@ impl<'i> Planner<'i> {
         (needs, makes): (&[Handle], &[Handle]),
         op: Op<'i>,
     ) {
+        if needs
+            .iter()
+            .any(|handle| is_of_a_task(handle) || self.late.contains(handle))
+        {
+            self.late.extend(makes);
+        }
         self.builder.add(Step {
             name,
             actor,
@@ -112,6 +122,15 @@ impl<'i> Planner<'i> {
         });
     }
 
+    /// Files and segments that are open before the first task, so that all tasks inherit them.
+    ///
+    /// To be asked when all files have been planned.
+    pub fn inherited(&self) -> Vec<Handle> {
+        let wanted = |handle: &Handle| matches!(handle, Handle::File(_) | Handle::Segment(_));
+        self.builder
+            .made(|handle| wanted(handle) && !self.late.contains(handle))
+    }
+
     /// Every handle of this shape that the steps so far make.
     pub fn made(&self, wanted: impl Fn(&Handle) -> bool) -> Vec<Handle> {
         self.builder.made(wanted)
@@ -132,4 +151,17 @@ impl<'i> Planner<'i> {
             }
         }
     }
+}
+
+fn is_of_a_task(handle: &Handle) -> bool {
+    matches!(
+        handle,
+        Handle::Born(_)
+            | Handle::Memory(_)
+            | Handle::Session(_)
+            | Handle::Descriptors(_)
+            | Handle::Threads(_)
+            | Handle::Files
+            | Handle::Tree
+    )
 }
