@@ -70,7 +70,11 @@ fn write_images(dir: &std::path::Path, bytes: u64, shape: &str) -> anyhow::Resul
     for index in 0..bytes >> 20 {
         std::os::unix::fs::FileExt::write_all_at(&pages, &chunk, index << 20)?;
     }
-    let advice = if shape == "huge" { 1 << libc::MADV_HUGEPAGE } else { 0 };
+    let advice = if shape == "huge" {
+        1 << libc::MADV_HUGEPAGE
+    } else {
+        0
+    };
     Ok(MmEntry {
         mm_start_code: PAGE * 16,
         mm_end_code: PAGE * 17,
