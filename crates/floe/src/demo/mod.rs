@@ -260,15 +260,16 @@ impl<'a> Stage<'a> {
         let log = std::fs::read_to_string(self.images().join(log)).unwrap_or_default();
         let errors: Vec<&str> = log.lines().filter(|line| line.contains("Error")).collect();
         let said = String::from_utf8_lossy(&output.stderr);
+        // It says its name on each line, as we do.
+        let said: Vec<&str> = said
+            .lines()
+            .map(|line| line.strip_prefix("floe: ").unwrap_or(line))
+            .collect();
+        let lines = if said.is_empty() { errors } else { said };
         bail!(
-            "{command} failed ({}):\n{}{}",
+            "{command} failed ({}):\n{}",
             output.status,
-            said,
-            if said.is_empty() {
-                errors.join("\n")
-            } else {
-                String::new()
-            }
+            lines.join("\n")
         )
     }
 
