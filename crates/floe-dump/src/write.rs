@@ -40,6 +40,7 @@ pub fn write_task(
     for thread in &threads {
         writer.write_one(ImageKind::Core, thread.tid.0 as u64, &thread.core)?;
     }
+    mm.aios = space.aio_rings();
     mm.vmas = entries(space, guards);
     writer.write_one(ImageKind::Mm, pid, &mm)?;
     writer.write_one(ImageKind::Fs, pid, &fs)?;

@@ -98,10 +98,12 @@ fn collect_inode(file: &NamedFile<'_>, collector: &mut Collector<'_>) -> Result<
             source: errno.into(),
         }
     };
+    // A mapping's file is opened with O_PATH, which knows no seals.
+    let opened = reopen(file.file).map_err(failed("Opening a memfd for reading"))?;
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
     let name = name.strip_prefix(PREFIX).unwrap_or(name);
-    let seals = rustix::fs::fcntl_get_seals(file.file)
-        .map_err(failed("Asking for the seals of a memfd"))?;
+    let seals =
+        rustix::fs::fcntl_get_seals(&opened).map_err(failed("Asking for the seals of a memfd"))?;
     let shmid = segment_id(file.stat);
     let entry = MemfdInodeEntry {
         name: String::from_utf8(name.to_vec())
@@ -118,7 +120,7 @@ fn collect_inode(file: &NamedFile<'_>, collector: &mut Collector<'_>) -> Result<
     collector.append_side(ImageKind::MemfdInode, &entry)?;
     collector.add_segment(Segment {
         id: u64::from(shmid),
-        file: reopen(file.file).map_err(failed("Opening a memfd for reading"))?,
+        file: opened,
         size: file.stat.st_size.cast_unsigned(),
     });
     Ok(number)

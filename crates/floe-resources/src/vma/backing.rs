@@ -1,14 +1,12 @@
 //! The file behind a mapping: a named file, memory without a name, huge pages.
 
-use std::collections::HashMap;
-use std::os::fd::AsFd;
-
 use floe_kernel::proc::{Mapping, ProcDir, ProcError};
 use rustix::fs::{FileType, OFlags};
+use std::collections::HashMap;
 
 use super::{refuse, status};
-use crate::collect::{CollectError, Collector, PathFile, Segment};
-use crate::fd::memfd::{huge_flag, is_memory_name, reopen, segment_id};
+use crate::collect::{CollectError, Collector, PathFile};
+use crate::fd::memfd::{huge_flag, is_memory_name};
 
 /// What a mapping is of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,11 +26,12 @@ enum Kind {
     #[default]
     None,
     Named,
+    /// Memory that may be shared: a memfd, or shared anonymous memory.
     Memfd,
-    /// Shared anonymous memory.
-    Shared,
     /// Private anonymous memory in huge pages, which the kernel backs by a file.
     HugePrivate,
+    /// The ring of a context of asynchronous I/O, which only `io_setup` can map.
+    AioRing,
 }
 
 /// What was found out about a mapped file, by device and inode.
@@ -99,48 +98,33 @@ impl Backing {
         if !is_memory {
             backing.kind = Kind::Named;
             backing.id = u64::from(file.collect(collector)?.0);
-        } else if mapping.name.starts_with(b"/memfd:") {
-            backing.kind = Kind::Memfd;
-            backing.id = u64::from(file.collect_memory(collector)?.0);
         } else if mapping.name.starts_with(b"/SYSV") {
             return Err(refuse(
                 proc.pid(),
                 mapping,
                 "System V shared memory of the host cannot be moved; use an IPC namespace",
             ));
-        } else if mapping.shared {
-            backing.kind = Kind::Shared;
-            backing.id = u64::from(segment_id(file.stat()));
-            backing.add_segment(proc, &file, collector)?;
-        } else {
+        } else if mapping.name.starts_with(b"/anon_hugepage") && !mapping.shared {
             backing.kind = Kind::HugePrivate;
+        } else {
+            // Also shared anonymous memory, which some task may have open as a file.
+            backing.kind = Kind::Memfd;
+            backing.id = u64::from(file.collect_memory(collector)?.0);
         }
         Ok(backing)
     }
 
-    fn add_segment(
-        &self,
-        proc: &ProcDir,
-        file: &PathFile,
-        collector: &mut Collector<'_>,
-    ) -> Result<(), CollectError> {
-        let opened = reopen(file.file().as_fd()).map_err(|errno| CollectError::Task {
-            pid: proc.pid(),
-            action: "Opening shared memory",
-            source: errno.into(),
-        })?;
-        let size = file.stat().st_size.cast_unsigned();
-        collector.add_segment(Segment {
-            id: self.id,
-            file: opened,
-            size,
-        });
-        Ok(())
+    /// An AIO ring.
+    pub(super) fn aio_ring() -> Self {
+        Backing {
+            kind: Kind::AioRing,
+            ..Backing::default()
+        }
     }
 
-    /// Whether it is mapped from a descriptor.
+    /// Whether it is mapped from a file, rather than with `MAP_ANONYMOUS`.
     pub(super) fn is_file(&self) -> bool {
-        matches!(self.kind, Kind::Named | Kind::Memfd)
+        matches!(self.kind, Kind::Named | Kind::Memfd | Kind::AioRing)
     }
 
     /// The bits of `vma_entry.status` for a mapping of it.
@@ -155,7 +139,7 @@ impl Backing {
                 Kind::None | Kind::HugePrivate => status::ANON_PRIVATE,
                 Kind::Named => of_file,
                 Kind::Memfd => of_file | status::MEMFD,
-                Kind::Shared => status::ANON_SHARED,
+                Kind::AioRing => status::AIO_RING,
             }
     }
 }

@@ -10,7 +10,7 @@ mod flags;
 
 use std::ops::Range;
 
-use floe_image::messages::VmaEntry;
+use floe_image::messages::{AioRingEntry, VmaEntry};
 use floe_kernel::ids::{HostPid, TaskAddr};
 use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
 use floe_memory::Selection;
@@ -182,11 +182,7 @@ fn classify(
             mapping,
             "remove the probes, or use --allow-uprobes",
         )),
-        name if name.starts_with(b"/[aio]") => Err(refuse(
-            proc.pid(),
-            mapping,
-            "asynchronous I/O contexts are not supported yet",
-        )),
+        name if name.starts_with(b"/[aio]") => Ok(Some((status::AIO_RING, Backing::aio_ring()))),
         name if name.starts_with(b"/") => {
             let backing = Backing::collect(proc, mapping, collector)?;
             Ok(Some((backing.status(mapping), backing)))
@@ -205,6 +201,9 @@ fn selection(entry: &VmaEntry, mapping: &Mapping) -> Option<Selection> {
     const NEVER: u32 = status::VVAR | status::VSYSCALL;
     if entry.status & NEVER != 0 || mapping.flags.droppable {
         return None;
+    }
+    if entry.status & status::AIO_RING != 0 {
+        return Some(Selection::Everything);
     }
     if entry.status & status::VDSO != 0 {
         // A restore on another kernel may have to jump into this one's code.
@@ -225,6 +224,29 @@ fn refuse(pid: HostPid, mapping: &Mapping, remedy: &str) -> CollectError {
         object,
         remedy: remedy.to_string(),
     })
+}
+
+impl AddressSpace {
+    /// The contexts of asynchronous I/O (`io_setup(2)`), whose rings are mappings.
+    pub fn aio_rings(&self) -> Vec<AioRingEntry> {
+        /// Size of the ring's head, and of each event in it.
+        const EVENT: u64 = 32;
+        let rings = self
+            .vmas
+            .iter()
+            .filter(|vma| vma.entry.status & status::AIO_RING != 0);
+        let entry = |vma: &Vma| {
+            let ring_len = vma.entry.end - vma.entry.start;
+            // The kernel doubles what was asked for, adds two, and fills the last page.
+            let events = (ring_len - EVENT) / EVENT;
+            AioRingEntry {
+                id: vma.entry.start,
+                nr_req: ((events - 2) / 2) as u32,
+                ring_len: ring_len as u32,
+            }
+        };
+        rings.map(entry).collect()
+    }
 }
 
 /// The entry of a guard region: not a mapping of its own, so it comes after all of them.
