@@ -20,6 +20,9 @@ const NAMESPACES: [(&str, u32); 8] = [
     ("time", 8),
 ];
 
+/// Those that only children will be in; once there are children they differ from ours as well.
+const OF_CHILDREN: [&str; 2] = ["pid_for_children", "time_for_children"];
+
 /// Numbers shared objects.
 #[derive(Debug)]
 pub struct Kinship {
@@ -122,11 +125,11 @@ impl Kinship {
             }
         }
         let found = namespaces(proc)?;
-        let differing = NAMESPACES
-            .iter()
+        let names = NAMESPACES.iter().map(|(name, _)| *name).chain(OF_CHILDREN);
+        let differing = names
             .zip(found.iter().zip(&self.own))
             .filter(|(_, (found, own))| found != own);
-        for ((name, _), _) in differing {
+        for (name, _) in differing {
             refuse(
                 format!("a {name} namespace of its own"),
                 "namespaces are not supported yet",
@@ -170,11 +173,13 @@ pub fn host_namespaces() -> TaskKobjIdsEntry {
     }
 }
 
+/// The links of [`NAMESPACES`], then those of [`OF_CHILDREN`].
 fn namespaces(proc: &ProcDir) -> Result<Vec<Vec<u8>>, CollectError> {
-    let link = |(name, _): &(&str, u32)| match proc.read_link(&format!("ns/{name}")) {
+    let names = NAMESPACES.iter().map(|(name, _)| *name).chain(OF_CHILDREN);
+    let link = |name| match proc.read_link(&format!("ns/{name}")) {
         // A kernel without this namespace has one for all.
         Err(error) if error.is_gone() => Ok(Vec::new()),
         other => Ok(other?),
     };
-    NAMESPACES.iter().map(link).collect()
+    names.map(link).collect()
 }

@@ -33,12 +33,14 @@ struct TaskQuestions {
 pub fn ask(task: &mut FrozenTask, draft: &mut TaskDraft) -> Result<(), CollectError> {
     redirect_out_of_sequences(task, draft)?;
     let pid = task.pid;
-    let executable = draft
+    let mut gates = draft
         .space
-        .gate
-        .clone()
-        .ok_or(InjectError::NoGate { pid })?;
-    let gate = find_gate(pid, executable)?;
+        .executable
+        .iter()
+        .map(|code| find_gate(pid, code.clone()));
+    let gate = gates
+        .find(Result::is_ok)
+        .unwrap_or(Err(InjectError::NoGate { pid }))?;
     let signal = quiet_signal(draft);
     let (leader, others) = task
         .threads

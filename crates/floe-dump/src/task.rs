@@ -8,7 +8,7 @@ use floe_image::messages::{
 use floe_inject::Stopped;
 use floe_kernel::ids::HostPid;
 use floe_kernel::pidfd::Pidfd;
-use floe_kernel::proc::{ProcDir, Status, parse_status};
+use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::collect::collect_fd_table;
@@ -16,7 +16,7 @@ use floe_resources::task::cgroup::CgroupSets;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
 use floe_resources::task::memory_map::collect_memory_map;
-use floe_resources::task::pending::collect_pending;
+use floe_resources::task::pending::{GroupStop, collect_pending};
 use floe_resources::task::registers::collect_registers;
 use floe_resources::task::rseq::{Rseq, collect_rseq};
 use floe_resources::task::scheduling::collect_scheduling;
@@ -92,7 +92,7 @@ pub fn collect(
     };
     let mut threads = Vec::with_capacity(task.threads.len());
     for thread in &task.threads {
-        let draft = collect_thread(&task.proc, thread, &mut shared.cgroups, collector)?;
+        let draft = collect_thread(task, thread, &mut shared.cgroups)?;
         let noted = collector.note(draft)?;
         threads.extend(noted);
     }
@@ -132,11 +132,11 @@ pub fn collect(
 
 /// The outer result is a failure, the inner one may be an obstacle.
 fn collect_thread(
-    proc: &ProcDir,
+    task: &FrozenTask,
     thread: &Stopped,
     cgroups: &mut CgroupSets,
-    _collector: &Collector<'_>,
 ) -> Result<Result<ThreadDraft, CollectError>, CollectError> {
+    let proc = &task.proc;
     let tid = thread.pid();
     let regs = thread.regs()?;
     let status = parse_status(&proc.read(&format!("task/{tid}/status"))?)
@@ -155,7 +155,11 @@ fn collect_thread(
             futex_rla: futex_rla.0,
             futex_rla_len,
             blk_sigset: Some(thread.sigmask()?),
-            signals_p: Some(collect_pending(tid, SignalQueue::Private)?),
+            signals_p: Some(collect_pending(
+                tid,
+                SignalQueue::Private,
+                group_stop(task),
+            )?),
             comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned()),
             rseq_entry: Some(rseq.entry.clone()),
             cg_set: Some(cg_set),
@@ -176,6 +180,13 @@ fn collect_thread(
     Ok(collected)
 }
 
+fn group_stop(task: &FrozenTask) -> GroupStop {
+    match task.state {
+        TaskState::Stopped(_) => GroupStop::Yes,
+        _ => GroupStop::No,
+    }
+}
+
 /// The part of the leader's core that is about the whole process, as far as it can be seen.
 fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, CollectError> {
     let proc = &task.proc;
@@ -191,7 +202,11 @@ fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, C
         flags: task.stat.flags,
         blk_sigset: thread_core.and_then(|core| core.blk_sigset).unwrap_or(0),
         comm: String::from_utf8_lossy(&task.stat.comm).into_owned(),
-        signals_s: Some(collect_pending(task.pid, SignalQueue::Shared)?),
+        signals_s: Some(collect_pending(
+            task.pid,
+            SignalQueue::Shared,
+            group_stop(task),
+        )?),
         // Unset is all bits set.
         loginuid: optional("loginuid")?.map(|uid| uid as u32),
         oom_score_adj: optional("oom_score_adj")?.map(|score| score as i32),

@@ -22,8 +22,28 @@ const SIGINFO: usize = 128;
 /// How many signals the restore itself may have caused: SIGCHLD, and SIGIO or SIGHUP of a terminal.
 const UNINVITED: usize = 4;
 
+/// Whether a process is in a group-stop (state `T`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupStop {
+    Yes,
+    No,
+}
+
+const STOP_SIGNALS: [i32; 4] = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+
 /// Copies a queue of a stopped thread; the signals stay pending.
-pub fn collect_pending(pid: HostPid, queue: SignalQueue) -> Result<SignalQueueEntry, CollectError> {
+///
+/// Stop signals that are pending in a process that is stopped already can never have an effect, as the
+/// SIGCONT that wakes it takes them away: they are left out.
+pub fn collect_pending(
+    pid: HostPid,
+    queue: SignalQueue,
+    group_stop: GroupStop,
+) -> Result<SignalQueueEntry, CollectError> {
+    let has_effect = |info: &[u8; SIGINFO]| {
+        let signal = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+        group_stop == GroupStop::No || !STOP_SIGNALS.contains(&signal)
+    };
     let signals = peek_siginfo(pid, queue).map_err(|source| CollectError::Task {
         pid,
         action: "Reading the pending signals",
@@ -31,6 +51,7 @@ pub fn collect_pending(pid: HostPid, queue: SignalQueue) -> Result<SignalQueueEn
     })?;
     let signals = signals
         .into_iter()
+        .filter(has_effect)
         .map(|info| SiginfoEntry {
             siginfo: info.to_vec(),
         })

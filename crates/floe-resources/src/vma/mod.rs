@@ -60,8 +60,8 @@ impl Vma {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AddressSpace {
     pub vmas: Vec<Vma>,
-    /// Executable memory with a system call instruction for the first remote call: the vDSO if there is one.
-    pub gate: Option<Range<u64>>,
+    /// Code in which a system call instruction for the first remote call may be found.
+    pub executable: Vec<Range<u64>>,
 }
 
 /// Collects the mappings of a stopped task; those that cannot be saved become obstacles.
@@ -72,7 +72,7 @@ pub fn collect_address_space(
     let mappings = parse_maps(&proc.read("smaps")?).map_err(|error| proc.bad(error))?;
     let mut space = AddressSpace {
         vmas: Vec::with_capacity(mappings.len()),
-        gate: find_gate(&mappings),
+        executable: executable(&mappings),
     };
     for mapping in &mappings {
         let vma = collect_mapping(proc, mapping, collector);
@@ -97,14 +97,15 @@ fn merge_or_push(vmas: &mut Vec<Vma>, vma: Vma) {
     }
 }
 
-fn find_gate(mappings: &[Mapping]) -> Option<Range<u64>> {
-    let range = |mapping: &Mapping| mapping.start.0..mapping.end.0;
+/// Mappings whose code may be looked at, the vDSO first: it is small and has what is looked for.
+fn executable(mappings: &[Mapping]) -> Vec<Range<u64>> {
     let usable = |mapping: &&Mapping| mapping.exec && mapping.read && mapping.name != b"[vsyscall]";
-    let vdso = mappings
+    let mut found: Vec<&Mapping> = mappings.iter().filter(usable).collect();
+    found.sort_by_key(|mapping| mapping.name != b"[vdso]");
+    found
         .iter()
-        .filter(usable)
-        .find(|mapping| mapping.name == b"[vdso]");
-    vdso.or_else(|| mappings.iter().find(usable)).map(range)
+        .map(|mapping| mapping.start.0..mapping.end.0)
+        .collect()
 }
 
 /// Saves one mapping; `Ok(None)` for those that the kernel makes by itself.
