@@ -4,7 +4,7 @@
 //! the initial user namespace), also when that is the kernel's nameless one.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 
@@ -19,10 +19,16 @@ impl SharedAnonymous {
     /// Makes a segment of `len` bytes, all zero. `page_flags` are `MAP_HUGETLB` and a size, or none.
     pub fn new(len: usize, page_flags: i32) -> io::Result<SharedAnonymous> {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | page_flags;
-        let mapping = Mapping::new(len, flags)?;
+        let mapping = Mapping::new(len, flags, -1)?;
         let start = mapping.start as usize;
         let path = format!("/proc/self/map_files/{:x}-{:x}", start, start + len);
         let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+        Ok(SharedAnonymous { fd, mapping })
+    }
+
+    /// Takes a file in memory of `len` bytes (memfd), to write to it through a mapping.
+    pub fn of_file(fd: OwnedFd, len: usize) -> io::Result<SharedAnonymous> {
+        let mapping = Mapping::new(len, libc::MAP_SHARED, fd.as_raw_fd())?;
         Ok(SharedAnonymous { fd, mapping })
     }
 
@@ -66,10 +72,10 @@ struct Mapping {
 }
 
 impl Mapping {
-    fn new(len: usize, flags: i32) -> io::Result<Mapping> {
+    fn new(len: usize, flags: i32, file: RawFd) -> io::Result<Mapping> {
         let prot = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a fresh mapping at an address of the kernel's choice.
-        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, -1, 0) };
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), len, prot, flags, file, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

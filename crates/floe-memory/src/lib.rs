@@ -4,12 +4,14 @@
 //! nor image files; [`PagemapBuilder`] keeps the index of what was sent.
 #![forbid(unsafe_code)]
 
+mod copy_out;
 mod index;
 mod pump;
 mod resolve;
 mod select;
 mod source;
 
+pub use copy_out::{CopyOutError, copy_segment};
 pub use index::{PagemapBuilder, PagemapStats, PresentPages};
 pub use pump::{Copied, CopyError, PagePump, PageSink};
 pub use resolve::{IndexError, PageIndex, StoredRun};

@@ -136,6 +136,7 @@ fn execute<'i>(
     }
     event(Action::NetworkUnlock)?;
     event(Action::PreResume)?;
+    world.tidy_up();
     release::release(world, background).map_err(|source| RestoreError::Step {
         step: "release".into(),
         source,

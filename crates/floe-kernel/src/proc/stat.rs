@@ -15,6 +15,8 @@ pub struct Stat {
     pub sid: HostPid,
     /// Device number of the controlling terminal, 0 for none.
     pub tty: u32,
+    /// Foreground group of that terminal; -1 for none.
+    pub tty_group: i32,
     /// `PF_*` of the kernel.
     pub flags: u32,
     pub threads: u32,
@@ -78,6 +80,7 @@ pub fn parse_stat(text: &[u8]) -> Result<Stat, ParseError> {
         pgid: pid(5, "pgrp")?,
         sid: pid(6, "session")?,
         tty: pid(7, "tty_nr")?.0.cast_unsigned(),
+        tty_group: pid(8, "tpgid")?.0,
         flags: short(9, "flags")?,
         threads: short(20, "num_threads")?,
         start_time: number(22, "starttime")?,

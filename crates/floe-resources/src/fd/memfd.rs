@@ -13,9 +13,20 @@ use floe_image::messages::{FdTypes, FileEntry, MemfdFileEntry, MemfdInodeEntry};
 use floe_kernel::ids::HostPid;
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
+use std::fs::File;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+
+use floe_kernel::shared_anonymous::SharedAnonymous;
+use floe_plan::Handle;
+use rustix::fs::{Gid, MemfdFlags, SealFlags, Uid};
+
 use super::regular::NamedFile;
-use super::{FdKind, file_entry};
+use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Segment, SharedMemoryDevice};
+use crate::restore::{
+    Attempt, ExecuteError, PlanError, Planner, TaskState, World, plan_owner, set_flags, set_offset,
+};
 
 /// See the module.
 pub struct MemFd;
@@ -148,4 +159,167 @@ pub fn huge_flag(pid: HostPid, file: BorrowedFd<'_>) -> Result<Option<u32>, Coll
     })?;
     let huge = stat.f_type == HUGETLBFS_MAGIC;
     Ok(huge.then(|| (stat.f_bsize as u64).trailing_zeros() << HUGE_SHIFT))
+}
+
+impl FdRestore for MemFd {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Memfd
+    }
+
+    /// The first description of a file makes it, and brings the others along.
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.memfd)?;
+        let images = planner.images;
+        let all = images.files.values().filter_map(|file| file.memfd.as_ref());
+        let descriptions: Vec<Description> = all
+            .filter(|other| other.inode_id == entry.inode_id)
+            .map(|entry| Description::new(entry, planner))
+            .collect();
+        if descriptions[0].entry.id != entry.id {
+            return Ok(());
+        }
+        let inodes: Vec<MemfdInodeEntry> = images.dir.read_all(ImageKind::MemfdInode, 0)?;
+        let inode = inodes
+            .into_iter()
+            .find(|inode| inode.inode_id == u64::from(entry.inode_id));
+        let inode = inode.ok_or_else(|| {
+            PlanError::damaged("memfd.img", format!("inode {} is missing", entry.inode_id))
+        })?;
+        let ids: Vec<u32> = descriptions.iter().map(|other| other.entry.id).collect();
+        let makes: Vec<Handle> = ids.iter().map(|id| Handle::File(*id)).collect();
+        plan_seals(planner, &inode, ids[0]);
+        for description in &descriptions {
+            planner.consume("files.img", u64::from(description.entry.id));
+            plan_owner(planner, description.entry.id, &description.entry.fown);
+        }
+        let name = format!("make memfd {} with {} descriptions", inode.name, ids.len());
+        planner.step(name, (&[], &makes), move |world| {
+            let file = make(world, &inode)?;
+            open_descriptions(world, file, &descriptions)
+        });
+        Ok(())
+    }
+}
+
+/// One open file description of a memory file.
+#[derive(Clone, Copy)]
+struct Description<'i> {
+    entry: &'i MemfdFileEntry,
+    /// With how much right it is to be opened: its own, or what its mappings need.
+    access: OFlags,
+}
+
+impl<'i> Description<'i> {
+    fn new(entry: &'i MemfdFileEntry, planner: &Planner<'_>) -> Self {
+        let access = if planner.images.is_written_through_mapping(entry.id) {
+            OFlags::RDWR
+        } else {
+            OFlags::from_bits_retain(entry.flags) & OFlags::ACCMODE
+        };
+        Description { entry, access }
+    }
+}
+
+/// What `fcntl(F_GET_SEALS)` says of a file that never could be sealed.
+const UNSEALABLE: u32 = SealFlags::SEAL.bits();
+
+/// Seals come when everything is mapped: some of them forbid to write or to map for writing.
+fn plan_seals(planner: &mut Planner<'_>, inode: &MemfdInodeEntry, id: u32) {
+    let seals = inode.seals;
+    if seals == UNSEALABLE || seals == 0 {
+        return;
+    }
+    let mut needs = vec![Handle::File(id)];
+    let tasks = planner.images.tasks.iter();
+    let living = tasks.filter(|task| task.state().is_ok_and(|state| state != TaskState::Dead));
+    needs.extend(living.map(|task| Handle::Memory(task.pid())));
+    let makes = [Handle::Object("seals", inode.inode_id)];
+    let name = format!("seal memfd {}", inode.name);
+    planner.step(name, (&needs, &makes), move |world| {
+        rustix::fs::fcntl_add_seals(world.file(id)?, SealFlags::from_bits_retain(seals))
+            .during("Sealing memfd", || format!("with {seals:#x}"))
+    });
+}
+
+fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
+    let what = || inode.name.clone();
+    let mut flags = MemfdFlags::CLOEXEC;
+    flags |= MemfdFlags::from_bits_retain(inode.hugetlb_flag.unwrap_or(0));
+    if inode.seals != UNSEALABLE {
+        flags |= MemfdFlags::ALLOW_SEALING;
+    }
+    let file = rustix::fs::memfd_create(inode.name.as_str(), flags).during("Making memfd", what)?;
+    rustix::fs::ftruncate(&file, inode.size).during("Sizing memfd", what)?;
+    let file = fill(world, inode, file)?;
+    let (uid, gid) = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
+    rustix::fs::fchown(&file, Some(uid), Some(gid)).during("Setting the owner of memfd", what)?;
+    if let Some(mode) = inode.mode {
+        let mode = Mode::from_raw_mode(mode);
+        rustix::fs::fchmod(&file, mode).during("Setting the mode of memfd", what)?;
+    }
+    Ok(file)
+}
+
+fn fill(
+    world: &World<'_>,
+    inode: &MemfdInodeEntry,
+    file: OwnedFd,
+) -> Result<OwnedFd, ExecuteError> {
+    let what = || inode.name.clone();
+    let (images, id) = (&world.images.dir, u64::from(inode.shmid));
+    let failed = |source| ExecuteError::Content {
+        object: format!("Filling memfd {}", inode.name),
+        source,
+    };
+    if inode.hugetlb_flag.is_some() && inode.size > 0 {
+        let mapped = SharedAnonymous::of_file(file, inode.size as usize);
+        let mut mapped = mapped.during("Mapping memfd", what)?;
+        floe_memory::copy_segment(images, id, |offset, bytes| {
+            let inside = offset.checked_add(bytes.len() as u64);
+            if inside.is_none_or(|end| end > inode.size) {
+                return Err(std::io::ErrorKind::InvalidData.into());
+            }
+            mapped.write_mapped(offset as usize, bytes);
+            Ok(())
+        })
+        .map_err(failed)?;
+        return Ok(mapped.into_fd());
+    }
+    let file = File::from(file);
+    floe_memory::copy_segment(images, id, |offset, bytes| {
+        // The last page may reach over the end.
+        let left = inode.size.saturating_sub(offset).min(bytes.len() as u64);
+        file.write_all_at(&bytes[..left as usize], offset)
+    })
+    .map_err(failed)?;
+    Ok(file.into())
+}
+
+/// Only the descriptor that made a memfd can be executed, so one that may write gets it.
+fn open_descriptions(
+    world: &mut World<'_>,
+    file: OwnedFd,
+    descriptions: &[Description<'_>],
+) -> Result<(), ExecuteError> {
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let mut first = None;
+    for Description { entry, access } in descriptions {
+        if first.is_none() && *access == OFlags::RDWR {
+            first = Some(*entry);
+            continue;
+        }
+        let flags = (OFlags::from_bits_retain(entry.flags) - OFlags::ACCMODE) | *access;
+        let opened = rustix::fs::open(&path, flags | OFlags::CLOEXEC, Mode::empty())
+            .during("Opening memfd", || format!("{:#x}", entry.id))?;
+        set_offset(opened.as_fd(), entry.pos)?;
+        world.keep_file(entry.id, opened)?;
+    }
+    match first {
+        Some(entry) => {
+            set_flags(file.as_fd(), entry.flags)?;
+            set_offset(file.as_fd(), entry.pos)?;
+            world.keep_file(entry.id, file)
+        }
+        None => Ok(()),
+    }
 }

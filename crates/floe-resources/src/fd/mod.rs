@@ -79,12 +79,15 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &signalfd::SignalFd,
     &timerfd::TimerFd,
     &pipe::Pipe,
+    &fifo::Fifo,
+    &memfd::MemFd,
     &regular::RegularFile,
 ];
 
 /// Adds the steps for every entry of `files.img`.
 pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
+    remap::plan_names(planner)?;
     for file in images.files.values() {
         let kind = FdTypes::try_from(file.r#type)
             .ok()

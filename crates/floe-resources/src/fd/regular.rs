@@ -9,7 +9,6 @@ use std::os::fd::BorrowedFd;
 use floe_image::messages::{FdTypes, FileEntry, FownEntry, RegFileEntry};
 use floe_kernel::ids::HostPid;
 use floe_options::External;
-use floe_plan::Handle;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
 use super::{FdKind, file_entry, remap};
@@ -18,7 +17,7 @@ use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_offset};
 use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// See the module.
 pub struct RegularFile;
@@ -166,24 +165,24 @@ impl FdRestore for RegularFile {
 
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
         let entry = payload(file, &file.reg)?;
+        if remap::is_link(planner.images, entry.id) {
+            return Ok(()); // The file that it is a link to takes care of it.
+        }
+        if !planner.images.named_by(entry.id).is_empty() {
+            planner.consume("files.img", u64::from(entry.id));
+            return Ok(());
+        }
         let flags = open_flags(entry, planner);
+        let needs = remap::needs_of_name(planner.images, entry);
         planner.open(
             entry.id,
             format!("open {}", entry.name),
-            &owner_of_proc(entry, planner),
+            &needs,
             move |world| open(world, entry, flags),
         );
         plan_owner(planner, entry.id, &entry.fown);
         Ok(())
     }
-}
-
-/// A file of `/proc/<pid>` exists once the task does.
-fn owner_of_proc(entry: &RegFileEntry, planner: &Planner<'_>) -> Vec<Handle> {
-    let rest = entry.name.strip_prefix("/proc/").unwrap_or_default();
-    let pid = rest.split('/').next().and_then(|pid| pid.parse().ok());
-    let known = pid.filter(|pid| planner.images.task(*pid).is_some());
-    known.map_or(Vec::new(), |pid| vec![Handle::Born(pid), Handle::Tree])
 }
 
 /// Flags of `open` that act on the file once, when it is opened first.
@@ -208,14 +207,14 @@ fn open_flags(entry: &RegFileEntry, planner: &Planner<'_>) -> OFlags {
 
 /// Opens a file by its name and checks that it still is the one that was dumped.
 pub(crate) fn open(
-    world: &World<'_>,
+    world: &mut World<'_>,
     entry: &RegFileEntry,
     flags: OFlags,
 ) -> Result<OwnedFd, ExecuteError> {
-    let path = PathBuf::from(&entry.name);
-    let file =
-        rustix::fs::open(&path, flags, Mode::empty()).during("Opening", || entry.name.clone())?;
-    check(world, entry, &file, &path)?;
+    let file = remap::open_by_name(world, entry, |path| {
+        rustix::fs::open(path, flags, Mode::empty())
+    })?;
+    check(world, entry, &file, Path::new(&entry.name))?;
     if !flags.contains(OFlags::PATH) {
         set_offset(file.as_fd(), entry.pos)?;
     }

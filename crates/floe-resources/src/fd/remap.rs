@@ -4,8 +4,13 @@
 //! Rebuilt:  -
 //! Not kept: -
 
+mod ghost;
+mod names;
+mod rebuild;
+
 use std::path::Path;
 
+pub use rebuild::{NAMES_GONE, is_link, needs_of_name, open_by_name, plan_names};
 use rustix::io::Errno;
 
 use super::regular::NamedFile;

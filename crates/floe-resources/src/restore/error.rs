@@ -65,8 +65,21 @@ pub enum ExecuteError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    #[error("{object}")]
+    Content {
+        object: String,
+        #[source]
+        source: floe_memory::CopyOutError,
+    },
     #[error(transparent)]
     Hook(#[from] floe_options::HookError),
+}
+
+impl ExecuteError {
+    /// A fault of the images that a step found.
+    pub fn from_plan(error: PlanError) -> Self {
+        ExecuteError::Plan(Box::new(error))
+    }
 }
 
 /// Gives an `io::Error` the operation and the object that it belongs to.

@@ -93,6 +93,7 @@ pub struct TreeImages {
     /// How to find files that have lost their name, by the id of the file.
     pub remaps: BTreeMap<u32, RemapFilePathEntry>,
     holders: BTreeMap<u32, Vec<Holder>>,
+    named: BTreeMap<u32, Vec<u32>>,
 }
 
 impl TreeImages {
@@ -113,9 +114,10 @@ impl TreeImages {
             .into_iter()
             .map(|file| (file.id, file))
             .collect();
-        let remaps = dir.read_all::<RemapFilePathEntry>(ImageKind::RemapFpath, 0)?;
+        let remaps = dir.read_remaps()?;
         let images = TreeImages {
             holders: holders(&tasks),
+            named: named(&files),
             remaps: remaps
                 .into_iter()
                 .map(|remap| (remap.orig_id, remap))
@@ -144,6 +146,11 @@ impl TreeImages {
     /// share their table count once, as the first of them.
     pub fn holders(&self, file: u32) -> &[Holder] {
         self.holders.get(&file).map_or(&[], Vec::as_slice)
+    }
+
+    /// Fifos and terminals whose name the regular file `id` keeps: it is never opened for itself.
+    pub fn named_by(&self, id: u32) -> &[u32] {
+        self.named.get(&id).map_or(&[], Vec::as_slice)
     }
 
     /// The highest descriptor number of any task.
@@ -257,6 +264,19 @@ fn load_task(
         threads,
         ids,
     })
+}
+
+/// Which files are opened under the name in another entry, by the id of that entry.
+fn named(files: &BTreeMap<u32, FileEntry>) -> BTreeMap<u32, Vec<u32>> {
+    let mut named: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    for file in files.values() {
+        let fifo = file.fifo.as_ref().and_then(|fifo| fifo.regf_id);
+        let tty = file.tty.as_ref().and_then(|tty| tty.regf_id);
+        if let Some(name) = fifo.or(tty).filter(|name| *name != file.id) {
+            named.entry(name).or_default().push(file.id);
+        }
+    }
+    named
 }
 
 fn holders(tasks: &[TaskImages]) -> BTreeMap<u32, Vec<Holder>> {

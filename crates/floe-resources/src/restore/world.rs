@@ -58,6 +58,7 @@ pub struct World<'i> {
     first_fd: RawFd,
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
+    tidy: Vec<Undo>,
 }
 
 impl<'i> World<'i> {
@@ -81,6 +82,7 @@ impl<'i> World<'i> {
             first_fd,
             state: HashMap::new(),
             undo: Vec::new(),
+            tidy: Vec::new(),
         }
     }
 
@@ -202,6 +204,18 @@ impl<'i> World<'i> {
     /// Remembers how to take back what a step has made outside of the tree, should a later one fail.
     pub fn on_failure(&mut self, undo: impl FnOnce() + 'static) {
         self.undo.push(Box::new(undo));
+    }
+
+    /// Remembers what is to go once everything is restored, such as a name that the dump has left.
+    pub fn on_success(&mut self, tidy: impl FnOnce() + 'static) {
+        self.tidy.push(Box::new(tidy));
+    }
+
+    /// Clears away what only the restore needed.
+    pub fn tidy_up(&mut self) {
+        for tidy in self.tidy.drain(..) {
+            tidy();
+        }
     }
 
     /// Takes back everything outside of the tree, last made first.

@@ -61,6 +61,8 @@ pub enum MemoryError {
     #[error(transparent)]
     Index(#[from] floe_memory::IndexError),
     #[error(transparent)]
+    Segments(#[from] floe_memory::CopyOutError),
+    #[error(transparent)]
     Plan(#[from] PlanError),
     #[error("Task {pid}: {needed:?} is needed for the mapping at {start:#x}, but was not opened")]
     NotOpened {

@@ -25,5 +25,5 @@ pub use finish::finish;
 pub use map::{Puppet, map};
 pub use plan::{HostMemory, HugePages, MemoryPlan, MemoryRequest, choose_arena};
 pub use region::Source;
-pub use segment::{SegmentPlan, fill_shared_file, make_segment, plan_segments};
+pub use segment::{SegmentPlan, make_segment, plan_segments};
 pub use vdso::HostVdso;

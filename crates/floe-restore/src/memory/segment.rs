@@ -1,20 +1,16 @@
-//! Segments of shared anonymous memory, and the content of any shared memory.
+//! Segments of shared anonymous memory.
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use floe_image::{ImageDir, ImageKind};
-use floe_kernel::ids::PAGE_SIZE;
+use floe_image::ImageDir;
 use floe_kernel::shared_anonymous::SharedAnonymous;
-use floe_memory::{PageIndex, StoredRun};
+use floe_memory::copy_segment;
 
 use super::error::MemoryError;
 use super::plan::MemoryPlan;
-
-/// Bytes that are copied at once.
-const CHUNK: u64 = 512 * 1024;
 
 /// A segment of shared anonymous memory to be made, see [`make_segment`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,93 +40,26 @@ pub fn plan_segments<'a>(plans: impl IntoIterator<Item = &'a MemoryPlan>) -> Vec
 
 /// Makes a segment with its content; tasks map the descriptor, which is read-write.
 pub fn make_segment(plan: &SegmentPlan, images: &ImageDir) -> Result<OwnedFd, MemoryError> {
-    let pages = segment_pages(plan.id, images)?;
+    let failed = |what| {
+        move |source| MemoryError::Segment {
+            id: plan.id,
+            what,
+            source,
+        }
+    };
     let mut segment =
-        SharedAnonymous::new(plan.bytes as usize, plan.page_flags).map_err(|source| {
-            MemoryError::Segment {
-                id: plan.id,
-                what: "making it",
-                source,
-            }
-        })?;
+        SharedAnonymous::new(plan.bytes as usize, plan.page_flags).map_err(failed("making it"))?;
     if plan.page_flags & libc::MAP_HUGETLB != 0 {
-        copy_pages(plan.id, &pages, |offset, bytes| {
+        copy_segment(images, plan.id, |offset, bytes| {
             segment.write_mapped(offset as usize, bytes);
             Ok(())
         })?;
     } else {
-        write_pages(plan.id, &pages, segment.as_fd())?;
+        let file = segment.as_fd().try_clone_to_owned().map(File::from);
+        let file = file.map_err(failed("duplicating its descriptor"))?;
+        copy_segment(images, plan.id, |offset, bytes| {
+            file.write_all_at(bytes, offset)
+        })?;
     }
     Ok(segment.into_fd())
-}
-
-/// Gives a file in memory (memfd), already of its size, the content of segment `id`.
-pub fn fill_shared_file(
-    file: BorrowedFd<'_>,
-    id: u64,
-    images: &ImageDir,
-) -> Result<(), MemoryError> {
-    write_pages(id, &segment_pages(id, images)?, file)
-}
-
-/// A segment that nobody wrote to has no image.
-fn segment_pages(id: u64, images: &ImageDir) -> Result<PageIndex, MemoryError> {
-    if images.has(ImageKind::ShmemPagemap, id) {
-        Ok(PageIndex::read(images, ImageKind::ShmemPagemap, id)?)
-    } else {
-        Ok(PageIndex::default())
-    }
-}
-
-fn write_pages(id: u64, pages: &PageIndex, file: BorrowedFd<'_>) -> Result<(), MemoryError> {
-    let file = file.try_clone_to_owned().map(File::from);
-    let file = file.map_err(|source| MemoryError::Segment {
-        id,
-        what: "duplicating its descriptor",
-        source,
-    })?;
-    copy_pages(id, pages, |offset, bytes| file.write_all_at(bytes, offset))
-}
-
-fn copy_pages(
-    id: u64,
-    pages: &PageIndex,
-    mut write: impl FnMut(u64, &[u8]) -> std::io::Result<()>,
-) -> Result<(), MemoryError> {
-    let mut buffer = Vec::new();
-    let mut opened: Option<(u32, File)> = None;
-    for run in pages.runs() {
-        if opened
-            .as_ref()
-            .is_none_or(|(number, _)| *number != run.file)
-        {
-            opened = Some((run.file, pages.open(run.file)?));
-        }
-        let (_, file) = opened.as_ref().expect("opened above");
-        for piece in pieces(run) {
-            buffer.resize(piece.len as usize, 0);
-            file.read_exact_at(&mut buffer, piece.offset)
-                .map_err(|source| MemoryError::ReadPages {
-                    offset: piece.offset,
-                    bytes: piece.len as usize,
-                    source,
-                })?;
-            write(piece.start, &buffer).map_err(|source| MemoryError::Segment {
-                id,
-                what: "writing its content",
-                source,
-            })?;
-        }
-    }
-    Ok(())
-}
-
-fn pieces(run: &StoredRun) -> impl Iterator<Item = StoredRun> + '_ {
-    debug_assert_eq!(run.len % PAGE_SIZE, 0);
-    (0..run.len.div_ceil(CHUNK)).map(|index| StoredRun {
-        start: run.start + index * CHUNK,
-        len: CHUNK.min(run.len - index * CHUNK),
-        file: run.file,
-        offset: run.offset + index * CHUNK,
-    })
 }

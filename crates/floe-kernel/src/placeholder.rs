@@ -1,0 +1,98 @@
+//! A process that does nothing: it has a pid, so that `/proc/<pid>` can be opened or a pidfd made.
+//!
+//! Contract relied on: a child of `clone3` without `CLONE_VM` runs on a copy of the caller's memory;
+//! it only calls `prctl` and `pause`, which is safe after a fork of a program with several threads.
+
+use std::io;
+
+use crate::ids::HostPid;
+
+/// The process; dropped, it is killed and reaped.
+#[derive(Debug)]
+pub struct Placeholder {
+    pid: HostPid,
+}
+
+#[repr(C, align(8))]
+#[derive(Default)]
+struct CloneArgs {
+    flags: u64,
+    pidfd: u64,
+    child_tid: u64,
+    parent_tid: u64,
+    exit_signal: u64,
+    stack: u64,
+    stack_size: u64,
+    tls: u64,
+    set_tid: u64,
+    set_tid_size: u64,
+    cgroup: u64,
+}
+
+impl Placeholder {
+    /// Starts it, with this pid where one is given; `EEXIST` when the pid is taken.
+    pub fn start(pid: Option<HostPid>) -> io::Result<Self> {
+        let wanted = pid.map_or(0, |pid| pid.0);
+        let mut args = CloneArgs::default();
+        if pid.is_some() {
+            args.set_tid = &raw const wanted as u64;
+            args.set_tid_size = 1;
+        }
+        // Without an exit signal nobody hears of its death but who waits with __WALL.
+        // SAFETY: `args` is live and describes a plain fork; the child uses nothing of the copy of our
+        // memory but this code.
+        let result = unsafe {
+            libc::syscall(
+                libc::SYS_clone3,
+                &raw const args,
+                std::mem::size_of::<CloneArgs>(),
+            )
+        };
+        match result {
+            0 => idle(),
+            pid if pid > 0 => Ok(Placeholder {
+                pid: HostPid(pid as i32),
+            }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    /// Its pid.
+    pub fn pid(&self) -> HostPid {
+        self.pid
+    }
+}
+
+/// The child's life: it ends with its parent at the latest.
+fn idle() -> ! {
+    // SAFETY: integers only.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+    loop {
+        // SAFETY: waits for a signal, touches no memory.
+        unsafe { libc::pause() };
+    }
+}
+
+impl Drop for Placeholder {
+    fn drop(&mut self) {
+        // SAFETY: the child is ours and not reaped yet, so the pid is nobody else's.
+        unsafe {
+            libc::kill(self.pid.0, libc::SIGKILL);
+            libc::waitpid(self.pid.0, std::ptr::null_mut(), libc::__WALL);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_lives_until_it_is_dropped() {
+        let child = Placeholder::start(None).expect("a process");
+        let path = format!("/proc/{}", child.pid());
+        assert!(std::path::Path::new(&path).exists());
+        drop(child);
+        assert!(!std::path::Path::new(&path).exists());
+    }
+}

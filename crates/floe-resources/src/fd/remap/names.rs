@@ -1,0 +1,141 @@
+//! Temporary names: links, directories and nodes that are gone when the restore is done.
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+use rustix::fs::Mode;
+use rustix::io::Errno;
+
+/// Names that were made, last one last. Clones are the same list.
+#[derive(Clone, Debug, Default)]
+pub struct TemporaryNames(Rc<RefCell<Vec<Made>>>);
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Made {
+    File(PathBuf),
+    Directory(PathBuf),
+}
+
+/// How many other names are tried when one is taken.
+const ATTEMPTS: u32 = 100;
+
+impl TemporaryNames {
+    /// Takes over a name that exists already.
+    pub fn adopt(&self, path: &Path) {
+        self.note(Made::File(path.to_path_buf()));
+    }
+
+    /// Runs `make` on `path`, or where that is taken on `path` with something added; missing parents
+    /// are made for the time being. Returns the name.
+    pub fn make_file(
+        &self,
+        path: &Path,
+        make: impl Fn(&Path) -> Result<(), Errno>,
+    ) -> Result<PathBuf, Errno> {
+        let name = self.make(path, make)?;
+        self.note(Made::File(name.clone()));
+        Ok(name)
+    }
+
+    /// As [`TemporaryNames::make_file`], for a directory.
+    pub fn make_directory(&self, path: &Path, mode: Mode) -> Result<PathBuf, Errno> {
+        let name = self.make(path, |path| rustix::fs::mkdir(path, mode))?;
+        self.note(Made::Directory(name.clone()));
+        Ok(name)
+    }
+
+    /// Removes all names, last made first; the first failure is returned, and the rest removed still.
+    pub fn remove(&self) -> Result<(), Errno> {
+        let mut result = Ok(());
+        while let Some(made) = self.0.borrow_mut().pop() {
+            let removed = match made {
+                Made::File(path) => rustix::fs::unlink(path),
+                Made::Directory(path) => rustix::fs::rmdir(path),
+            };
+            match removed {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(errno) => result = result.and(Err(errno)),
+            }
+        }
+        result
+    }
+
+    /// As [`TemporaryNames::remove`], where nobody is left to tell but the log.
+    pub fn remove_quietly(&self) {
+        if let Err(errno) = self.remove() {
+            tracing::warn!(%errno, "a temporary name could not be removed");
+        }
+    }
+
+    fn note(&self, made: Made) {
+        self.0.borrow_mut().push(made);
+    }
+
+    fn make(
+        &self,
+        path: &Path,
+        make: impl Fn(&Path) -> Result<(), Errno>,
+    ) -> Result<PathBuf, Errno> {
+        let mut name = path.to_path_buf();
+        for attempt in 0..ATTEMPTS {
+            match make(&name) {
+                Ok(()) => return Ok(name),
+                Err(Errno::NOENT) => self.make_parents(path)?,
+                Err(Errno::EXIST) => name = with_suffix(path, attempt),
+                Err(errno) => return Err(errno),
+            }
+        }
+        Err(Errno::EXIST)
+    }
+
+    fn make_parents(&self, path: &Path) -> Result<(), Errno> {
+        let missing: Vec<&Path> = path
+            .ancestors()
+            .skip(1)
+            .take_while(|parent| rustix::fs::stat(*parent).err() == Some(Errno::NOENT))
+            .collect();
+        if missing.is_empty() {
+            return Err(Errno::NOENT);
+        }
+        for parent in missing.into_iter().rev() {
+            rustix::fs::mkdir(parent, Mode::from_raw_mode(0o700))?;
+            self.note(Made::Directory(parent.to_path_buf()));
+        }
+        Ok(())
+    }
+}
+
+fn with_suffix(path: &Path, attempt: u32) -> PathBuf {
+    let mut name = OsString::from(path);
+    name.push(".cr_link");
+    if attempt > 0 {
+        name.push(attempt.to_string());
+    }
+    PathBuf::from(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn missing_parents_come_and_go() {
+        let dir = std::env::temp_dir().join(format!("floe-names-{}", std::process::id()));
+        std::fs::create_dir(&dir).expect("a directory");
+        let names = TemporaryNames::default();
+        let make = |path: &Path| {
+            rustix::fs::mkdir(path, Mode::RWXU)?;
+            rustix::fs::rmdir(path)?;
+            rustix::fs::symlink("nowhere", path)
+        };
+        let wanted = dir.join("a/b/c");
+        assert_eq!(names.make_file(&wanted, make), Ok(wanted.clone()));
+        let second = names.make_file(&wanted, make).expect("another name");
+        assert_eq!(second, dir.join("a/b/c.cr_link"));
+        names.remove().expect("removed");
+        assert!(!dir.join("a").exists());
+        std::fs::remove_dir(&dir).expect("empty again");
+    }
+}
