@@ -12,6 +12,7 @@ use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::collect::collect_fd_table;
+use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::cgroup::CgroupSets;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
@@ -198,7 +199,7 @@ fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, C
     Ok(TaskCoreEntry {
         task_state: state_number(task.state),
         exit_code: 0,
-        personality: personality(proc.hex_number("personality")?),
+        personality: encode_personality(proc.hex_number("personality")?),
         flags: task.stat.flags,
         blk_sigset: thread_core.and_then(|core| core.blk_sigset).unwrap_or(0),
         comm: String::from_utf8_lossy(&task.stat.comm).into_owned(),
@@ -216,14 +217,6 @@ fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, C
         },
         ..TaskCoreEntry::default()
     })
-}
-
-/// CRIU reads the kernel's hexadecimal text as decimal and never restores it. Our restore does, so what
-/// has digits above 9 is kept as it is, marked by the top bit.
-fn personality(value: u64) -> u32 {
-    format!("{value:x}")
-        .parse()
-        .unwrap_or(value as u32 | 1 << 31)
 }
 
 fn dead_core(task: &FrozenTask) -> CoreEntry {
@@ -277,17 +270,5 @@ pub fn timers(
         virt,
         prof,
         posix,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn personalities_keep_their_value_either_way() {
-        assert_eq!(personality(0), 0);
-        assert_eq!(personality(0x0004_0000), 40000);
-        assert_eq!(personality(0x00c4_0000), 0x80c4_0000);
     }
 }

@@ -7,6 +7,7 @@ use floe_kernel::proc::parse_timers;
 use floe_kernel::ptrace::{self, SignalQueue};
 use floe_kernel::thread::{robust_list, scheduling};
 use floe_resources::restore::PlanError;
+use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::Credentials;
 use floe_resources::task::rebuild::{Birth, fpu, plan_last};
 use puppet::Fixture;
@@ -392,7 +393,7 @@ fn scheduling_and_attributes_are_those_of_the_image() {
     });
     let leader = task(&mut core);
     leader.comm = "a name too long for it".to_string();
-    leader.personality = 0x0044_0000;
+    leader.personality = encode_personality(0x0044_0000);
     leader.child_subreaper = Some(true);
     // Private expedited, and its SYNC_CORE form.
     leader.membarrier_registration_mask = Some(1 << 4 | 1 << 6);
@@ -504,4 +505,46 @@ fn fpu_state_of_another_cpu_is_refused_only_where_it_holds_something() {
     fpu::from_image(&entry(0), &mut area, &fixture.context()).unwrap();
     let error = fpu::from_image(&entry(5), &mut area, &fixture.context()).unwrap_err();
     assert!(error.to_string().contains("MPX bounds"), "{error}");
+}
+
+#[test]
+fn threads_have_queues_and_credentials_of_their_own_and_the_filters_of_the_leader() {
+    if !is_root() {
+        return;
+    }
+    let mut fixture = Fixture::new();
+    let mut thread_of = fixture.thread();
+    fixture.seccomp = vec![SeccompFilter {
+        filter: no_uname(1),
+        prev: None,
+        flags: Some(1),
+    }];
+    let mut core = leader();
+    thread(&mut core).seccomp_mode = Some(SeccompMode::Filter as i32);
+    thread(&mut core).seccomp_filter = Some(0);
+    thread(&mut core).creds = Some(service(&fixture.birth));
+    let mut other = CoreEntry {
+        thread_core: Some(ThreadCoreEntry::default()),
+        ..CoreEntry::default()
+    };
+    let signals = vec![siginfo(libc::SIGUSR1, 1), siginfo(50, 2)];
+    thread(&mut other).signals_p = Some(SignalQueueEntry { signals });
+    thread(&mut other).creds = Some(CredsEntry {
+        uid: 3,
+        ..service(&fixture.birth)
+    });
+    fixture.finish_thread(&mut thread_of, &other);
+    fixture.become_task(&core);
+    let tid = thread_of.pid();
+    let status = std::fs::read(format!("/proc/{}/task/{tid}/status", fixture.pid())).unwrap();
+    let status = floe_kernel::proc::parse_status(&status).unwrap();
+    assert_eq!((status.uids[0], fixture.status().uids[0]), (3, 1000));
+    assert_eq!((status.seccomp, status.seccomp_filters), (2, 1));
+    let queue = |pid| {
+        ptrace::peek_siginfo(pid, SignalQueue::Private)
+            .unwrap()
+            .len()
+    };
+    assert_eq!((queue(tid), queue(fixture.pid())), (2, 0));
+    thread_of.forget();
 }

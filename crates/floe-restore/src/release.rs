@@ -4,8 +4,10 @@ use floe_image::messages::CoreEntry;
 use floe_inject::{Saved, Stopped};
 use floe_kernel::ptrace;
 use floe_options::AfterRestore;
-use floe_resources::restore::{Attempt, ExecuteError, PlanError, Puppet, TaskState, World};
-use floe_resources::task::rebuild::{TaskContext, fpu, registers, rseq};
+use floe_resources::restore::{
+    Attempt, ExecuteError, PlanError, Puppet, TaskImages, TaskState, World,
+};
+use floe_resources::task::rebuild::{TaskContext, fpu, registers, rseq, signal_mask};
 
 use crate::state::Background;
 
@@ -32,7 +34,8 @@ pub fn release(world: &mut World<'_>, background: &Background<'_>) -> Result<(),
     {
         let saved = images.task(pid).and_then(|task| task.state().ok());
         if all_stopped || saved == Some(TaskState::Stopped) {
-            floe_kernel::pidfd::tgkill(leader.pid(), libc::SIGSTOP)
+            let signal = images.task(pid).map_or(libc::SIGSTOP, stop_signal);
+            floe_kernel::pidfd::tgkill(leader.pid(), signal)
                 .during("Stopping task", || pid.to_string())?;
         }
         for (_, thread) in threads {
@@ -41,6 +44,20 @@ pub fn release(world: &mut World<'_>, background: &Background<'_>) -> Result<(),
         leader.release()?;
     }
     Ok(())
+}
+
+/// The signal that stopped the task, which its parent can ask for. Another one than SIGSTOP stops only
+/// where it has its default action and is not blocked.
+fn stop_signal(task: &TaskImages) -> i32 {
+    let core = task.core.tc.as_ref();
+    let signal = core
+        .and_then(|core| core.stop_signo)
+        .map_or(libc::SIGSTOP, u32::cast_signed);
+    let usual = [libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU].contains(&signal);
+    let action = core.and_then(|core| core.sigactions.get((signal - 3).max(0) as usize));
+    let blocked = signal_mask(&task.core) & 1 << (signal - 1).clamp(0, 63) != 0;
+    let stops = usual && !blocked && action.is_none_or(|action| action.sigaction == 0);
+    if stops { signal } else { libc::SIGSTOP }
 }
 
 fn set_final_state(
@@ -74,7 +91,7 @@ fn set_final_state(
     }
     thread.replace(Saved {
         regs,
-        sigmask: own.blk_sigset.unwrap_or(0),
+        sigmask: signal_mask(core),
     });
     Ok(())
 }

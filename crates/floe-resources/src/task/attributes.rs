@@ -147,7 +147,7 @@ impl ThreadAttributes {
 /// Longest name of a thread, without its end.
 const MAX_COMM: usize = 15;
 
-/// THP setting, child subreaper and membarrier registrations.
+/// THP setting and membarrier registrations.
 pub fn plan_early(task: &TaskCoreEntry, mm: Option<&MmEntry>, program: &mut Program) {
     let disabled = mm.and_then(|mm| mm.thp_disabled).unwrap_or(false);
     let label = "prctl(PR_SET_THP_DISABLE)";
@@ -158,10 +158,6 @@ pub fn plan_early(task: &TaskCoreEntry, mm: Option<&MmEntry>, program: &mut Prog
     } else {
         program.try_call(label, libc::SYS_prctl, &args);
     }
-    if task.child_subreaper == Some(true) {
-        let label = "prctl(PR_SET_CHILD_SUBREAPER)";
-        prctl(program, label, libc::PR_SET_CHILD_SUBREAPER, Arg::from(1));
-    }
     let registered = task.membarrier_registration_mask.unwrap_or(0);
     for bit in (0..u32::BITS).filter(|bit| registered & (1 << bit) != 0) {
         let label = format!("membarrier(command {:#x})", 1u32 << bit);
@@ -169,18 +165,37 @@ pub fn plan_early(task: &TaskCoreEntry, mm: Option<&MmEntry>, program: &mut Prog
     }
 }
 
+/// CRIU reads the kernel's hexadecimal text as decimal and never restores it. We do, so what has digits
+/// above 9 is kept as it is, marked by the top bit.
+pub fn encode_personality(value: u64) -> u32 {
+    format!("{value:x}").parse().unwrap_or(value as u32 | PLAIN)
+}
+
+fn decode_personality(image: u32) -> u32 {
+    match image & PLAIN != 0 {
+        true => image & !PLAIN,
+        false => u32::from_str_radix(&image.to_string(), 16).unwrap_or(0),
+    }
+}
+
+/// Marks a personality in an image that is a number and not digits.
+const PLAIN: u32 = 1 << 31;
 /// Bit of a personality: readable memory is executable, which memory still to be mapped would become.
 const READ_IMPLIES_EXEC: u32 = 0x0040_0000;
 
 /// The execution domain, in force for threads that are still to be made.
 pub fn plan_personality(task: &TaskCoreEntry, program: &mut Program) {
-    call_personality(task.personality & !READ_IMPLIES_EXEC, program);
+    call_personality(
+        decode_personality(task.personality) & !READ_IMPLIES_EXEC,
+        program,
+    );
 }
 
 /// What of the execution domain must wait for memory, in the leader.
 pub fn plan_late_personality(task: &TaskCoreEntry, program: &mut Program) {
-    if task.personality & READ_IMPLIES_EXEC != 0 {
-        call_personality(task.personality, program);
+    let personality = decode_personality(task.personality);
+    if personality & READ_IMPLIES_EXEC != 0 {
+        call_personality(personality, program);
     }
 }
 
@@ -222,6 +237,13 @@ pub fn plan_death_signal(thread: &ThreadCoreEntry, program: &mut Program) {
     prctl(program, label, libc::PR_SET_PDEATHSIG, Arg::from(signal));
 }
 
+/// Whether the process adopts orphans among its descendants; the restore may have used it for that.
+pub fn plan_subreaper(task: &TaskCoreEntry, program: &mut Program) {
+    let wanted = Arg::from(u32::from(task.child_subreaper == Some(true)));
+    let label = "prctl(PR_SET_CHILD_SUBREAPER)";
+    prctl(program, label, libc::PR_SET_CHILD_SUBREAPER, wanted);
+}
+
 /// Whether the process can be traced and leaves core files; images without the flag keep the default.
 pub fn plan_dumpable(mm: Option<&MmEntry>, program: &mut Program) {
     let wanted = mm.and_then(|mm| mm.dumpable).unwrap_or(1);
@@ -255,4 +277,22 @@ fn write_if_other(pid: HostPid, name: &str, wanted: &str) -> Result<(), ExecuteE
         _ => {}
     }
     fs::write(&path, wanted).during("Writing", || format!("{wanted} to {path}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn personalities_survive_the_format() {
+        for value in [0, 8, 0x40000, 0x440000, 0xc0_0000, 0x4c0_0008, 0x9999_9999] {
+            assert_eq!(
+                u64::from(decode_personality(encode_personality(value))),
+                value
+            );
+        }
+        // As CRIU writes it.
+        assert_eq!(encode_personality(0x40000), 40000);
+        assert_eq!(encode_personality(0xc4_0000), 0x80c4_0000);
+    }
 }

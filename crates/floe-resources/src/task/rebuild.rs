@@ -108,6 +108,7 @@ pub fn plan_last(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
     let leader = core.tc.as_ref();
     scheduling::plan(thread, context, &mut program)?;
     if let Some(task) = leader {
+        attributes::plan_subreaper(task, &mut program);
         sigactions::plan(task, context, &mut program)?;
         pending::plan_shared(task, context, &mut program)?;
     }

@@ -4,11 +4,13 @@ use std::fs;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use floe_image::messages::{CoreEntry, MmEntry, SeccompFilter};
-use floe_inject::{ARENA_BYTES, Arena, Arg, Outcome, Program, RootSpawn, Stopped, spawn_root};
+use floe_inject::{
+    ARENA_BYTES, Arena, Arg, Outcome, Program, RootSpawn, Seized, Stopped, spawn_root,
+};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{Status, parse_status};
-use floe_kernel::ptrace;
+use floe_kernel::ptrace::{self, WaitStatus};
 use floe_resources::task::rebuild::{Birth, TaskContext, plan_last, plan_task, plan_thread};
 
 /// A puppet with the memory of this test, and what its plans depend on.
@@ -19,6 +21,7 @@ pub struct Fixture {
     pub features: KernelFeatures,
     pub mm: MmEntry,
     pub seccomp: Vec<SeccompFilter>,
+    threads: Vec<HostPid>,
 }
 
 impl Fixture {
@@ -39,6 +42,7 @@ impl Fixture {
             features: KernelFeatures::probe(),
             mm: MmEntry::default(),
             seccomp: Vec::new(),
+            threads: Vec::new(),
         };
         fixture.forget_rseq();
         fixture
@@ -91,6 +95,37 @@ impl Fixture {
         self.run(&program).data(answer).to_vec()
     }
 
+    /// Makes a thread, stopped before its first instruction.
+    pub fn thread(&mut self) -> Stopped {
+        const CLONE_ARGS: u64 = 88;
+        let flags = libc::CLONE_VM
+            | libc::CLONE_FS
+            | libc::CLONE_FILES
+            | libc::CLONE_SIGHAND
+            | libc::CLONE_THREAD
+            | libc::CLONE_SYSVSEM
+            | libc::CLONE_PTRACE;
+        let mut program = Program::new();
+        let mut args = vec![0; CLONE_ARGS as usize];
+        args[..8].copy_from_slice(&(flags as u64).to_le_bytes());
+        let args = program.buffer(&args);
+        let label = "clone3 of a thread";
+        let call = program.call(
+            label,
+            libc::SYS_clone3,
+            &[Arg::from(args), Arg::from(CLONE_ARGS)],
+        );
+        let tid = HostPid(self.run(&program).result(call) as i32);
+        self.threads.push(tid);
+        Seized::born(tid).wait_stopped().unwrap()
+    }
+
+    /// Runs the last program of a thread.
+    pub fn finish_thread(&mut self, thread: &mut Stopped, core: &CoreEntry) {
+        let program = plan_last(core, &self.context()).unwrap();
+        self.arena.run(thread, &program).unwrap();
+    }
+
     pub fn pid(&self) -> HostPid {
         self.puppet.pid()
     }
@@ -107,12 +142,12 @@ impl Fixture {
 impl Drop for Fixture {
     fn drop(&mut self) {
         let _ = floe_kernel::pidfd::tgkill(self.pid(), libc::SIGKILL);
-        while let Ok(Some((_, status))) = ptrace::wait(self.pid(), 0) {
-            if matches!(
-                status,
-                ptrace::WaitStatus::Killed(_) | ptrace::WaitStatus::Exited(_)
-            ) {
-                break;
+        // The kernel reports the leader's end when all other threads have been waited for.
+        for pid in self.threads.iter().copied().chain([self.pid()]) {
+            while let Ok(Some((_, status))) = ptrace::wait(pid, 0) {
+                if matches!(status, WaitStatus::Killed(_) | WaitStatus::Exited(_)) {
+                    break;
+                }
             }
         }
     }
