@@ -88,6 +88,29 @@ fn a_private_file_mapping_keeps_its_copied_pages() {
 }
 
 #[test]
+fn relocated_data_stays_apart_from_its_read_only_neighbour() {
+    let file = tempfile::tempfile().unwrap();
+    rustix::io::pwrite(&file, &vec![7; 8 * PAGE as usize], 0).unwrap();
+    let mut layout = Layout::new();
+    let source = Source::File { id: 9, flags: 0 };
+    layout.open(source, TaskFd(file.as_raw_fd()));
+    for part in 0..2 {
+        layout.vma(VmaEntry {
+            pgoff: part * 4 * PAGE,
+            shmid: 9,
+            flags: libc::MAP_PRIVATE as u32,
+            status: 1 | 64,
+            fdflags: Some(0),
+            ..anonymous(BASE + part * 4 * PAGE, 4, R)
+        });
+    }
+    layout.pages(BASE + 5 * PAGE, 1);
+    let puppet = layout.restore(&with_userfaultfd());
+    puppet.check_maps();
+    puppet.check_content();
+}
+
+#[test]
 fn advice_locks_and_guards_are_set() {
     let mut layout = Layout::new();
     let mut advised = anonymous(BASE, 4, RW);

@@ -220,10 +220,15 @@ fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &
                 Backing::PrivateFile { offset, .. } | Backing::Shared { offset, .. } => offset,
                 Backing::Anonymous | Backing::AioRing => 0,
             };
+            let prot = plan.first_protection(region);
+            let written_once = plan.was_writable(region);
             let args = [
                 Arg::from(start),
                 Arg::from(end - start),
-                Arg::from(plan.first_protection(region)),
+                Arg::from(match written_once {
+                    true => prot | libc::PROT_WRITE as u32,
+                    false => prot,
+                }),
                 Arg::from(region.mmap_flags()),
                 Arg::from(fd.map_or(-1, |fd| fd.0)),
                 Arg::from(offset),
@@ -233,6 +238,13 @@ fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &
                 libc::SYS_mmap,
                 &args,
             );
+            if written_once {
+                program.call(
+                    format!("mprotect of {start:#x}-{end:#x}"),
+                    libc::SYS_mprotect,
+                    &[start, end - start, u64::from(prot)].map(Arg::from),
+                );
+            }
             for (advice, name) in ADVICE {
                 if region.advised(advice) {
                     program.call(

@@ -222,6 +222,18 @@ impl MemoryPlan {
             && first.saturating_add(HUGE_PAGE) <= region.range.end
     }
 
+    /// Whether the program had made a private region read-only after it wrote to it, as the dynamic
+    /// linker does. The kernel remembers that by counting the region as memory in use, and keeps it
+    /// apart from a neighbour that never was writable.
+    pub(super) fn was_writable(&self, region: &Region) -> bool {
+        let now = region.prot & (libc::PROT_WRITE | libc::PROT_EXEC) as u32;
+        region.is_private()
+            && now == 0
+            && !region.is_hugetlb()
+            && !region.droppable
+            && self.pages.runs_in(region.range.clone()).next().is_some()
+    }
+
     /// What of the parent's address space stays, in order.
     pub(super) fn kept(&self) -> Vec<Range<u64>> {
         let mut kept: Vec<Range<u64>> = self
