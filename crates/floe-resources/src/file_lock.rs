@@ -3,16 +3,24 @@
 //! Saved:    kind, mode and range of each, with a task and descriptor that hold it
 //!           (`/proc/<pid>/fdinfo/<fd>`).
 //! Rebuilt:  taken again through that descriptor. Needs: the descriptors of the task.
-//! Not kept: waiters; they ask again with their own task.
+//! Not kept: waiters; they ask again with their own task. The time left of a lease that is being
+//!           broken: it begins again.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
+use std::path::PathBuf;
 
 use floe_image::ImageKind;
-use floe_image::messages::FileLockEntry;
+use floe_image::messages::{FileLockEntry, FownEntry};
+use floe_inject::{Arg, Program};
+use floe_kernel::file_owner::set_file_owner;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{FileLock, LockKind, LockMode, parse_locks};
+use floe_plan::Handle;
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World, file_owner_of};
 
 /// `file_lock_entry.flag`.
 pub mod flag {
@@ -97,5 +105,157 @@ fn entry(fd: &FdProbe<'_>, lock: &FileLock) -> FileLockEntry {
         len: lock
             .end
             .map_or(0, |end| (end + 1 - lock.start).cast_signed()),
+    }
+}
+
+/// Adds the steps that take all locks again.
+pub fn plan_locks(planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    let entries: Vec<FileLockEntry> = images.dir.read_all(ImageKind::FileLocks, 0)?;
+    let mut tasks: BTreeMap<u32, Vec<Lock>> = BTreeMap::new();
+    for entry in entries {
+        let pid = entry.pid.cast_unsigned();
+        tasks
+            .entry(pid)
+            .or_default()
+            .push(Lock::new(entry, images)?);
+    }
+    for (pid, locks) in tasks {
+        let name = format!("take {} file locks", locks.len());
+        let makes = [Handle::Object("file locks", u64::from(pid))];
+        planner.task_step(
+            pid,
+            name,
+            (&[Handle::Descriptors(pid)], &makes),
+            move |world| locks.iter().try_for_each(|lock| lock.take(world, pid)),
+        );
+    }
+    Ok(())
+}
+
+/// A lock of the images and the file that it is on.
+struct Lock {
+    entry: FileLockEntry,
+    file: u32,
+    path: PathBuf,
+    access: OFlags,
+    owner: FownEntry,
+}
+
+impl Lock {
+    fn new(entry: FileLockEntry, images: &TreeImages) -> Result<Lock, PlanError> {
+        let damaged = |what: &str| {
+            let object = format!("the lock of fd {} of task {}", entry.fd, entry.pid);
+            PlanError::damaged("filelocks.img", format!("{object} {what}"))
+        };
+        let task = images.task(entry.pid.cast_unsigned());
+        let task = task.ok_or_else(|| damaged("has no task"))?;
+        let sharers = images
+            .tasks
+            .iter()
+            .filter(|other| other.files_id() == task.files_id());
+        let fd = sharers
+            .flat_map(|task| &task.fds)
+            .find(|fd| fd.fd == entry.fd.cast_unsigned())
+            .ok_or_else(|| damaged("has no descriptor"))?;
+        let name = images.files.get(&fd.id).and_then(|file| file.reg.as_ref());
+        Ok(Lock {
+            file: fd.id,
+            path: name
+                .map(|file| file.name.clone().into())
+                .unwrap_or_default(),
+            access: OFlags::from_bits_retain(name.map_or(0, |file| file.flags)) & OFlags::ACCMODE,
+            owner: name.map(|file| file.fown.clone()).unwrap_or_default(),
+            entry,
+        })
+    }
+
+    fn take(&self, world: &mut World<'_>, pid: u32) -> Result<(), ExecuteError> {
+        let mut program = Program::new();
+        let fd = Arg::from(self.entry.fd);
+        let label = |kind| format!("{kind} lock of {}", self.path.display());
+        let fcntl = |program: &mut Program, kind, command: i32| {
+            let range = program.buffer(&self.range());
+            let args = [fd, Arg::from(command), Arg::from(range)];
+            program.call(label(kind), libc::SYS_fcntl, &args);
+        };
+        match self.entry.flag {
+            flag::POSIX => fcntl(&mut program, "POSIX", libc::F_SETLK),
+            flag::OFD => fcntl(&mut program, "OFD", libc::F_OFD_SETLK),
+            flag::FLOCK => {
+                let operation = match self.entry.r#type as i32 {
+                    libc::F_RDLCK => libc::LOCK_SH,
+                    _ => libc::LOCK_EX,
+                };
+                let args = [fd, Arg::from(operation | libc::LOCK_NB)];
+                program.call(label("flock"), libc::SYS_flock, &args);
+            }
+            flag::LEASE => return self.take_lease(world, pid),
+            other => {
+                let what = format!("lock of unknown kind {other}");
+                return Err(ExecuteError::from_plan(PlanError::damaged(
+                    "filelocks.img",
+                    what,
+                )));
+            }
+        }
+        world.run(pid, &program).map(drop)
+    }
+
+    /// `struct flock`.
+    fn range(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        bytes[..2].copy_from_slice(&(self.entry.r#type as u16).to_le_bytes());
+        bytes[8..16].copy_from_slice(&self.entry.start.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.entry.len.to_le_bytes());
+        bytes
+    }
+
+    fn take_lease(&self, world: &mut World<'_>, pid: u32) -> Result<(), ExecuteError> {
+        let breaking = self.entry.r#type & BREAKING != 0;
+        let target = (self.entry.r#type & !BREAKING) as i32;
+        let held = match breaking {
+            true if self.access == OFlags::RDONLY => libc::F_RDLCK,
+            true => libc::F_WRLCK,
+            false => target,
+        };
+        let mut program = Program::new();
+        let label = format!("lease of {}", self.path.display());
+        let fd = Arg::from(self.entry.fd);
+        let args = [fd, Arg::from(libc::F_SETLEASE), Arg::from(held)];
+        program.call(label.clone(), libc::SYS_fcntl, &args);
+        if breaking {
+            // The holder was told already: nobody gets the signal while we break the lease again.
+            let args = [fd, Arg::from(libc::F_SETOWN), Arg::from(0)];
+            program.call(label, libc::SYS_fcntl, &args);
+        }
+        world.run(pid, &program)?;
+        if !breaking {
+            return Ok(());
+        }
+        self.break_lease(target)?;
+        let owner = file_owner_of(&self.owner);
+        set_file_owner(world.file(self.file)?, &owner)
+            .during("Setting the owner of", || self.path.display().to_string())
+    }
+
+    /// Opens the file in a way that the lease forbids, without waiting for it to be given up.
+    fn break_lease(&self, target: i32) -> Result<(), ExecuteError> {
+        let access = if target == libc::F_UNLCK {
+            OFlags::WRONLY
+        } else {
+            OFlags::RDONLY
+        };
+        let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match rustix::fs::open(&self.path, flags, Mode::empty()) {
+            Err(Errno::WOULDBLOCK) => Ok(()),
+            Err(errno) => {
+                Err(errno).during("Breaking the lease of", || self.path.display().to_string())
+            }
+            Ok(_) => Err(ExecuteError::from_plan(PlanError::damaged(
+                "filelocks.img",
+                format!("nothing breaks the lease of {}", self.path.display()),
+            ))),
+        }
     }
 }

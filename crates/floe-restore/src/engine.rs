@@ -54,6 +54,7 @@ pub fn plan<'i>(
     }
     .plan(&mut planner)?;
     descriptors::plan(&mut planner)?;
+    floe_resources::file_lock::plan_locks(&mut planner)?;
     plan_threads(&mut planner);
     let background = Rc::new(Background::new(&planner)?);
     state::plan(&mut planner, &background)?;

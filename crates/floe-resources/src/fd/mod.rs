@@ -81,6 +81,7 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,
+    &pidfd::PidFd,
     &regular::RegularFile,
 ];
 

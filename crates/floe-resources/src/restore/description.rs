@@ -51,13 +51,14 @@ pub fn plan_owner(planner: &mut Planner<'_>, id: u32, owner: &FownEntry) {
         ),
         move |world| {
             let file = world.file(id)?;
-            set_file_owner(file.as_fd(), &to_kernel(&owner))
+            set_file_owner(file.as_fd(), &file_owner_of(&owner))
                 .during("Setting the owner of file", || format!("{id:#x}"))
         },
     );
 }
 
-fn to_kernel(owner: &FownEntry) -> FileOwner {
+/// The owner as the kernel is to be told.
+pub fn file_owner_of(owner: &FownEntry) -> FileOwner {
     FileOwner {
         uid: owner.uid,
         euid: owner.euid,

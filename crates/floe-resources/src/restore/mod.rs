@@ -9,7 +9,7 @@ mod images;
 mod planner;
 mod world;
 
-pub use description::{plan_owner, set_flags, set_offset};
+pub use description::{file_owner_of, plan_owner, set_flags, set_offset};
 pub use error::{Attempt, ExecuteError, PlanError};
 pub use images::{Holder, TaskImages, TaskState, TreeImages};
 pub use planner::{Op, Planner};
