@@ -1,16 +1,19 @@
-//! What must wait until memory has its content: locks, guard regions, read-only huge pages.
+//! What must wait until memory has its content: contexts of asynchronous I/O, locks, guard regions,
+//! read-only huge pages.
 
 use floe_inject::Arg;
 
 use super::error::MemoryError;
 use super::map::{Puppet, Steps};
 use super::plan::MemoryPlan;
+use super::ring;
 
 /// `MADV_GUARD_INSTALL` of Linux 6.13.
 const MADV_GUARD_INSTALL: u64 = 102;
 
-/// Completes a filled address space. Without locks and guards it does nothing.
+/// Completes a filled address space. Where none of that is needed it does nothing.
 pub fn finish(plan: &MemoryPlan, puppet: &mut Puppet<'_>) -> Result<(), MemoryError> {
+    ring::restore(plan, puppet)?;
     let mut steps = Steps::new(puppet);
     for region in &plan.regions {
         let (start, len) = (region.range.start, region.len());

@@ -16,6 +16,7 @@ mod finish;
 mod map;
 mod plan;
 mod region;
+mod ring;
 mod segment;
 mod vdso;
 

@@ -12,6 +12,7 @@ use floe_memory::PageIndex;
 
 use super::error::PlanError;
 use super::region::{Origin, Region, Source, status};
+use super::ring::{self, RingPlan};
 use super::vdso::{HostVdso, VdsoPlan};
 
 /// Bytes that stay free on both sides of an arena, so that it never touches a mapping.
@@ -111,14 +112,6 @@ impl HugePages {
     }
 }
 
-/// A context of `io_setup(2)`.
-#[derive(Clone, Debug)]
-pub(super) struct RingPlan {
-    pub range: Range<u64>,
-    /// The number of events that gives a ring of this size.
-    pub requests: u32,
-}
-
 /// What `PR_SET_MM_MAP` sets, in the order of `struct prctl_mm_map`.
 #[derive(Clone, Debug)]
 pub(super) struct MmNumbers {
@@ -146,7 +139,7 @@ impl MemoryPlan {
         let mut plan = MemoryPlan {
             vdso: VdsoPlan::of(mm, request.pages, &request.host.vdso)?,
             keeps_vdso: false,
-            rings: rings(mm)?,
+            rings: ring::plan(mm, request.pages)?,
             regions,
             guards,
             numbers: MmNumbers::of(mm),
@@ -354,26 +347,6 @@ fn check_disjoint(regions: &[Region], arena: &Range<u64>) -> Result<(), PlanErro
         }),
         None => Ok(()),
     }
-}
-
-fn rings(mm: &MmEntry) -> Result<Vec<RingPlan>, PlanError> {
-    let mut rings = Vec::new();
-    let vmas = mm
-        .vmas
-        .iter()
-        .filter(|vma| vma.status & status::AIO_RING != 0);
-    for vma in vmas {
-        let context = mm.aios.iter().find(|context| context.id == vma.start);
-        let context = context.ok_or_else(|| PlanError::AioRing {
-            start: vma.start,
-            problem: "the image does not tell its number of events".into(),
-        })?;
-        rings.push(RingPlan {
-            range: vma.start..vma.end,
-            requests: context.nr_req,
-        });
-    }
-    Ok(rings)
 }
 
 /// Picks a hole of `bytes` that is free in all address spaces of the tree and in our own.
