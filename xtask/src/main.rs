@@ -1,12 +1,14 @@
 #![forbid(unsafe_code)]
 //! Tasks of the repository: `cargo xtask COMMAND`.
 
+mod cross;
 mod install;
 mod tidy;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
 
 #[derive(Parser)]
@@ -20,6 +22,8 @@ struct Arguments {
 enum Task {
     /// Check the rules that the compiler does not: directions of dependencies, sizes, unsafe, printing.
     Tidy,
+    /// Dump by Floe and by a peer, restore by each, over the programs of testkit.
+    Cross(cross::Arguments),
     /// Build the binary for release and install it as `floe` and `criu`.
     Install(install::Arguments),
 }
@@ -27,6 +31,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Tidy => tidy::run(),
+        Task::Cross(arguments) => cross::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),
     };
     match result {
@@ -49,4 +54,20 @@ pub fn root() -> PathBuf {
 /// The cargo that runs us.
 pub fn cargo() -> PathBuf {
     std::env::var_os("CARGO").map_or_else(|| PathBuf::from("cargo"), PathBuf::from)
+}
+
+/// Builds a binary of the workspace for release, and testkit's programs beside it.
+pub fn build_release(package: &str, binary: &str) -> anyhow::Result<PathBuf> {
+    let mut build = std::process::Command::new(cargo());
+    build
+        .current_dir(root())
+        .args(["build", "--release", "--quiet"]);
+    build.args(["--package", package, "--bin", binary]);
+    if !build.status().context("starting cargo")?.success() {
+        bail!("building {binary} failed");
+    }
+    let metadata = tidy::dependencies::metadata(&root())?;
+    let target = metadata["target_directory"].as_str();
+    let target = PathBuf::from(target.context("cargo metadata names no target directory")?);
+    Ok(target.join("release").join(binary))
 }

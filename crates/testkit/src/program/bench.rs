@@ -1,0 +1,148 @@
+//! Workloads of the benchmark: each with a thread that measures how long it did not run.
+
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use anyhow::{anyhow, ensure};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::{Check, Place, Program};
+use crate::sys::memory::{Map, Mapping, PAGE};
+use crate::sys::task;
+
+pub const PROGRAMS: &[Program] = &[
+    Program::new("bench-small", small),
+    Program::new("bench-pages", pages),
+    Program::new("bench-huge", huge),
+    Program::new("bench-threads", threads),
+    Program::new("bench-processes", processes),
+    Program::new("bench-descriptors", descriptors),
+];
+
+const GIB: usize = 1 << 30;
+
+/// Starts the clock: a thread that looks at the time every few microseconds and keeps the longest
+/// gap between two looks, in nanoseconds, in the first word of the file `clock`. Whoever writes
+/// zero there starts a new measurement.
+fn start_clock(place: &Place) -> anyhow::Result<()> {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(place.path("clock"))?;
+    file.set_len(PAGE as u64)?;
+    let map = Map {
+        file: Some((file.as_fd(), 0)),
+        ..Map::shared(PAGE)
+    };
+    let page = map.make()?.leak();
+    std::thread::Builder::new()
+        .name("clock".into())
+        .spawn(move || watch(page))?;
+    Ok(())
+}
+
+fn watch(page: &Mapping) {
+    // Without it the kernel adds 50 microseconds to each sleep.
+    let _ = task::control(libc::PR_SET_TIMERSLACK, 1);
+    let mut last = Instant::now();
+    loop {
+        std::thread::sleep(Duration::from_micros(5));
+        let now = Instant::now();
+        let gap = (now - last).as_nanos() as u64;
+        if gap > page.read(0) {
+            page.write(0, gap);
+        }
+        last = now;
+    }
+}
+
+fn small(place: &Place) -> anyhow::Result<Check> {
+    start_clock(place)?;
+    Ok(Box::new(|| Ok(())))
+}
+
+fn memory(place: &Place, advice: i32) -> anyhow::Result<Check> {
+    const HUGE: usize = 2 << 20;
+    let memory = Map::private(GIB + HUGE).make()?.leak();
+    let first = (HUGE - memory.address() % HUGE) % HUGE / PAGE;
+    let count = GIB / PAGE;
+    memory.advise(first, count, advice)?;
+    for page in first..first + count {
+        memory.fill_page(page, 20);
+    }
+    start_clock(place)?;
+    Ok(Box::new(move || {
+        (first..first + count)
+            .step_by(61)
+            .try_for_each(|page| memory.check_page(page, 20))
+            .map_err(|error| anyhow!(error))
+    }))
+}
+
+fn pages(place: &Place) -> anyhow::Result<Check> {
+    memory(place, libc::MADV_NOHUGEPAGE)
+}
+
+fn huge(place: &Place) -> anyhow::Result<Check> {
+    memory(place, libc::MADV_HUGEPAGE)
+}
+
+fn threads(place: &Place) -> anyhow::Result<Check> {
+    const COUNT: usize = 500;
+    for _ in 0..COUNT {
+        std::thread::Builder::new().stack_size(64 << 10).spawn(|| {
+            loop {
+                std::thread::park();
+            }
+        })?;
+    }
+    start_clock(place)?;
+    Ok(Box::new(|| {
+        let count = std::fs::read_dir("/proc/self/task")?.count();
+        ensure!(count == COUNT + 2, "{count} threads");
+        Ok(())
+    }))
+}
+
+fn processes(place: &Place) -> anyhow::Result<Check> {
+    let mut children = Vec::new();
+    for _ in 0..200 {
+        children.push(task::fork(0, task::sleep_forever)?);
+    }
+    start_clock(place)?;
+    Ok(Box::new(move || {
+        for child in &children {
+            let ended = task::wait_id(*child, libc::WEXITED | libc::WNOHANG)?;
+            ensure!(ended.is_none(), "child {child} ended: {ended:?}");
+        }
+        Ok(())
+    }))
+}
+
+/// A thousand: files, pipes, counters and pairs of sockets.
+fn descriptors(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("data");
+    std::fs::write(&path, [b'x'; 4096])?;
+    let mut held: Vec<OwnedFd> = Vec::new();
+    for _ in 0..600 {
+        held.push(File::open(&path)?.into());
+    }
+    for _ in 0..100 {
+        let (out, into) = rustix::pipe::pipe()?;
+        held.extend([out, into]);
+        held.push(eventfd(1, EventfdFlags::NONBLOCK)?);
+    }
+    for _ in 0..50 {
+        let (left, right) = UnixStream::pair()?;
+        held.extend([left.into(), right.into()]);
+    }
+    start_clock(place)?;
+    Ok(Box::new(move || {
+        held.iter()
+            .try_for_each(|fd| rustix::io::fcntl_getfd(fd).map(drop))
+            .map_err(Into::into)
+    }))
+}

@@ -1,0 +1,224 @@
+//! Unix sockets: kinds, names, queues, descriptors in flight.
+
+use std::fs::{self, File};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
+
+use anyhow::{Context, ensure};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+
+use super::{Check, Place, Program};
+
+pub const PROGRAMS: &[Program] = &[
+    Program::new("unix-stream", stream),
+    Program::new("unix-dgram", dgram),
+    Program::new("unix-seqpacket", seqpacket),
+    Program::new("unix-listen", listen),
+    Program::new("unix-deleted", deleted),
+    Program::new("unix-rights", rights),
+];
+
+/// What waits comes out and goes in again.
+fn recycle(from: &mut impl Read, to: &mut impl Write, expected: &[u8]) -> anyhow::Result<()> {
+    let mut found = vec![0; expected.len()];
+    from.read_exact(&mut found)?;
+    ensure!(found == expected, "other bytes than were sent");
+    to.write_all(expected)?;
+    Ok(())
+}
+
+fn stream(_: &Place) -> anyhow::Result<Check> {
+    let (mut left, mut right) = UnixStream::pair()?;
+    let large: Vec<u8> = (0..100_000_u32).map(|byte| (byte / 7) as u8).collect();
+    left.write_all(&large)?;
+    right.write_all(b"the other way")?;
+    let (mut half, mut closed) = UnixStream::pair()?;
+    half.write_all(b"last words")?;
+    half.shutdown(std::net::Shutdown::Write)?;
+    closed.set_nonblocking(true)?;
+    let mut first = true;
+    let (mut alone, gone) = UnixStream::pair()?;
+    drop(gone);
+    Ok(Box::new(move || {
+        recycle(&mut right, &mut left, &large)?;
+        recycle(&mut left, &mut right, b"the other way")?;
+        let mut text = String::new();
+        if first {
+            closed.read_to_string(&mut text)?;
+            ensure!(text == "last words", "before the end: {text:?}");
+            first = false;
+        }
+        ensure!(closed.read(&mut [0])? == 0, "the end is gone");
+        ensure!(alone.read(&mut [0])? == 0, "the peer that ended is back");
+        Ok(())
+    }))
+}
+
+fn dgram(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("server");
+    let server = UnixDatagram::bind(&path)?;
+    let client = UnixDatagram::bind(place.path("client"))?;
+    client.connect(&path)?;
+    let abstract_name = format!("floe-test-{}", std::process::id());
+    let hidden = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&abstract_name)?)?;
+    let (left, right) = UnixDatagram::pair()?;
+    let messages: [&[u8]; 3] = [b"first", b"", b"third of them"];
+    let send = move |client: &UnixDatagram, left: &UnixDatagram| -> anyhow::Result<()> {
+        for message in messages {
+            client.send(message)?;
+            left.send(message)?;
+        }
+        Ok(())
+    };
+    send(&client, &left)?;
+    Ok(Box::new(move || {
+        let mut bytes = [0; 64];
+        for message in messages {
+            let (length, _) = server.recv_from(&mut bytes)?;
+            ensure!(&bytes[..length] == message, "datagram of {length} bytes");
+            let length = right.recv(&mut bytes)?;
+            ensure!(
+                &bytes[..length] == message,
+                "datagram of {length} bytes in the pair"
+            );
+        }
+        send(&client, &left)?;
+        let address = SocketAddr::from_abstract_name(&abstract_name)?;
+        client.send_to_addr(b"to a hidden name", &address)?;
+        let (_, from) = hidden.recv_from(&mut bytes)?;
+        let name = from.as_pathname().context("the sender has no name")?;
+        ensure!(name.ends_with("client"), "from {}", name.display());
+        Ok(())
+    }))
+}
+
+fn seqpacket(_: &Place) -> anyhow::Result<Check> {
+    let (left, right) = rustix::net::socketpair(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    let messages: [&[u8]; 2] = [b"one record", b"another"];
+    let send = move |fd: &OwnedFd| -> anyhow::Result<()> {
+        for message in messages {
+            rustix::net::send(fd, message, SendFlags::empty())?;
+        }
+        Ok(())
+    };
+    send(&left)?;
+    Ok(Box::new(move || {
+        for message in messages {
+            let mut bytes = [0_u8; 64];
+            let (_, length) = rustix::net::recv(&right, &mut bytes, RecvFlags::empty())?;
+            ensure!(&bytes[..length] == message, "a record of {length} bytes");
+        }
+        send(&left)
+    }))
+}
+
+/// Listening by path and by hidden name, and connections that were accepted.
+fn listen(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("socket");
+    let by_path = UnixListener::bind(&path)?;
+    let hidden = format!("floe-listen-{}", std::process::id());
+    let by_name = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&hidden)?)?;
+    let mut client = UnixStream::connect(&path)?;
+    let (mut server, _) = by_path.accept()?;
+    server.write_all(b"before")?;
+    Ok(Box::new(move || {
+        recycle(&mut client, &mut server, b"before")?;
+        let name = client.peer_addr()?;
+        ensure!(
+            name.as_pathname() == Some(path.as_path()),
+            "the peer is {name:?}"
+        );
+        let mut more = UnixStream::connect(&path).context("connecting by path")?;
+        let (mut accepted, _) = by_path.accept()?;
+        more.write_all(b"x")?;
+        accepted.read_exact(&mut [0])?;
+        let address = SocketAddr::from_abstract_name(&hidden)?;
+        UnixStream::connect_addr(&address).context("connecting by the hidden name")?;
+        by_name.accept()?;
+        Ok(())
+    }))
+}
+
+/// A bound name that was removed; the socket keeps it.
+fn deleted(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("removed");
+    let listener = UnixListener::bind(&path)?;
+    let mut client = UnixStream::connect(&path)?;
+    let (mut server, _) = listener.accept()?;
+    fs::remove_file(&path)?;
+    client.write_all(b"still there")?;
+    Ok(Box::new(move || {
+        recycle(&mut server, &mut client, b"still there")?;
+        ensure!(!path.exists(), "the removed name is back");
+        let name = listener.local_addr()?;
+        ensure!(
+            name.as_pathname() == Some(path.as_path()),
+            "bound to {name:?}"
+        );
+        Ok(())
+    }))
+}
+
+/// A file and a pipe in flight.
+fn rights(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("sent");
+    fs::write(&path, "in flight")?;
+    let (left, right) = UnixStream::pair()?;
+    let file = File::open(&path)?;
+    let (pipe, feed) = rustix::pipe::pipe()?;
+    rustix::io::write(&feed, b"piped")?;
+    send_fds(&left, &[file.as_fd(), pipe.as_fd()])?;
+    drop((file, pipe));
+    Ok(Box::new(move || {
+        let fds = receive_fds(&right)?;
+        ensure!(fds.len() == 2, "{} descriptors", fds.len());
+        let mut bytes = [0; 64];
+        let length = rustix::io::pread(&fds[0], &mut bytes, 0)?;
+        ensure!(
+            &bytes[..length] == b"in flight",
+            "the file has other content"
+        );
+        let length = rustix::io::read(&fds[1], &mut bytes)?;
+        ensure!(&bytes[..length] == b"piped", "the pipe has other content");
+        rustix::io::write(&feed, b"piped")?;
+        send_fds(&left, &[fds[0].as_fd(), fds[1].as_fd()])
+    }))
+}
+
+fn send_fds(socket: &UnixStream, fds: &[std::os::fd::BorrowedFd<'_>]) -> anyhow::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    ensure!(
+        control.push(SendAncillaryMessage::ScmRights(fds)),
+        "no room"
+    );
+    let data = [IoSlice::new(b"f")];
+    rustix::net::sendmsg(socket, &data, &mut control, SendFlags::empty())?;
+    Ok(())
+}
+
+fn receive_fds(socket: &UnixStream) -> anyhow::Result<Vec<OwnedFd>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(4))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    let mut data = [IoSliceMut::new(&mut byte)];
+    rustix::net::recvmsg(socket, &mut data, &mut control, RecvFlags::DONTWAIT)?;
+    let mut fds = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    Ok(fds)
+}
