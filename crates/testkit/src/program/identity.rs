@@ -11,6 +11,8 @@ use crate::sys::task;
 pub const PROGRAMS: &[Program] = &[
     Program::new("identity", identity),
     Program::new("settings", settings),
+    Program::new("personality", personality),
+    Program::new("parent-death", parent_death),
     Program::new("credentials", credentials),
     Program::new("thread-credentials", thread_credentials),
     Program::new("limits", limits),
@@ -29,15 +31,13 @@ fn link(name: &str) -> anyhow::Result<String> {
         .to_string())
 }
 
-/// Names, command line, environment, pointers to them, directories, umask, personality.
+/// Names, command line, environment, pointers to them, directories, umask.
 fn identity(place: &Place) -> anyhow::Result<Check> {
     let directory = place.path("here");
     fs::create_dir(&directory)?;
     std::env::set_current_dir(&directory)?;
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o027));
     rustix::thread::set_name(c"a new name")?;
-    // ADDR_NO_RANDOMIZE: changes nothing for a program that runs.
-    task::personality(0x004_0000);
     unchanged(|| {
         // Code, stack, data, heap, arguments and environment: proc_pid_stat(5).
         let places = [26, 27, 28, 45, 46, 47, 48, 49, 50, 51];
@@ -56,7 +56,6 @@ fn identity(place: &Place) -> anyhow::Result<Check> {
                 stat(std::process::id() as i32, &places)?.join(" "),
             ),
             fact("umask", umask.unwrap_or_default()),
-            fact("personality", task::personality(u32::MAX)),
         ])
     })
 }
@@ -65,13 +64,7 @@ fn identity(place: &Place) -> anyhow::Result<Check> {
 fn settings(_: &Place) -> anyhow::Result<Check> {
     rustix::process::nice(5)?;
     fs::write("/proc/self/oom_score_adj", "321")?;
-    for (option, value) in [
-        (libc::PR_SET_PDEATHSIG, libc::SIGUSR2 as u64),
-        (libc::PR_SET_CHILD_SUBREAPER, 1),
-        (libc::PR_SET_THP_DISABLE, 1),
-        (libc::PR_SET_DUMPABLE, 0),
-        (libc::PR_SET_TIMERSLACK, 77_777),
-    ] {
+    for (option, value) in [(libc::PR_SET_THP_DISABLE, 1), (libc::PR_SET_DUMPABLE, 0)] {
         task::control(option, value)?;
     }
     let dumpable = || task::control(libc::PR_GET_DUMPABLE, 0);
@@ -86,6 +79,33 @@ fn settings(_: &Place) -> anyhow::Result<Check> {
             fact("THP disabled", task::control(libc::PR_GET_THP_DISABLE, 0)?),
         ])
     })
+}
+
+fn personality(_: &Place) -> anyhow::Result<Check> {
+    // ADDR_NO_RANDOMIZE: changes nothing for a program that runs.
+    task::personality(0x004_0000);
+    unchanged(|| Ok(vec![fact("personality", task::personality(u32::MAX))]))
+}
+
+/// A child that wants to hear of its parent's end, and one that adopts orphans.
+fn parent_death(place: &Place) -> anyhow::Result<Check> {
+    let mut child = super::tasks::Child::start(place, |_| {
+        task::control(libc::PR_SET_PDEATHSIG, libc::SIGUSR2 as u64)?;
+        task::control(libc::PR_SET_CHILD_SUBREAPER, 1)?;
+        unchanged(|| {
+            Ok(vec![
+                fact(
+                    "signal",
+                    format!("{:?}", rustix::process::parent_process_death_signal()?),
+                ),
+                fact(
+                    "subreaper",
+                    format!("{:?}", rustix::process::child_subreaper()?),
+                ),
+            ])
+        })
+    })?;
+    Ok(Box::new(move || child.check()))
 }
 
 /// Lines of `status` that say who a thread is.

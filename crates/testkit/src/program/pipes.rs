@@ -13,6 +13,7 @@ use super::{Check, Place, Program, unchanged};
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("pipes", pipes),
+    Program::new("pipes-packets", packets),
     Program::new("pipes-one-end", one_end),
     Program::new("fifos", fifos),
 ];
@@ -28,22 +29,18 @@ fn recycle(read: &mut File, write: &mut File, expected: &[u8]) -> anyhow::Result
     Ok(())
 }
 
-/// Both ends here: data, a size of its own, packets, non-blocking mode.
+/// Both ends here: data, a size of its own, non-blocking mode.
 fn pipes(_: &Place) -> anyhow::Result<Check> {
     let large: Vec<u8> = (0..200_000_u32).map(|byte| byte as u8).collect();
     let (read, write) = rustix::pipe::pipe()?;
     rustix::pipe::fcntl_setpipe_size(&write, 1 << 18)?;
     let (mut read, mut write): (File, File) = (read.into(), write.into());
     write.write_all(&large)?;
-    let flags = PipeFlags::DIRECT | PipeFlags::NONBLOCK | PipeFlags::CLOEXEC;
-    let (packets_out, packets_in) = rustix::pipe::pipe_with(flags)?;
-    let (mut packets_out, mut packets_in): (File, File) = (packets_out.into(), packets_in.into());
-    packets_in.write_all(b"one packet")?;
-    let (empty_out, empty_in) = rustix::pipe::pipe()?;
+    let (empty_out, empty_in) = rustix::pipe::pipe_with(PipeFlags::NONBLOCK | PipeFlags::CLOEXEC)?;
     let copies: Vec<OwnedFd> = vec![
         read.try_clone()?.into(),
         write.try_clone()?.into(),
-        packets_in.try_clone()?.into(),
+        empty_in.try_clone()?,
     ];
     let mut flags = unchanged(move || {
         copies
@@ -58,12 +55,26 @@ fn pipes(_: &Place) -> anyhow::Result<Check> {
         let size = rustix::pipe::fcntl_getpipe_size(&write)?;
         ensure!(size == 1 << 18, "the pipe's size is {size}");
         recycle(&mut read, &mut write, &large)?;
-        let mut packet = [0; 64];
-        let got = packets_out.read(&mut packet)?;
-        ensure!(&packet[..got] == b"one packet", "the packet is {got} bytes");
-        packets_in.write_all(b"one packet")?;
         rustix::io::write(&empty_in, b"x")?;
-        rustix::io::read(&empty_out, &mut packet)?;
+        rustix::io::read(&empty_out, &mut [0; 8])?;
+        Ok(())
+    }))
+}
+
+/// Each write is a packet of its own.
+fn packets(_: &Place) -> anyhow::Result<Check> {
+    let (out, into) = rustix::pipe::pipe_with(PipeFlags::DIRECT | PipeFlags::NONBLOCK)?;
+    let (mut out, mut into): (File, File) = (out.into(), into.into());
+    into.write_all(b"one packet")?;
+    into.write_all(b"two")?;
+    Ok(Box::new(move || {
+        let mut packet = [0; 64];
+        for expected in [&b"one packet"[..], b"two"] {
+            let got = out.read(&mut packet)?;
+            ensure!(&packet[..got] == expected, "the packet is {got} bytes");
+        }
+        into.write_all(b"one packet")?;
+        into.write_all(b"two")?;
         Ok(())
     }))
 }

@@ -335,7 +335,7 @@ fn shared_file(place: &Place) -> anyhow::Result<Check> {
 fn shared_table(place: &Place) -> anyhow::Result<Check> {
     let path = place.path("number");
     let to_child = path.clone();
-    let mut child = Child::start_sharing(libc::CLONE_FILES | libc::CLONE_FS, place, move |_| {
+    let mut child = Child::start_sharing(libc::CLONE_FILES, place, move |_| {
         let number = std::fs::File::options()
             .create(true)
             .truncate(true)
