@@ -33,6 +33,9 @@ pub enum DumpError {
     /// Pages could not be saved.
     #[error("Saving memory")]
     Copy(#[from] CopyError),
+    /// Whoever asked for the dump is gone.
+    #[error("The dump was called off: the process that asked for it has ended")]
+    Cancelled,
     /// An image could not be written.
     #[error("Writing the images")]
     Write(#[from] WriteError),

@@ -19,6 +19,7 @@ mod write;
 use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
+use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
@@ -38,8 +39,13 @@ use task::{Draft, Shared};
 
 /// Checkpoints the tree `options.tree` into `options.place`.
 ///
-/// Must be called from a thread that stays: it becomes the tracer of every task in the tree.
-pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<DumpReport, DumpError> {
+/// Must be called from a thread that stays: it becomes the tracer of every task in the tree. With a
+/// `watch`, the tasks are put right even when this process is killed.
+pub fn dump(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    watch: Option<&Watch>,
+) -> Result<DumpReport, DumpError> {
     let started = Instant::now();
     let root = HostPid(options.tree.get());
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
@@ -48,6 +54,11 @@ pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<DumpRepo
     write::write_cpu(&writer, options)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    if let Some(watch) = watch {
+        for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
+            thread.guard(watch.journal());
+        }
+    }
     let mut report = DumpReport {
         freezing: stopping.elapsed(),
         ..DumpReport::default()
@@ -59,6 +70,10 @@ pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<DumpRepo
     );
     save(&mut tree, options, features, &writer, &mut report)?;
     hook(Action::PostDump)?;
+    // The last moment to turn back: what comes now may end the tasks.
+    if watch.is_some_and(Watch::is_cancelled) {
+        return Err(DumpError::Cancelled);
+    }
     if options.after == AfterDump::Kill {
         report.image_bytes = finish(&writer)?;
         release::kill(tree)?;

@@ -51,6 +51,9 @@ pub fn ask(task: &mut FrozenTask, draft: &mut TaskDraft) -> Result<(), CollectEr
     for (thread, thread_draft) in others.iter_mut().zip(draft.threads.iter_mut().skip(1)) {
         answered = answered.and_then(|()| ask_thread(&arena, thread, thread_draft));
     }
+    for thread in others {
+        thread.put_back()?;
+    }
     let removed = arena.remove(leader);
     answered?;
     Ok(removed?)

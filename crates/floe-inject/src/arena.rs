@@ -73,7 +73,32 @@ impl Arena {
                 source,
             }
         })?;
+        thread.note_arena(Some((arena.base, arena.len as u64)));
+        arena.idle(thread)?;
         Ok(arena)
+    }
+
+    /// Lets the thread wait in the executor, rather than go on behind a call of ours, should its
+    /// tracer die.
+    fn idle(&self, thread: &Stopped) -> Result<(), InjectError> {
+        let pid = thread.pid();
+        let mut regs = ptrace::regs(pid).on(pid, "getregs")?;
+        arch::aim_at_program(
+            &mut regs,
+            self.base + arch::idle_offset(),
+            0..0,
+            self.signal.0,
+        );
+        ptrace::set_regs(pid, &regs).on(pid, "setregs")
+    }
+
+    /// An arena that a killed coordinator left in a task.
+    pub(crate) fn left_behind(base: u64, len: usize) -> Arena {
+        Arena {
+            base,
+            len,
+            signal: QuietSignal::PUPPET,
+        }
     }
 
     /// Where the arena lies.
@@ -219,8 +244,11 @@ impl Arena {
             program.try_call("rt_sigaction to the default", libc::SYS_rt_sigaction, &args);
             self.run(&mut leader, &program)?;
             floe_kernel::pidfd::tgkill(pid, signal).on(pid, "kill")?;
-            ptrace::set_sigmask(pid, 0).on(pid, "setsigmask")?;
-            ptrace::cont(pid, 0).on(pid, "cont")?;
+            // SIGKILL works at once, and then there is nothing to continue.
+            if signal != libc::SIGKILL {
+                ptrace::set_sigmask(pid, 0).on(pid, "setsigmask")?;
+                ptrace::cont(pid, 0).on(pid, "cont")?;
+            }
         }
         leader.forget();
         loop {
@@ -235,11 +263,13 @@ impl Arena {
         }
     }
 
-    /// Unmaps the arena. The thread stays stopped, with nothing of ours left in its memory.
+    /// Unmaps the arena and puts back what the thread was. It stays stopped, with nothing of ours left
+    /// in it. All other threads that ran programs here must have been put back before.
     pub fn remove(self, thread: &mut Stopped) -> Result<(), InjectError> {
         let args = [self.base, self.len as u64, 0, 0, 0, 0];
-        self.call(thread, ("munmap of the executor", libc::SYS_munmap), args)
-            .map(drop)
+        self.call(thread, ("munmap of the executor", libc::SYS_munmap), args)?;
+        thread.note_arena(None);
+        thread.put_back()
     }
 }
 

@@ -69,12 +69,12 @@ pub enum InjectError {
 }
 
 impl InjectError {
-    /// The errno of a remote call that the kernel refused.
+    /// The errno of a call that the kernel refused.
     pub fn errno(&self) -> Option<i32> {
         match self {
-            InjectError::Call { source, .. } | InjectError::Spawn { source, .. } => {
-                source.raw_os_error()
-            }
+            InjectError::Call { source, .. }
+            | InjectError::Spawn { source, .. }
+            | InjectError::Ptrace { source, .. } => source.raw_os_error(),
             _ => None,
         }
     }

@@ -7,6 +7,7 @@ mod arch;
 mod arena;
 mod error;
 mod program;
+mod supervisor;
 mod tracee;
 
 pub use arch::TASK_SIZE;
@@ -16,4 +17,5 @@ pub use arena::{
 };
 pub use error::InjectError;
 pub use program::{Arg, BufferId, CallId, Outcome, Program};
+pub use supervisor::{EngineEnd, Journal, RepairNote, Split, Supervisor, Watch, split};
 pub use tracee::{Saved, Seized, Stopped};

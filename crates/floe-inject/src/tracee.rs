@@ -1,11 +1,13 @@
 //! Traced threads as types: [`Seized`] runs, [`Stopped`] does not.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::{self, EVENT_STOP, Regs, WaitStatus};
 
 use crate::error::{InjectError, OnTask};
+use crate::supervisor::{Journal, SlotId};
 
 /// How long a stop may take before the task counts as stuck. A task in an uninterruptible call
 /// (a dead NFS server) stops only when the call ends.
@@ -97,6 +99,8 @@ impl Seized {
             put_off: Vec::new(),
             released: false,
             on_drop: self.on_drop,
+            journal: None,
+            note: None,
         })
     }
 }
@@ -147,12 +151,26 @@ pub struct Stopped {
     put_off: Vec<i32>,
     released: bool,
     on_drop: OnDrop,
+    journal: Option<Arc<Journal>>,
+    note: Option<SlotId>,
 }
 
 impl Stopped {
     /// The thread.
     pub fn pid(&self) -> HostPid {
         self.pid
+    }
+
+    /// Has the supervisor put the thread right should we be killed while it runs our code.
+    pub fn guard(&mut self, journal: Arc<Journal>) {
+        self.journal = Some(journal);
+    }
+
+    /// Tells the supervisor where this thread has an executor mapped.
+    pub(crate) fn note_arena(&self, arena: Option<(u64, u64)>) {
+        if let (Some(journal), Some(note)) = (&self.journal, self.note) {
+            journal.note_arena(note, arena);
+        }
     }
 
     /// Whether its process was stopped by a signal (state `T`) when it was seized.
@@ -188,14 +206,18 @@ impl Stopped {
 
     /// Remembers the program's own registers and mask, once, before they are changed.
     pub(crate) fn save(&mut self) -> Result<Saved, InjectError> {
-        if let Some(saved) = self.saved {
-            return Ok(saved);
-        }
-        let saved = Saved {
-            regs: self.regs()?,
-            sigmask: self.sigmask()?,
+        let saved = match self.saved {
+            Some(saved) => saved,
+            None => Saved {
+                regs: self.regs()?,
+                sigmask: self.sigmask()?,
+            },
         };
         self.saved = Some(saved);
+        if self.note.is_none() {
+            let journal = self.journal.as_ref();
+            self.note = journal.and_then(|journal| journal.note_thread(self.pid, saved));
+        }
         Ok(saved)
     }
 
@@ -210,6 +232,9 @@ impl Stopped {
             ptrace::set_regs(self.pid, &saved.regs).on(self.pid, "setregs")?;
             ptrace::set_sigmask(self.pid, saved.sigmask).on(self.pid, "setsigmask")?;
             self.saved = None;
+        }
+        if let (Some(journal), Some(note)) = (&self.journal, self.note.take()) {
+            journal.done(note);
         }
         Ok(())
     }

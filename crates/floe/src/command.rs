@@ -6,6 +6,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use floe_inject::{EngineEnd, Split, Watch};
 use floe_kernel::features::KernelFeatures;
 use floe_options::command::Command;
 use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
@@ -240,9 +241,27 @@ fn hooks(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
     }))
 }
 
+/// The process that the caller knows watches over a child that does the work.
 fn dump(settings: &Settings) -> Result<Exit, Failure> {
+    let supervisor = match floe_inject::split() {
+        Ok(Split::Engine(watch)) => return dump_watched(settings, &watch),
+        Ok(Split::Supervisor(supervisor)) => supervisor,
+        Err(error) => return Err(anyhow::anyhow!("starting the engine: {error}").into()),
+    };
+    match supervisor.wait() {
+        // The engine has said all there is to say.
+        Ok(EngineEnd::Exited(code)) => std::process::exit(code),
+        Ok(EngineEnd::Killed(signal)) => Err(anyhow::anyhow!(
+            "the dump was killed by signal {signal}; the tasks run on as before"
+        )
+        .into()),
+        Err(error) => Err(anyhow::anyhow!("waiting for the engine: {error}").into()),
+    }
+}
+
+fn dump_watched(settings: &Settings, watch: &Watch) -> Result<Exit, Failure> {
     let options = settings.dump_options(hooks(settings)?)?;
-    engine::dump(&options, &KernelFeatures::probe())?;
+    engine::dump(&options, &KernelFeatures::probe(), watch)?;
     if settings.display_stats {
         let stats = statistics::of_dump(&options.place.work_dir);
         let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;

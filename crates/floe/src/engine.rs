@@ -1,6 +1,7 @@
 //! The call sites of the engine, and what its errors mean for the exit code.
 
 use floe_dump::{DumpError, DumpReport, FreezeError};
+use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, RestoreOptions};
 use floe_resources::restore::{ExecuteError, PlanError};
@@ -8,9 +9,13 @@ use floe_restore::RestoreError;
 
 use crate::exit::{Exit, Failure};
 
-/// Dumps a tree.
-pub fn dump(options: &DumpOptions, features: &KernelFeatures) -> Result<(), Failure> {
-    match floe_dump::dump(options, features) {
+/// Dumps a tree; `watch` is this engine's line to its supervisor.
+pub fn dump(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    watch: &Watch,
+) -> Result<(), Failure> {
+    match floe_dump::dump(options, features, Some(watch)) {
         Ok(report) => {
             log_report(&report);
             Ok(())

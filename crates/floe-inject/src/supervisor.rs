@@ -1,0 +1,356 @@
+//! A pair of processes, so that tasks are put right when one of the two is killed.
+//!
+//! The process that the caller knows becomes the supervisor; the engine, its child, traces the tasks.
+//! Before code of ours runs in a foreign thread, the engine notes in shared memory (the [`Journal`])
+//! what the thread was. When the engine is killed with notes left, the supervisor seizes those
+//! threads, unmaps executors, puts registers and masks back, and lets them go. When the supervisor is
+//! killed, the engine notices ([`Watch::is_cancelled`]) and gives up as after any failure.
+//!
+//! Not covered: the engine killed within the microseconds of the one call that maps the executor, which
+//! goes through an instruction of the vDSO that other code follows.
+//!
+//! Contract relied on: `fork(2)` from a process with one thread leaves the child a working copy;
+//! `MAP_SHARED` memory is the same in both; a reader of a pipe sees its end when the last writer is
+//! gone, however it ended.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use floe_kernel::ids::HostPid;
+use floe_kernel::ptrace::options;
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+
+use crate::arena::Arena;
+use crate::error::InjectError;
+use crate::tracee::{Saved, Seized};
+
+/// Threads and sockets that can be noted at once; memory is taken only for those that are.
+const SLOTS: usize = 1 << 16;
+
+/// What one note is about.
+#[derive(Clone, Copy)]
+#[repr(C)]
+enum Note {
+    /// A thread that runs our code.
+    Thread {
+        saved: Saved,
+        arena: Option<(u64, u64)>,
+    },
+    /// A socket of the thread that is in repair mode.
+    Repair { fd: i32 },
+}
+
+#[repr(C)]
+struct Slot {
+    /// The thread; zero while the note is not complete, or done with.
+    tid: AtomicI32,
+    note: MaybeUninit<Note>,
+}
+
+/// Notes of what must be put right, readable by the supervisor.
+#[derive(Debug)]
+pub struct Journal {
+    memory: NonNull<Slot>,
+}
+
+// SAFETY: a slot is written by the one owner of its number before `tid` is set, and read by others
+// only through `tid`.
+unsafe impl Send for Journal {}
+// SAFETY: as above.
+unsafe impl Sync for Journal {}
+
+/// The number of a note.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SlotId(usize);
+
+impl Journal {
+    fn new() -> io::Result<Self> {
+        // One more than there are notes: the first place counts them.
+        let bytes = (SLOTS + 1) * size_of::<Slot>();
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice.
+        let memory = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                flags,
+                -1,
+                0,
+            )
+        };
+        match NonNull::new(memory.cast::<Slot>()) {
+            Some(memory) if memory.as_ptr().cast() != libc::MAP_FAILED => Ok(Journal { memory }),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn slot(&self, id: SlotId) -> *mut Slot {
+        assert!(id.0 < SLOTS, "numbers are given out below SLOTS");
+        // SAFETY: inside the mapping, as asserted.
+        unsafe { self.memory.as_ptr().add(id.0 + 1) }
+    }
+
+    /// Notes what a thread is, before it is changed. `None` when there is no room: then a killed
+    /// coordinator leaves it as it is.
+    pub(crate) fn note_thread(&self, tid: HostPid, saved: Saved) -> Option<SlotId> {
+        self.write(tid, Note::Thread { saved, arena: None })
+    }
+
+    /// Notes a socket that is put into repair mode. The note ends when the guard is dropped.
+    pub fn note_repair(self: &Arc<Self>, pid: HostPid, fd: i32) -> RepairNote {
+        RepairNote {
+            slot: self.write(pid, Note::Repair { fd }),
+            journal: self.clone(),
+        }
+    }
+
+    fn write(&self, tid: HostPid, note: Note) -> Option<SlotId> {
+        let id = self.next().fetch_add(1, Ordering::AcqRel) as usize;
+        if id >= SLOTS {
+            return None;
+        }
+        let slot = self.slot(SlotId(id));
+        // SAFETY: the number was given out once, so nobody else writes this slot, and nobody reads
+        // the note before `tid` is set.
+        unsafe {
+            (&raw mut (*slot).note).write(MaybeUninit::new(note));
+            (*slot).tid.store(tid.0, Ordering::Release);
+        }
+        Some(SlotId(id))
+    }
+
+    /// Adds the executor to the note of the thread that has it mapped.
+    pub(crate) fn note_arena(&self, id: SlotId, arena: Option<(u64, u64)>) {
+        let slot = self.slot(id);
+        // SAFETY: the slot was written by `write`, and its owner alone changes it.
+        unsafe {
+            let note = (*slot).note.assume_init_mut();
+            if let Note::Thread { arena: place, .. } = note {
+                *place = arena;
+            }
+        }
+    }
+
+    /// Ends a note: the thread is what it was.
+    pub(crate) fn done(&self, id: SlotId) {
+        // SAFETY: the slot lies in the mapping; `tid` is atomic.
+        unsafe { (*self.slot(id)).tid.store(0, Ordering::Release) };
+    }
+
+    fn notes(&self) -> Vec<(HostPid, Note)> {
+        let given_out = (self.next().load(Ordering::Acquire) as usize).min(SLOTS);
+        let mut notes = Vec::new();
+        for id in (0..given_out).map(SlotId) {
+            let slot = self.slot(id);
+            // SAFETY: memory never written is zero, which is a `tid` of none; a set `tid` says that
+            // the note is complete.
+            unsafe {
+                let tid = (*slot).tid.load(Ordering::Acquire);
+                if tid != 0 {
+                    notes.push((HostPid(tid), (*slot).note.assume_init_read()));
+                }
+            }
+        }
+        notes
+    }
+
+    /// How many numbers were given out: in the first slot's place, so that the supervisor sees it.
+    fn next(&self) -> &AtomicU32 {
+        // SAFETY: the mapping is larger than this, aligned, and zero at first.
+        unsafe { self.memory.cast::<AtomicU32>().as_ref() }
+    }
+}
+
+/// A socket in repair mode, as long as this lives.
+#[derive(Debug)]
+pub struct RepairNote {
+    journal: Arc<Journal>,
+    slot: Option<SlotId>,
+}
+
+impl Drop for RepairNote {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot {
+            self.journal.done(slot);
+        }
+    }
+}
+
+/// The two sides of [`split`].
+pub enum Split {
+    /// The child: it does the work.
+    Engine(Watch),
+    /// The parent, whose pid is the one that callers know.
+    Supervisor(Supervisor),
+}
+
+/// Forks this process, which must have one thread, into an engine and its supervisor.
+///
+/// Killing the supervisor cancels the engine's work in good order. Should the engine be killed, the
+/// supervisor puts right what the engine noted.
+pub fn split() -> io::Result<Split> {
+    let journal = Arc::new(Journal::new()?);
+    let (end, lifeline) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    // SAFETY: this process has one thread, so the child finds every lock free.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            drop(lifeline);
+            Ok(Split::Engine(Watch::new(journal, end)))
+        }
+        pid => Ok(Split::Supervisor(Supervisor {
+            journal,
+            pid,
+            _lifeline: lifeline,
+        })),
+    }
+}
+
+/// The engine's side: its notes, and whether it shall go on.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    journal: Arc<Journal>,
+    lifeline: Arc<OwnedFd>,
+}
+
+impl Watch {
+    fn new(journal: Arc<Journal>, lifeline: OwnedFd) -> Self {
+        // Sent to the whole group by a terminal: the supervisor ends of them, and that cancels us.
+        for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT] {
+            // SAFETY: SIG_IGN runs no code.
+            unsafe { libc::signal(signal, libc::SIG_IGN) };
+        }
+        Watch {
+            journal,
+            lifeline: Arc::new(lifeline),
+        }
+    }
+
+    /// Where threads are noted, see [`crate::Stopped::guard`].
+    pub fn journal(&self) -> Arc<Journal> {
+        self.journal.clone()
+    }
+
+    /// Whether the supervisor is gone, so that the work must be given up.
+    pub fn is_cancelled(&self) -> bool {
+        let mut lifeline = [PollFd::new(&*self.lifeline, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // Nobody writes: it becomes readable when the other end is closed.
+        matches!(rustix::event::poll(&mut lifeline, Some(&now)), Ok(ready) if ready > 0)
+    }
+}
+
+/// The parent's side.
+#[derive(Debug)]
+pub struct Supervisor {
+    journal: Arc<Journal>,
+    pid: libc::pid_t,
+    _lifeline: OwnedFd,
+}
+
+/// How the engine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineEnd {
+    /// With this exit code.
+    Exited(i32),
+    /// Killed by this signal; what it had changed has been put right.
+    Killed(i32),
+}
+
+impl Supervisor {
+    /// Waits for the engine; puts right what it left when it was killed.
+    pub fn wait(self) -> io::Result<EngineEnd> {
+        let mut status = 0;
+        loop {
+            // SAFETY: waits for our own child; `status` is a live integer.
+            let ended = unsafe { libc::waitpid(self.pid, &raw mut status, 0) };
+            if ended == self.pid {
+                break;
+            }
+            let error = io::Error::last_os_error();
+            if error.kind() != io::ErrorKind::Interrupted {
+                return Err(error);
+            }
+        }
+        if libc::WIFEXITED(status) {
+            return Ok(EngineEnd::Exited(libc::WEXITSTATUS(status)));
+        }
+        put_right(self.journal.notes());
+        Ok(EngineEnd::Killed(libc::WTERMSIG(status)))
+    }
+}
+
+/// How long a dying coordinator may hold on to its tracees.
+const TAKE_OVER_DEADLINE: Duration = Duration::from_secs(5);
+
+fn put_right(notes: Vec<(HostPid, Note)>) {
+    let mut stopped = Vec::new();
+    for (tid, note) in notes {
+        match note {
+            Note::Repair { fd } => end_repair(tid, fd),
+            Note::Thread { saved, arena } => {
+                let thread = take_over(tid).and_then(Seized::wait_stopped);
+                stopped.extend(thread.map(|thread| (thread, saved, arena)));
+            }
+        }
+    }
+    // Every thread is stopped before the memory that some of them run in goes away.
+    for (thread, saved, arena) in &mut stopped {
+        thread.replace(*saved);
+        if let Some((base, len)) = *arena {
+            let _ = Arena::left_behind(base, len as usize).remove(thread);
+        }
+    }
+    for (thread, _, _) in stopped {
+        let _ = thread.release();
+    }
+}
+
+/// Becomes the tracer in the dying coordinator's place: it closes its files before it lets go of them.
+fn take_over(tid: HostPid) -> Result<Seized, InjectError> {
+    let deadline = Instant::now() + TAKE_OVER_DEADLINE;
+    loop {
+        let thread = Seized::new(tid, options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP)
+            .or_else(|_| Seized::new(tid, options::TRACE_SYSGOOD));
+        match thread {
+            Ok(thread) => return thread.interrupt().map(|()| thread),
+            Err(error) if Instant::now() > deadline || error.errno() == Some(libc::ESRCH) => {
+                return Err(error);
+            }
+            Err(_) => std::thread::sleep(Duration::from_micros(100)),
+        }
+    }
+}
+
+/// Takes a TCP socket of a task out of repair mode, without a probe to its peer.
+fn end_repair(pid: HostPid, fd: i32) {
+    const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
+    // SAFETY: integers, and one integer that setsockopt reads.
+    unsafe {
+        let pidfd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0) as i32;
+        let socket = libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) as i32;
+        if socket < 0 {
+            return;
+        }
+        let socket = OwnedFd::from_raw_fd(socket);
+        let off = TCP_REPAIR_OFF_NO_WP;
+        let len = size_of::<libc::c_int>() as u32;
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_REPAIR,
+            (&raw const off).cast(),
+            len,
+        );
+    }
+}
