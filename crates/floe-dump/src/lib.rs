@@ -16,6 +16,7 @@ mod report;
 mod task;
 mod write;
 
+use std::path::Path;
 use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
@@ -50,7 +51,10 @@ pub fn dump(
     let root = HostPid(options.tree.get());
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
-    let writer = ImageWriter::create(&options.place.images_dir, Sync::Durable)?;
+    let writer = ImageWriter::create(
+        &options.place.images_dir,
+        durability(&options.place.images_dir),
+    )?;
     write::write_cpu(&writer, options)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
@@ -77,6 +81,7 @@ pub fn dump(
     if options.after == AfterDump::Kill {
         report.image_bytes = finish(&writer)?;
         release::kill(tree)?;
+        tracing::info!("ended the tree");
         report.frozen = stopping.elapsed();
     } else {
         match options.after {
@@ -89,6 +94,15 @@ pub fn dump(
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
+}
+
+/// A file system in memory does not outlive a power failure, so there is nothing to wait for.
+fn durability(images: &Path) -> Sync {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    match rustix::fs::statfs(images) {
+        Ok(stat) if stat.f_type == TMPFS_MAGIC => Sync::None,
+        _ => Sync::Durable,
+    }
 }
 
 /// Ends the images: only now does the directory pass for a dump.
@@ -115,13 +129,22 @@ fn save(
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
 
+    tracing::info!(
+        files = collector.files().len(),
+        "collected what can be seen from outside"
+    );
     let mut memory = MemoryDump::new(writer);
-    let mut guards = vec![Vec::new(); drafts.len()];
-    for ((task, draft), guards) in tree.tasks.iter().zip(&mut drafts).zip(&mut guards) {
-        if let Draft::Living(draft) = draft {
-            memory.send_task(task, &mut draft.space, guards)?;
-        }
+    let mut guards = Vec::with_capacity(drafts.len());
+    for (task, draft) in tree.tasks.iter().zip(&drafts) {
+        guards.push(match draft {
+            Draft::Living(draft) => memory.send_task(task, &draft.space)?,
+            Draft::Dead(_) => Vec::new(),
+        });
     }
+    tracing::info!(
+        pages = memory.counts.pages_written,
+        "found the pages to save"
+    );
     for segment in collector.take_segments().into_values() {
         memory.send_segment(segment)?;
     }
@@ -130,6 +153,7 @@ fn save(
             remote::ask(task, draft)?;
         }
     }
+    tracing::info!("asked the tasks");
     let lines: Vec<_> = tree.tasks.iter().map(task::tree_entry).collect();
     writer.write_all(ImageKind::Pstree, 0, &lines)?;
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
@@ -142,7 +166,9 @@ fn save(
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
     write::write_inventory(writer, options, own_cgroups, run_id())?;
+    tracing::info!("wrote the images but the pages");
     let copied = memory.drain()?;
+    tracing::info!(bytes = copied.bytes, "wrote the pages");
     (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
     (report.tasks, report.threads) = (tree.tasks.len(), tree.thread_count());
     report.memory = memory.counts;
