@@ -24,6 +24,12 @@ pub enum DumpError {
     /// A kernel object could not be read.
     #[error("Collecting the state of the tasks")]
     Collect(#[source] CollectError),
+    /// TCP connections did not leave repair mode.
+    #[error("Letting TCP connections go on")]
+    Connections(#[source] std::io::Error),
+    /// Connections could not be kept locked for the restore.
+    #[error(transparent)]
+    Lock(#[from] floe_resources::netlock::LockError),
     /// A task could not be driven.
     #[error("Asking the tasks")]
     Inject(#[from] InjectError),

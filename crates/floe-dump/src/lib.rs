@@ -16,7 +16,6 @@ mod report;
 mod task;
 mod write;
 
-use std::path::Path;
 use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
@@ -25,6 +24,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
+use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::task::cgroup::CgroupSets;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::{Collector, Obstacle};
@@ -51,10 +51,7 @@ pub fn dump(
     let root = HostPid(options.tree.get());
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
-    let writer = ImageWriter::create(
-        &options.place.images_dir,
-        durability(&options.place.images_dir),
-    )?;
+    let writer = ImageWriter::create(&options.place.images_dir, Sync::Durable)?;
     write::write_cpu(&writer, options)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
@@ -72,7 +69,14 @@ pub fn dump(
         threads = tree.thread_count(),
         "the tree is stopped"
     );
-    save(&mut tree, options, features, &writer, &mut report)?;
+    let run_id = run_id();
+    let network = save(
+        &mut tree,
+        options,
+        (features, &run_id),
+        &writer,
+        &mut report,
+    )?;
     hook(Action::PostDump)?;
     // The last moment to turn back: what comes now may end the tasks.
     if watch.is_some_and(Watch::is_cancelled) {
@@ -80,10 +84,12 @@ pub fn dump(
     }
     if options.after == AfterDump::Kill {
         report.image_bytes = finish(&writer)?;
+        let network = network.persist(&run_id)?;
         release::kill(tree)?;
-        tracing::info!("ended the tree");
+        network.end();
         report.frozen = stopping.elapsed();
     } else {
+        network.release().map_err(DumpError::Connections)?;
         match options.after {
             AfterDump::LeaveStopped => release::stop(tree)?,
             _ => release::resume(tree)?,
@@ -96,15 +102,6 @@ pub fn dump(
     Ok(report)
 }
 
-/// A file system in memory does not outlive a power failure, so there is nothing to wait for.
-fn durability(images: &Path) -> Sync {
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
-    match rustix::fs::statfs(images) {
-        Ok(stat) if stat.f_type == TMPFS_MAGIC => Sync::None,
-        _ => Sync::Durable,
-    }
-}
-
 /// Ends the images: only now does the directory pass for a dump.
 fn finish(writer: &ImageWriter) -> Result<u64, DumpError> {
     let manifest = writer.finish(write::manifest_info())?;
@@ -115,10 +112,10 @@ fn finish(writer: &ImageWriter) -> Result<u64, DumpError> {
 fn save(
     tree: &mut FrozenTree,
     options: &DumpOptions,
-    features: &KernelFeatures,
+    (features, run_id): (&KernelFeatures, &str),
     writer: &ImageWriter,
     report: &mut DumpReport,
-) -> Result<(), DumpError> {
+) -> Result<HeldConnections, DumpError> {
     let mut collector = Collector::new(options, features, writer);
     let mut shared = Shared {
         kinship: Kinship::new()?,
@@ -128,23 +125,15 @@ fn save(
     let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
+    let network = hold_connections(&mut collector)?;
 
-    tracing::info!(
-        files = collector.files().len(),
-        "collected what can be seen from outside"
-    );
     let mut memory = MemoryDump::new(writer);
-    let mut guards = Vec::with_capacity(drafts.len());
-    for (task, draft) in tree.tasks.iter().zip(&drafts) {
-        guards.push(match draft {
-            Draft::Living(draft) => memory.send_task(task, &draft.space)?,
-            Draft::Dead(_) => Vec::new(),
-        });
+    let mut guards = vec![Vec::new(); drafts.len()];
+    for ((task, draft), guards) in tree.tasks.iter().zip(&mut drafts).zip(&mut guards) {
+        if let Draft::Living(draft) = draft {
+            memory.send_task(task, &mut draft.space, guards)?;
+        }
     }
-    tracing::info!(
-        pages = memory.counts.pages_written,
-        "found the pages to save"
-    );
     for segment in collector.take_segments().into_values() {
         memory.send_segment(segment)?;
     }
@@ -153,7 +142,6 @@ fn save(
             remote::ask(task, draft)?;
         }
     }
-    tracing::info!("asked the tasks");
     let lines: Vec<_> = tree.tasks.iter().map(task::tree_entry).collect();
     writer.write_all(ImageKind::Pstree, 0, &lines)?;
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
@@ -165,14 +153,12 @@ fn save(
     if let Some(cgroups) = shared.cgroups.into_entry() {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
-    write::write_inventory(writer, options, own_cgroups, run_id())?;
-    tracing::info!("wrote the images but the pages");
+    write::write_inventory(writer, options, own_cgroups, run_id.to_string())?;
     let copied = memory.drain()?;
-    tracing::info!(bytes = copied.bytes, "wrote the pages");
     (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
     (report.tasks, report.threads) = (tree.tasks.len(), tree.thread_count());
     report.memory = memory.counts;
-    Ok(())
+    Ok(network)
 }
 
 /// Collects what can be seen from outside, and refuses when something cannot be saved.

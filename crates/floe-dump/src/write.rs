@@ -68,9 +68,9 @@ pub fn write_inventory(
     run_id: String,
 ) -> Result<(), WriteError> {
     let lock = match options.sockets.network_lock {
-        NetworkLock::Iptables => 1,
-        NetworkLock::Nftables => 2,
-        NetworkLock::Skip => 3,
+        NetworkLock::Iptables => 0,
+        NetworkLock::Nftables => 1,
+        NetworkLock::Skip => 2,
     };
     let entry = InventoryEntry {
         img_version: IMAGE_VERSION,

@@ -272,6 +272,11 @@ pub fn leave(socket: BorrowedFd<'_>, reuse_address: i32) -> io::Result<()> {
     set_option_number(socket, reuse, reuse_address)
 }
 
+/// What follows is about this queue of a socket in repair mode.
+pub fn select(socket: BorrowedFd<'_>, queue: Queue) -> io::Result<()> {
+    set_option_number(socket, REPAIR_QUEUE, queue as i32)
+}
+
 /// Whether a socket is in repair mode.
 pub fn is_in_repair(socket: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(option_number(socket, REPAIR)? != 0)

@@ -60,12 +60,10 @@ pub fn scheduling(tid: HostPid) -> io::Result<Scheduling> {
     } else {
         0
     };
-    let real_time = [libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_DEADLINE]
-        .contains(&attr.policy.cast_signed());
     Ok(Scheduling {
         policy: attr.policy | reset,
         priority: attr.priority,
-        nice: if real_time { nice(tid)? } else { attr.nice },
+        nice: nice(tid)?,
         runtime: attr.runtime,
         deadline: attr.deadline,
         period: attr.period,
@@ -102,6 +100,28 @@ pub fn robust_list(tid: HostPid) -> io::Result<(TaskAddr, u32)> {
     Ok((TaskAddr(head), len as u32))
 }
 
+/// Does something in another working directory. The rest of the process stays where it is: a thread of its
+/// own with separate directories does the work.
+pub fn in_directory<T: Send>(
+    directory: &std::path::Path,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    let body = || {
+        // SAFETY: CLONE_FS parts this thread's directories and umask from the others' and nothing else.
+        if unsafe { libc::unshare(libc::CLONE_FS) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        std::env::set_current_dir(directory)?;
+        work()
+    };
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().spawn_scoped(scope, body)?;
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,5 +133,13 @@ mod tests {
         assert!((-20..20).contains(&scheduling.nice));
         let (head, len) = robust_list(me).expect("own thread");
         assert!(head.0 == 0 || len == 24);
+    }
+
+    #[test]
+    fn another_directory_is_for_the_work_alone() {
+        let before = std::env::current_dir().expect("there");
+        let inside = in_directory(std::path::Path::new("/proc"), std::env::current_dir);
+        assert_eq!(inside.expect("there"), std::path::Path::new("/proc"));
+        assert_eq!(std::env::current_dir().expect("there"), before);
     }
 }

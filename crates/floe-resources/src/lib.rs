@@ -8,6 +8,7 @@ pub mod collect;
 pub mod cpu;
 pub mod fd;
 pub mod file_lock;
+pub mod netlock;
 pub mod restore;
 pub mod task;
 pub mod vma;

@@ -12,6 +12,7 @@ use floe_kernel::ptrace::{self, WaitStatus};
 use floe_options::{Action, HookEvent, RestoreOptions};
 use floe_plan::Plan;
 use floe_resources::cpu;
+use floe_resources::fd::inet::release_connections;
 use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
@@ -136,6 +137,10 @@ fn execute<'i>(
         })?;
     }
     event(Action::NetworkUnlock)?;
+    release_connections(world).map_err(|source| RestoreError::Step {
+        step: "let the TCP connections go on".into(),
+        source,
+    })?;
     event(Action::PreResume)?;
     world.tidy_up();
     release::release(world, background).map_err(|source| RestoreError::Step {

@@ -94,6 +94,9 @@ pub enum CollectError {
     /// Copying pages failed.
     #[error(transparent)]
     Copy(#[from] CopyError),
+    /// The network could not be locked.
+    #[error(transparent)]
+    Lock(#[from] crate::netlock::LockError),
     /// An image could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),

@@ -6,7 +6,7 @@ use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::ProcDir;
 
 use super::file_ids::{DescriptionKey, Identity};
-use super::{CollectError, Collector, FdProbe, Obstacle};
+use super::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::fd::FD_KINDS;
 use crate::file_lock::collect_locks;
 
@@ -29,29 +29,7 @@ fn collect_fd(
     probe: &FdProbe<'_>,
     collector: &mut Collector<'_>,
 ) -> Result<FdinfoEntry, CollectError> {
-    let key = DescriptionKey {
-        dev: probe.stat().st_dev,
-        ino: probe.stat().st_ino,
-        flags: probe.flags(),
-    };
-    let identity = collector
-        .ids()
-        .identify(key, (probe.pid(), probe.fd()))
-        .map_err(|source| probe.failed("Comparing", source))?;
-    let (id, kind) = match identity {
-        Identity::Shared(id, kind) => (id, kind),
-        Identity::New(id) => {
-            let kind = FD_KINDS
-                .iter()
-                .find(|kind| kind.recognises(probe))
-                .ok_or_else(|| unsupported(probe))?;
-            let entry = kind.collect(id, probe, collector)?;
-            let kind = entry.r#type;
-            collector.ids().set_kind(key, id, kind);
-            collector.add_file(entry);
-            (id, kind)
-        }
-    };
+    let (id, kind) = collect_description(probe, collector)?;
     let locks = collect_locks(id, probe, collector);
     collector.note(locks)?;
     Ok(FdinfoEntry {
@@ -61,6 +39,37 @@ fn collect_fd(
         fd: probe.fd().0.cast_unsigned(),
         xattr_security_selinux: None,
     })
+}
+
+/// Collects the open file description behind a descriptor, unless it is known already; returns its number
+/// and type.
+pub(crate) fn collect_description(
+    probe: &FdProbe<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<(FileId, i32), CollectError> {
+    let key = DescriptionKey {
+        dev: probe.stat().st_dev,
+        ino: probe.stat().st_ino,
+        flags: probe.flags(),
+    };
+    let identity = collector
+        .ids()
+        .identify(key, (probe.pid(), probe.fd()))
+        .map_err(|source| probe.failed("Comparing", source))?;
+    match identity {
+        Identity::Shared(id, kind) => Ok((id, kind)),
+        Identity::New(id) => {
+            let kind = FD_KINDS
+                .iter()
+                .find(|kind| kind.recognises(probe))
+                .ok_or_else(|| unsupported(probe))?;
+            let entry = kind.collect(id, probe, collector)?;
+            let kind = entry.r#type;
+            collector.ids().set_kind(key, id, kind);
+            collector.add_file(entry);
+            Ok((id, kind))
+        }
+    }
 }
 
 fn unsupported(probe: &FdProbe<'_>) -> CollectError {

@@ -20,10 +20,12 @@ use floe_kernel::features::KernelFeatures;
 use floe_options::DumpOptions;
 
 pub use error::{CollectError, Obstacle};
+pub(crate) use fd_table::collect_description;
 pub use fd_table::collect_fd_table;
 pub use file_ids::{FileId, FileIds};
 pub use path_files::PathFile;
 pub use probe::FdProbe;
+pub(crate) use probe::{no_owner, own_link};
 pub use segments::{Segment, SharedMemoryDevice};
 
 /// Work that can be done only when the descriptors of all tasks are known.
@@ -79,6 +81,11 @@ impl<'a> Collector<'a> {
     /// Adds an entry to `files.img`.
     pub fn add_file(&mut self, entry: FileEntry) {
         self.files.push(entry);
+    }
+
+    /// The entry of a file collected before, to be completed.
+    pub(crate) fn file_mut(&mut self, id: FileId) -> Option<&mut FileEntry> {
+        self.files.iter_mut().find(|file| file.id == id.0)
     }
 
     /// The files collected so far.

@@ -168,7 +168,7 @@ pub fn no_owner() -> FownEntry {
 }
 
 /// The name of a file that we have open.
-pub(super) fn own_link(file: BorrowedFd<'_>) -> Result<Vec<u8>, rustix::io::Errno> {
+pub(crate) fn own_link(file: BorrowedFd<'_>) -> Result<Vec<u8>, rustix::io::Errno> {
     use std::os::fd::AsRawFd;
     let path = format!("/proc/self/fd/{}", file.as_raw_fd());
     rustix::fs::readlink(path, Vec::with_capacity(256)).map(std::ffi::CString::into_bytes)

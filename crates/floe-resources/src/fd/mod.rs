@@ -13,13 +13,17 @@ pub mod device;
 pub mod epoll;
 pub mod eventfd;
 pub mod fifo;
+pub mod inet;
 pub mod memfd;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
 pub mod remap;
 pub mod signalfd;
+mod socket_options;
+mod socket_queue;
 pub mod timerfd;
+pub mod unix;
 
 use floe_image::messages::{FdTypes, FileEntry};
 
@@ -47,6 +51,8 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &signalfd::SignalFd,
     &timerfd::TimerFd,
     &pidfd::PidFd,
+    &unix::UnixSocket,
+    &inet::InetSocket,
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,
@@ -78,6 +84,8 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &epoll::Epoll,
     &signalfd::SignalFd,
     &timerfd::TimerFd,
+    &unix::UnixSocket,
+    &inet::InetSocket,
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,

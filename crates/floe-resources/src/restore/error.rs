@@ -72,6 +72,8 @@ pub enum ExecuteError {
         source: floe_memory::CopyOutError,
     },
     #[error(transparent)]
+    Lock(#[from] crate::netlock::LockError),
+    #[error(transparent)]
     Hook(#[from] floe_options::HookError),
 }
 

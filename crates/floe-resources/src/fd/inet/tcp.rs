@@ -1,0 +1,286 @@
+//! Saving TCP connections.
+//!
+//! Saved:    both queues with sequence numbers, what the ends agreed on, windows, ends that were sent.
+//! Rebuilt:  see [`super::plan`]. Needs: the network locked.
+//! Not kept: round-trip times, congestion state, urgent data, sockets in SYN_RECV.
+//!
+//! This is the one part of collecting that changes something: the connections are locked and their sockets
+//! put into repair mode, so it comes after preflight. [`HeldConnections`] owns both and undoes both.
+
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
+
+use floe_image::ImageKind;
+use floe_image::messages::{InetSkEntry, TcpStreamEntry};
+use floe_kernel::ids::{HostPid, TaskFd};
+use floe_kernel::nftables::Flow;
+use floe_kernel::socket::{unacknowledged_bytes, unread_bytes, unsent_bytes};
+use floe_kernel::tcp_repair::{Agreed, Queue, Repair, tcp_info};
+
+use super::address::{End, outgoing};
+use super::tcp_state::Lengths;
+use crate::collect::{CollectError, Collector, FdProbe, FileId};
+use crate::netlock::{Lock, LockError, unlock_dumped};
+use floe_options::NetworkLock;
+
+/// How often connections within the tree are looked at again until both ends agree.
+const ATTEMPTS: usize = 10;
+
+/// A connection found in preflight.
+#[derive(Debug)]
+struct Connection {
+    id: FileId,
+    inode: u32,
+    pid: HostPid,
+    fd: TaskFd,
+    socket: OwnedFd,
+    flow: Flow,
+}
+
+impl Connection {
+    fn failed(&self, action: &'static str) -> impl Fn(std::io::Error) -> CollectError {
+        let (pid, fd) = (self.pid, self.fd);
+        move |source| CollectError::Fd {
+            pid,
+            fd,
+            action,
+            source,
+        }
+    }
+}
+
+/// The connections found so far.
+#[derive(Default)]
+struct Connections(Vec<Connection>);
+
+/// Connections that stand still: locked, their sockets in repair mode. Dropping it lets them go on.
+#[derive(Debug)]
+pub struct HeldConnections {
+    sockets: Vec<Repair>,
+    lock: Lock,
+    method: NetworkLock,
+}
+
+impl HeldConnections {
+    /// Lets the connections go on. Their peers are not to notice anything.
+    pub fn release(self) -> Result<(), std::io::Error> {
+        let HeldConnections { sockets, lock, .. } = self;
+        drop(lock);
+        let mut result = Ok(());
+        for socket in sockets {
+            result = result.and(socket.leave());
+        }
+        result
+    }
+
+    /// The tree is about to end: the lock stays for the restore of the dump with this run id, and the sockets
+    /// end without a word once the tree and the result have.
+    pub fn persist(self, run_id: &str) -> Result<SilencedConnections, LockError> {
+        let HeldConnections {
+            sockets,
+            lock,
+            method,
+        } = self;
+        lock.persist(run_id)?;
+        Ok(SilencedConnections {
+            sockets,
+            run_id: run_id.to_string(),
+            method,
+        })
+    }
+}
+
+/// Sockets in repair mode whose end is silent. Dropping it before the tree has ended lets them go on.
+#[derive(Debug)]
+pub struct SilencedConnections {
+    sockets: Vec<Repair>,
+    run_id: String,
+    method: NetworkLock,
+}
+
+impl SilencedConnections {
+    /// The tree has ended: ends the sockets too.
+    pub fn end(mut self) {
+        self.sockets.drain(..).for_each(Repair::keep);
+        self.method = NetworkLock::Skip;
+    }
+}
+
+impl Drop for SilencedConnections {
+    fn drop(&mut self) {
+        if let Err(error) = unlock_dumped(self.method, Some(&self.run_id), &[]) {
+            tracing::warn!(%error, "connections may stay locked");
+        }
+    }
+}
+
+/// Remembers a connection for [`hold_connections`].
+pub(super) fn note_connection(
+    entry: &InetSkEntry,
+    fd: &FdProbe<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let end = |words: &[u32], port| End {
+        words: words.to_vec(),
+        port,
+    };
+    let source = end(&entry.src_addr, entry.src_port);
+    let target = end(&entry.dst_addr, entry.dst_port);
+    let copy = fd.file().try_clone_to_owned();
+    let connection = Connection {
+        id: FileId(entry.id),
+        inode: entry.ino,
+        pid: fd.pid(),
+        fd: fd.fd(),
+        socket: copy.map_err(|error| fd.failed("Duplicating", error))?,
+        flow: outgoing(&source, &target),
+    };
+    collector.cache(Connections::default).0.push(connection);
+    Ok(())
+}
+
+/// Flows whose other end is not among them.
+pub(super) fn with_outside_peers(flows: &[Flow]) -> Vec<Flow> {
+    let all: HashSet<&Flow> = flows.iter().collect();
+    let outside = flows.iter().filter(|flow| !all.contains(&flow.reversed()));
+    outside.cloned().collect()
+}
+
+/// Stops all connections that were found and saves them. To be called when nothing else is in the way.
+pub fn hold_connections(collector: &mut Collector<'_>) -> Result<HeldConnections, CollectError> {
+    let connections = std::mem::take(&mut collector.cache(Connections::default).0);
+    let flows: Vec<Flow> = connections.iter().map(|one| one.flow.clone()).collect();
+    let method = collector.options.sockets.network_lock;
+    let mut held = HeldConnections {
+        lock: Lock::new(method, with_outside_peers(&flows))?,
+        sockets: Vec::with_capacity(connections.len()),
+        method,
+    };
+    for connection in &connections {
+        let copy = connection
+            .socket
+            .try_clone()
+            .map_err(connection.failed("Duplicating"))?;
+        let repair = Repair::enter(copy).map_err(connection.failed("Switching TCP repair on"))?;
+        held.sockets.push(repair);
+    }
+    let streams = read_streams(&connections, &held.sockets)?;
+    for (connection, stream) in connections.iter().zip(streams) {
+        let file = collector.file_mut(connection.id);
+        if let Some(entry) = file.and_then(|file| file.isk.as_mut()) {
+            entry.state = stream.state;
+        }
+        let image = collector.side(ImageKind::TcpStream, connection.inode.into())?;
+        image.append(&stream.entry)?;
+        image.append_raw(&stream.receive)?;
+        image.append_raw(&stream.send)?;
+    }
+    Ok(held)
+}
+
+/// A connection as it goes into its image.
+#[derive(Debug)]
+struct Stream {
+    state: u32,
+    receive: Vec<u8>,
+    send: Vec<u8>,
+    entry: TcpStreamEntry,
+}
+
+/// Reads all connections. Packets between two ends in the tree are not locked, so a timer may still have moved
+/// bytes after the first end was read; then all are read again.
+fn read_streams(
+    connections: &[Connection],
+    sockets: &[Repair],
+) -> Result<Vec<Stream>, CollectError> {
+    let read = || -> Result<Vec<Stream>, CollectError> {
+        let pairs = connections.iter().zip(sockets);
+        pairs
+            .map(|(connection, socket)| read_stream(connection, socket))
+            .collect()
+    };
+    // Windows move and clocks tick; sequence numbers tell whether anything was transferred.
+    let moved = |stream: &Stream| {
+        let entry = &stream.entry;
+        (stream.state, entry.inq_seq, entry.outq_seq, entry.outq_len)
+    };
+    let mut streams = read()?;
+    for _ in 0..ATTEMPTS {
+        let again = read()?;
+        if again.iter().map(moved).eq(streams.iter().map(moved)) {
+            return Ok(again);
+        }
+        streams = again;
+    }
+    Ok(streams)
+}
+
+fn read_stream(connection: &Connection, socket: &Repair) -> Result<Stream, CollectError> {
+    let fd = socket.as_fd();
+    let failed = connection.failed("Reading the TCP state");
+    let state = u32::from(tcp_info(fd).map_err(&failed)?.state.0);
+    let counted = Lengths {
+        receive: unread_bytes(fd).map_err(&failed)?,
+        send: unacknowledged_bytes(fd).map_err(&failed)?,
+        unsent: unsent_bytes(fd).map_err(&failed)?,
+    };
+    let lengths = Lengths::from_kernel(state, counted);
+    let agreement = socket.agreement().map_err(&failed)?;
+    let scaled = agreement.agreed.has(Agreed::WINDOW_SCALE);
+    let window = match socket.window() {
+        Ok(window) => Some(window),
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => None,
+        Err(error) => return Err(failed(error)),
+    };
+    let inq_seq = socket.sequence(Queue::Receive).map_err(&failed)?;
+    let receive = socket
+        .queue(Queue::Receive, lengths.receive)
+        .map_err(&failed)?;
+    let outq_seq = socket.sequence(Queue::Send).map_err(&failed)?;
+    let send = socket.queue(Queue::Send, lengths.send).map_err(&failed)?;
+    socket.select(Queue::None).map_err(&failed)?;
+    let entry = TcpStreamEntry {
+        inq_len: lengths.receive,
+        inq_seq,
+        outq_len: lengths.send,
+        outq_seq,
+        opt_mask: agreement.agreed.0.into(),
+        snd_wscale: agreement.send_scale.into(),
+        mss_clamp: agreement.mss,
+        rcv_wscale: scaled.then(|| agreement.receive_scale.into()),
+        timestamp: agreement
+            .agreed
+            .has(Agreed::TIMESTAMPS)
+            .then_some(agreement.timestamp),
+        unsq_len: Some(lengths.unsent),
+        snd_wl1: window.map(|window| window.snd_wl1),
+        snd_wnd: window.map(|window| window.snd_wnd),
+        max_window: window.map(|window| window.max_window),
+        rcv_wnd: window.map(|window| window.rcv_wnd),
+        rcv_wup: window.map(|window| window.rcv_wup),
+        ..TcpStreamEntry::default()
+    };
+    Ok(Stream {
+        state,
+        receive,
+        send,
+        entry,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_connections_that_leave_the_tree_are_locked() {
+        let flow = |source: u8, target: u8| Flow {
+            source: vec![127, 0, 0, source],
+            source_port: source.into(),
+            target: vec![127, 0, 0, target],
+            target_port: target.into(),
+        };
+        let flows = [flow(1, 2), flow(2, 1), flow(1, 3)];
+        assert_eq!(with_outside_peers(&flows), [flow(1, 3)]);
+    }
+}
