@@ -134,15 +134,10 @@ impl Freezer {
             Err(error) if error.is_gone() => return Ok(false),
             Err(error) => return Err(error.into()),
         };
-        let stopped = match self.stop_threads(&proc) {
+        let (stopped, stat) = match self.stop_threads(&proc) {
             Err(FreezeError::Proc(error)) if error.is_gone() => return Ok(false),
             other => other?,
         };
-        let text = match proc.read("stat") {
-            Err(error) if error.is_gone() => return Ok(false),
-            other => other?,
-        };
-        let stat = parse_stat(&text).map_err(|error| proc.bad(error))?;
         let state = match stopped.first().map(Stopped::stop_signal) {
             None => TaskState::Dead,
             Some(Some(signal)) => TaskState::Stopped(signal),
@@ -161,40 +156,19 @@ impl Freezer {
     }
 
     /// Stops all threads of a process, the leader first in the result; none for a zombie.
-    fn stop_threads(&self, proc: &ProcDir) -> Result<Vec<Stopped>, FreezeError> {
+    fn stop_threads(&self, proc: &ProcDir) -> Result<(Vec<Stopped>, Stat), FreezeError> {
         let mut stopped: Vec<Stopped> = Vec::new();
-        let mut have: HashSet<HostPid> = HashSet::new();
         loop {
             self.check_time()?;
-            let mut seized = Vec::new();
-            for tid in proc.threads()? {
-                if have.contains(&tid) {
-                    continue;
-                }
-                match seize(proc, tid)? {
-                    Seizing::Done(thread) => seized.push(thread),
-                    Seizing::Gone => {}
-                    Seizing::Zombie if have.is_empty() && seized.is_empty() && is_single(proc)? => {
-                        return Ok(Vec::new());
-                    }
-                    Seizing::Zombie => return Err(FreezeError::LeaderEnded { pid: proc.pid() }),
-                }
-            }
-            if seized.is_empty() {
+            let new = seize_new(proc, &stopped)?;
+            let nothing_new = new.threads.is_empty();
+            stopped.extend(wait_for_all(new)?);
+            let stat = parse_stat(&proc.read("stat")?).map_err(|error| proc.bad(error))?;
+            // Stopped threads make no more, so as many as there are is all of them.
+            let complete = nothing_new || stat.threads as usize == stopped.len();
+            if complete && (!stopped.is_empty() || stat.state == b'Z') {
                 stopped.sort_by_key(|thread| (thread.pid() != proc.pid(), thread.pid()));
-                return Ok(stopped);
-            }
-            for thread in seized {
-                let tid = thread.pid();
-                match thread.wait_stopped() {
-                    Ok(thread) => {
-                        have.insert(tid);
-                        stopped.push(thread);
-                    }
-                    // It ended before it stopped: the next listing tells what is left.
-                    Err(InjectError::Died { .. }) => {}
-                    Err(source) => return Err(FreezeError::Stop { pid: tid, source }),
-                }
+                return Ok((stopped, stat));
             }
         }
     }
@@ -208,6 +182,53 @@ impl Freezer {
             tasks: self.tasks.len(),
         })
     }
+}
+
+/// Threads on their way to a stop. They are waited for in any case: giving up a thread that is still
+/// running is not possible.
+struct Interrupted {
+    threads: Vec<Seized>,
+}
+
+impl Drop for Interrupted {
+    fn drop(&mut self) {
+        for thread in self.threads.drain(..) {
+            // Dropping a stopped thread releases it; one that cannot be stopped stays as it is.
+            drop(thread.wait_stopped());
+        }
+    }
+}
+
+/// Seizes and interrupts the threads that were not stopped yet; none of a zombie.
+fn seize_new(proc: &ProcDir, stopped: &[Stopped]) -> Result<Interrupted, FreezeError> {
+    let have: HashSet<HostPid> = stopped.iter().map(Stopped::pid).collect();
+    let mut new = Interrupted {
+        threads: Vec::new(),
+    };
+    let all = proc.threads()?;
+    for &tid in all.iter().filter(|tid| !have.contains(tid)) {
+        match seize(proc, tid)? {
+            Seizing::Done(thread) => new.threads.push(thread),
+            Seizing::Gone => {}
+            Seizing::Zombie if all.len() == 1 => {}
+            Seizing::Zombie => return Err(FreezeError::LeaderEnded { pid: proc.pid() }),
+        }
+    }
+    Ok(new)
+}
+
+fn wait_for_all(mut new: Interrupted) -> Result<Vec<Stopped>, FreezeError> {
+    let mut stopped = Vec::with_capacity(new.threads.len());
+    while let Some(thread) = new.threads.pop() {
+        let pid = thread.pid();
+        match thread.wait_stopped() {
+            Ok(thread) => stopped.push(thread),
+            // It ended before it stopped: the next listing tells what is left.
+            Err(InjectError::Died { .. }) => {}
+            Err(source) => return Err(FreezeError::Stop { pid, source }),
+        }
+    }
+    Ok(stopped)
 }
 
 enum Seizing {
@@ -246,8 +267,4 @@ fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing,
         (_, Some(tracer)) => Err(FreezeError::Traced { pid: tid, tracer }),
         _ => Err(FreezeError::Stop { pid: tid, source }),
     }
-}
-
-fn is_single(proc: &ProcDir) -> Result<bool, FreezeError> {
-    Ok(proc.threads()?.len() == 1)
 }

@@ -144,8 +144,12 @@ impl Backing {
     }
 }
 
-/// The kernel shows in the mode of the link how the file was opened.
+/// The kernel shows in the mode of the link how the file was opened. For a private mapping that does not
+/// matter: it never writes to the file.
 fn open_flags(proc: &ProcDir, mapping: &Mapping) -> Result<Option<u32>, ProcError> {
+    if !mapping.shared {
+        return Ok(Some(OFlags::RDONLY.bits()));
+    }
     let link = proc.link_stat(&format!("map_files/{}", mapping.map_files_name()))?;
     let flags = match link.st_mode & 0o600 {
         0o200 => OFlags::WRONLY,
