@@ -51,24 +51,23 @@ mod raw {
     pub const TIOCGPKT: u64 = 0x8004_5438;
     pub const TIOCGPTLCK: u64 = 0x8004_5439;
     pub const TIOCGEXCL: u64 = 0x8004_5440;
-    pub const TIOCGPTPEER: u64 = 0x5441;
     pub const TIOCPKT: u64 = 0x5420;
     pub const TIOCEXCL: u64 = 0x540c;
     pub const TIOCNXCL: u64 = 0x540d;
     pub const TIOCGPGRP: u64 = 0x540f;
-    pub const TIOCSPGRP: u64 = 0x5410;
     pub const TIOCGSID: u64 = 0x5429;
     pub const TIOCGLCKTRMIOS: u64 = 0x5456;
     pub const TIOCSLCKTRMIOS: u64 = 0x5457;
     pub const TCGETS: u64 = 0x5401;
     pub const TCSETS: u64 = 0x5402;
-    pub const TIOCVHANGUP: u64 = 0x5437;
 }
 
 /// `TIOCSCTTY`, for a program that a session leader runs itself.
 pub const TIOCSCTTY: u32 = 0x540e;
 /// `TIOCSPGRP`, for a program that a task of the session runs itself.
-pub const TIOCSPGRP: u32 = raw::TIOCSPGRP as u32;
+pub const TIOCSPGRP: u32 = 0x5410;
+/// `TIOCGPTPEER`, for a program that opens the slave of a master.
+pub const TIOCGPTPEER: u32 = 0x5441;
 
 fn request(tty: BorrowedFd<'_>, request: u64, argument: usize) -> io::Result<i32> {
     // SAFETY: callers pass a flag, or the address of a live structure of the request's own type.
@@ -136,7 +135,7 @@ pub fn pty_index(master: BorrowedFd<'_>) -> io::Result<u32> {
 
 /// Opens the slave of a pty with these `open(2)` flags; `EIO` while it is locked.
 pub fn open_slave(master: BorrowedFd<'_>, flags: i32) -> io::Result<OwnedFd> {
-    let fd = request(master, raw::TIOCGPTPEER, flags as usize)?;
+    let fd = request(master, u64::from(TIOCGPTPEER), flags as usize)?;
     // SAFETY: the descriptor is new and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
@@ -149,14 +148,4 @@ pub fn session(tty: BorrowedFd<'_>) -> io::Result<u32> {
 /// The foreground group of a terminal. Only a master can be asked from outside of its session.
 pub fn foreground_group(tty: BorrowedFd<'_>) -> io::Result<u32> {
     number(tty, raw::TIOCGPGRP).map(i32::cast_unsigned)
-}
-
-/// Changes the foreground group; the caller must be in the terminal's session.
-pub fn set_foreground_group(tty: BorrowedFd<'_>, group: u32) -> io::Result<()> {
-    request(tty, raw::TIOCSPGRP, &raw const group as usize).map(drop)
-}
-
-/// Hangs a terminal up: descriptors of it stay and give `EIO` or end of file.
-pub fn hang_up(tty: BorrowedFd<'_>) -> io::Result<()> {
-    request(tty, raw::TIOCVHANGUP, 0).map(drop)
 }

@@ -6,6 +6,7 @@ use floe_inject::{ARENA_BYTES, Arg, Program, RootSpawn, Seized, spawn_root};
 use floe_kernel::ids::HostPid;
 use floe_options::DetachMode;
 use floe_plan::Handle;
+use floe_resources::fd::tty::take_controlling_terminal;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
 
 use crate::tree::{Birth, Tree, is_zombie};
@@ -136,7 +137,8 @@ impl Births<'_> {
             move |world| {
                 let mut program = Program::new();
                 program.call("setsid", libc::SYS_setsid, &[]);
-                world.run(pid, &program).map(drop)
+                world.run(pid, &program)?;
+                take_controlling_terminal(world, pid)
             },
         );
     }

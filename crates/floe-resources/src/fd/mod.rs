@@ -23,6 +23,7 @@ pub mod signalfd;
 mod socket_options;
 mod socket_queue;
 pub mod timerfd;
+pub mod tty;
 pub mod unix;
 
 use floe_image::messages::{FdTypes, FileEntry};
@@ -57,6 +58,7 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &fifo::Fifo,
     &memfd::MemFd,
     &device::Device,
+    &tty::Tty,
     &regular::RegularFile,
 ];
 
@@ -90,6 +92,7 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &fifo::Fifo,
     &memfd::MemFd,
     &pidfd::PidFd,
+    &tty::Tty,
     &regular::RegularFile,
 ];
 
