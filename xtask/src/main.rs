@@ -1,6 +1,7 @@
 #![forbid(unsafe_code)]
 //! Tasks of the repository: `cargo xtask COMMAND`.
 
+mod bench;
 mod cross;
 mod install;
 mod tidy;
@@ -22,6 +23,8 @@ struct Arguments {
 enum Task {
     /// Check the rules that the compiler does not: directions of dependencies, sizes, unsafe, printing.
     Tidy,
+    /// Measure freeze, dump and restore, beside a peer.
+    Bench(bench::Arguments),
     /// Dump by Floe and by a peer, restore by each, over the programs of testkit.
     Cross(cross::Arguments),
     /// Build the binary for release and install it as `floe` and `criu`.
@@ -31,6 +34,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Arguments::parse().task {
         Task::Tidy => tidy::run(),
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Cross(arguments) => cross::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),
     };

@@ -1,0 +1,78 @@
+//! Every program of testkit through a dump and a restore by this binary.
+
+use testkit::{Engine, Fixture, program, skips};
+
+/// Programs that this version refuses or loses, and why. A program that passes must not be here.
+const KNOWN: &[(&str, &str)] = &[];
+
+fn floe() -> Engine {
+    Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
+}
+
+/// Whether the machine lets us try at all.
+fn is_root(name: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skips::skip(name, "needs root").expect("the skip is listed");
+    }
+    root
+}
+
+#[test]
+fn programs_go_on_as_they_were() {
+    if !is_root("programs_go_on_as_they_were") {
+        return;
+    }
+    let mut wrong = Vec::new();
+    for program in program::programs() {
+        let known = KNOWN.iter().find(|(name, _)| *name == program.name);
+        let result = Fixture::cycle(program.name, &floe(), &floe());
+        match (skips::or_skip(program.name, result), known) {
+            (Ok(()), None) | (Err(_), Some(_)) => {}
+            (Ok(()), Some((name, _))) => wrong.push(format!("{name} passes and is listed as known")),
+            (Err(error), None) => wrong.push(format!("{}: {error:#}", program.name)),
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn programs_run_on_after_a_dump_that_leaves_them() {
+    if !is_root("programs_run_on_after_a_dump_that_leaves_them") {
+        return;
+    }
+    for name in ["threads", "tree", "blocked", "signals-pending", "pipes"] {
+        let mut fixture = Fixture::start(name).expect("the program starts");
+        for _ in 0..2 {
+            let dumped = fixture.dump(&floe(), &["--leave-running"]);
+            dumped.expect("the dump succeeds");
+            fixture.check().expect("the program runs on");
+        }
+    }
+}
+
+#[test]
+fn images_are_read_by_the_peer_and_the_peers_by_us() {
+    let name = "images_are_read_by_the_peer_and_the_peers_by_us";
+    if !is_root(name) {
+        return;
+    }
+    let Some(peer) = Engine::peer() else {
+        skips::skip(name, "no peer: FLOE_PEER_CRIU is not set").expect("the skip is listed");
+        return;
+    };
+    let mut wrong = Vec::new();
+    for program in program::programs() {
+        // What the peer cannot do with itself here is no measure for us.
+        if Fixture::cycle(program.name, &peer, &peer).is_err() {
+            continue;
+        }
+        for (dumper, restorer) in [(&floe(), &peer), (&peer, &floe())] {
+            if let Err(error) = Fixture::cycle(program.name, dumper, restorer) {
+                let way = format!("{}->{}", dumper.name, restorer.name);
+                wrong.push(format!("{way} {}: {error:#}", program.name));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}

@@ -1,0 +1,99 @@
+//! `cargo xtask bench`: how long dumps and restores take, beside a peer on the same machine.
+
+mod measure;
+mod table;
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use testkit::Engine;
+
+use measure::Measurement;
+
+/// Engines, workloads, rounds.
+#[derive(clap::Args)]
+pub struct Arguments {
+    /// Another engine with CRIU's command line, as NAME=PATH.
+    #[arg(long, value_name = "NAME=PATH", value_parser = peer)]
+    peer: Option<Engine>,
+    /// Only workloads whose names contain this.
+    #[arg(long, default_value = "")]
+    only: String,
+    /// Measured rounds; one more warms up.
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Where images go; memory by default.
+    #[arg(long, default_value = "/dev/shm")]
+    place: PathBuf,
+    /// Write the table to docs/bench.md.
+    #[arg(long)]
+    write: bool,
+}
+
+fn peer(text: &str) -> Result<Engine, String> {
+    let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
+    Ok(Engine::new(name, path))
+}
+
+/// All measurements of one engine with one workload, without the warm-up.
+struct Series {
+    engine: String,
+    rounds: Vec<Measurement>,
+}
+
+/// One workload.
+struct Row {
+    workload: &'static str,
+    series: Vec<Series>,
+}
+
+/// Measures, prints the table, and writes it if asked.
+pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
+    if arguments.rounds == 0 {
+        bail!("--rounds must be at least 1");
+    }
+    let floe = match std::env::var_os("FLOE_BIN") {
+        Some(path) => Engine::new("floe", path),
+        None => Engine::new("floe", crate::build_release("floe", "floe")?),
+    };
+    let engines: Vec<Engine> = std::iter::once(floe)
+        .chain(arguments.peer.clone())
+        .collect();
+    let mut rows = Vec::new();
+    for program in testkit::program::workloads() {
+        if !program.name.contains(&arguments.only) {
+            continue;
+        }
+        let mut row = Row {
+            workload: program.name,
+            series: Vec::new(),
+        };
+        for engine in &engines {
+            row.series.push(Series {
+                engine: engine.name.clone(),
+                rounds: Vec::new(),
+            });
+        }
+        for round in 0..=arguments.rounds {
+            for (engine, series) in engines.iter().zip(&mut row.series) {
+                let measured = measure::once(program.name, engine, &arguments.place);
+                let measured =
+                    measured.with_context(|| format!("{} of {}", program.name, engine.name))?;
+                eprintln!("{} {} {round}: {measured}", program.name, engine.name);
+                if round > 0 {
+                    series.rounds.push(measured);
+                }
+            }
+        }
+        rows.push(row);
+    }
+    let text = table::text(&rows);
+    print!("{text}");
+    if arguments.write {
+        let path = crate::root().join("docs/bench.md");
+        let whole = table::document(&text, arguments.rounds)?;
+        std::fs::write(&path, whole).with_context(|| format!("writing {}", path.display()))?;
+        println!("written to {}", path.display());
+    }
+    Ok(())
+}
