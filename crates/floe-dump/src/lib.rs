@@ -16,6 +16,7 @@ mod report;
 mod task;
 mod write;
 
+use std::path::Path;
 use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
@@ -51,7 +52,10 @@ pub fn dump(
     let root = HostPid(options.tree.get());
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
-    let writer = ImageWriter::create(&options.place.images_dir, Sync::Durable)?;
+    let writer = ImageWriter::create(
+        &options.place.images_dir,
+        durability(&options.place.images_dir),
+    )?;
     write::write_cpu(&writer, options)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
@@ -87,6 +91,7 @@ pub fn dump(
         let network = network.persist(&run_id)?;
         release::kill(tree)?;
         network.end();
+        tracing::info!("ended the tree");
         report.frozen = stopping.elapsed();
     } else {
         network.release().map_err(DumpError::Connections)?;
@@ -100,6 +105,15 @@ pub fn dump(
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
+}
+
+/// A file system in memory does not outlive a power failure, so there is nothing to wait for.
+fn durability(images: &Path) -> Sync {
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    match rustix::fs::statfs(images) {
+        Ok(stat) if stat.f_type == TMPFS_MAGIC => Sync::None,
+        _ => Sync::Durable,
+    }
 }
 
 /// Ends the images: only now does the directory pass for a dump.
@@ -127,13 +141,22 @@ fn save(
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
     let network = hold_connections(&mut collector)?;
 
+    tracing::info!(
+        files = collector.files().len(),
+        "collected what can be seen from outside"
+    );
     let mut memory = MemoryDump::new(writer);
-    let mut guards = vec![Vec::new(); drafts.len()];
-    for ((task, draft), guards) in tree.tasks.iter().zip(&mut drafts).zip(&mut guards) {
-        if let Draft::Living(draft) = draft {
-            memory.send_task(task, &mut draft.space, guards)?;
-        }
+    let mut guards = Vec::with_capacity(drafts.len());
+    for (task, draft) in tree.tasks.iter().zip(&drafts) {
+        guards.push(match draft {
+            Draft::Living(draft) => memory.send_task(task, &draft.space)?,
+            Draft::Dead(_) => Vec::new(),
+        });
     }
+    tracing::info!(
+        pages = memory.counts.pages_written,
+        "found the pages to save"
+    );
     for segment in collector.take_segments().into_values() {
         memory.send_segment(segment)?;
     }
@@ -142,6 +165,7 @@ fn save(
             remote::ask(task, draft)?;
         }
     }
+    tracing::info!("asked the tasks");
     let lines: Vec<_> = tree.tasks.iter().map(task::tree_entry).collect();
     writer.write_all(ImageKind::Pstree, 0, &lines)?;
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
@@ -154,7 +178,9 @@ fn save(
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
     write::write_inventory(writer, options, own_cgroups, run_id.to_string())?;
+    tracing::info!("wrote the images but the pages");
     let copied = memory.drain()?;
+    tracing::info!(bytes = copied.bytes, "wrote the pages");
     (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
     (report.tasks, report.threads) = (tree.tasks.len(), tree.thread_count());
     report.memory = memory.counts;

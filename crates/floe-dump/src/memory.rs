@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use floe_image::messages::VmaEntry;
 use floe_image::{ImageKind, ImageWriter};
+use floe_kernel::ids::PAGE_SIZE;
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
     FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
@@ -10,7 +12,7 @@ use floe_memory::{
 };
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
-use floe_resources::vma::{AddressSpace, guard_entry};
+use floe_resources::vma::{AddressSpace, Vma, guard_entry};
 use rustix::fs::OFlags;
 
 use crate::error::DumpError;
@@ -47,39 +49,60 @@ impl<'a> MemoryDump<'a> {
         }
     }
 
-    /// Finds a task's own pages and begins to copy them. Guard regions are added to its mappings.
+    /// Finds a task's own pages and begins to copy them; returns its guard regions.
     pub fn send_task(
         &mut self,
         task: &FrozenTask,
-        space: &mut AddressSpace,
-        guards: &mut Vec<floe_image::messages::VmaEntry>,
-    ) -> Result<(), DumpError> {
+        space: &AddressSpace,
+    ) -> Result<Vec<VmaEntry>, DumpError> {
         let pagemap = Pagemap::new(task.proc.open_file("pagemap", OFlags::RDONLY)?);
         let mut scanner = PageScanner::new(task.pid, pagemap);
         let mut builder = self.begin(ImageKind::Pagemap, task.pid.0 as u64)?;
-        let plain: Arc<dyn PageSource> = Arc::new(TaskPages(task.pid));
-        let mut forced: Option<Arc<dyn PageSource>> = None;
-        let (mut runs, mut guard_runs) = (Vec::new(), Vec::new());
-        let mut runs_readable = true;
-        for vma in &space.vmas {
-            let Some(selection) = vma.pages else { continue };
-            if vma.readable != runs_readable {
-                let source = pick(task, runs_readable, &plain, &mut forced)?;
-                builder.send(&mut self.pump, &source, &runs)?;
-                runs.clear();
-                runs_readable = vma.readable;
+        let mut sources = Sources::new(task);
+        let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
+        // One question for neighbours: a program with many threads has thousands of small mappings.
+        for vmas in space.vmas.chunk_by(|one, next| one.pages == next.pages) {
+            let (Some(first), Some(last)) = (vmas.first(), vmas.last()) else {
+                continue;
+            };
+            let Some(selection) = first.pages else {
+                continue;
+            };
+            runs.clear();
+            scanner.select(
+                first.range().start..last.range().end,
+                selection,
+                &mut runs,
+                &mut guards,
+            )?;
+            for part in by_mapping(&runs, vmas) {
+                if part.readable != batch.readable {
+                    self.send(&mut builder, &mut sources, &mut batch)?;
+                    batch.readable = part.readable;
+                }
+                batch.runs.push(part.run);
             }
-            scanner.select(vma.range(), selection, &mut runs, &mut guard_runs)?;
         }
-        let source = pick(task, runs_readable, &plain, &mut forced)?;
-        builder.send(&mut self.pump, &source, &runs)?;
+        self.send(&mut builder, &mut sources, &mut batch)?;
         self.counts.pages_scanned += scanner.pages_scanned();
         self.counts.pages_written += builder.finish(self.writer)?.pages;
-        guards.extend(
-            guard_runs
-                .iter()
-                .map(|run: &PageRun| guard_entry(run.start..run.end())),
-        );
+        Ok(guards
+            .iter()
+            .map(|run: &PageRun| guard_entry(run.start..run.end()))
+            .collect())
+    }
+
+    fn send(
+        &mut self,
+        builder: &mut PagemapBuilder,
+        sources: &mut Sources<'_>,
+        batch: &mut Batch,
+    ) -> Result<(), DumpError> {
+        if !batch.runs.is_empty() {
+            let source = sources.of(batch.readable)?;
+            builder.send(&mut self.pump, &source, &batch.runs)?;
+            batch.runs.clear();
+        }
         Ok(())
     }
 
@@ -93,7 +116,7 @@ impl<'a> MemoryDump<'a> {
         let mut builder = self.begin(ImageKind::ShmemPagemap, segment.id)?;
         let source: Arc<dyn PageSource> = Arc::new(FilePages(segment.file));
         builder.send(&mut self.pump, &source, &runs)?;
-        self.counts.shared_scanned += segment.size.div_ceil(floe_kernel::ids::PAGE_SIZE);
+        self.counts.shared_scanned += segment.size.div_ceil(PAGE_SIZE);
         self.counts.shared_written += builder.finish(self.writer)?.pages;
         Ok(())
     }
@@ -114,20 +137,137 @@ impl<'a> MemoryDump<'a> {
     }
 }
 
-fn pick(
-    task: &FrozenTask,
+/// Pages that are read in one way.
+struct Batch {
+    runs: Vec<PageRun>,
     readable: bool,
-    plain: &Arc<dyn PageSource>,
-    forced: &mut Option<Arc<dyn PageSource>>,
-) -> Result<Arc<dyn PageSource>, DumpError> {
-    if readable {
-        return Ok(plain.clone());
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Batch {
+            runs: Vec::new(),
+            readable: true,
+        }
     }
-    if let Some(source) = forced {
-        return Ok(source.clone());
+}
+
+/// The ways to read a task's memory.
+struct Sources<'a> {
+    task: &'a FrozenTask,
+    plain: Arc<dyn PageSource>,
+    forced: Option<Arc<dyn PageSource>>,
+}
+
+impl<'a> Sources<'a> {
+    fn new(task: &'a FrozenTask) -> Self {
+        Sources {
+            task,
+            plain: Arc::new(TaskPages(task.pid)),
+            forced: None,
+        }
     }
-    let source: Arc<dyn PageSource> =
-        Arc::new(ForcedTaskPages(task.proc.open_file("mem", OFlags::RDONLY)?));
-    *forced = Some(source.clone());
-    Ok(source)
+
+    fn of(&mut self, readable: bool) -> Result<Arc<dyn PageSource>, DumpError> {
+        if readable {
+            return Ok(self.plain.clone());
+        }
+        if let Some(source) = &self.forced {
+            return Ok(source.clone());
+        }
+        let memory = self.task.proc.open_file("mem", OFlags::RDONLY)?;
+        let source: Arc<dyn PageSource> = Arc::new(ForcedTaskPages(memory));
+        self.forced = Some(source.clone());
+        Ok(source)
+    }
+}
+
+/// A piece of a run that lies in one mapping, or in several that are all read in the same way.
+#[derive(Debug, PartialEq, Eq)]
+struct Part {
+    run: PageRun,
+    readable: bool,
+}
+
+/// Cuts runs where the way to read them changes.
+fn by_mapping(runs: &[PageRun], vmas: &[Vma]) -> Vec<Part> {
+    if vmas.iter().all(|vma| vma.readable) {
+        return runs
+            .iter()
+            .map(|&run| Part {
+                run,
+                readable: true,
+            })
+            .collect();
+    }
+    let mut parts = Vec::new();
+    let mut vmas = vmas.iter().peekable();
+    for run in runs {
+        let mut start = run.start;
+        while start < run.end() {
+            let Some(vma) = vmas.peek() else { break };
+            if vma.entry.end <= start {
+                vmas.next();
+                continue;
+            }
+            let end = run.end().min(vma.entry.end);
+            let run = PageRun {
+                start,
+                pages: (end - start) / PAGE_SIZE,
+            };
+            parts.push(Part {
+                run,
+                readable: vma.readable,
+            });
+            start = end;
+        }
+    }
+    parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vma(start: u64, end: u64, readable: bool) -> Vma {
+        let entry = VmaEntry {
+            start,
+            end,
+            ..VmaEntry::default()
+        };
+        Vma {
+            entry,
+            pages: None,
+            readable,
+        }
+    }
+
+    #[test]
+    fn runs_are_cut_between_readable_and_hidden_mappings() {
+        let vmas = [
+            vma(0x1000, 0x3000, true),
+            vma(0x3000, 0x4000, false),
+            vma(0x8000, 0x9000, true),
+        ];
+        let runs = [
+            PageRun {
+                start: 0x2000,
+                pages: 2,
+            },
+            PageRun {
+                start: 0x8000,
+                pages: 1,
+            },
+        ];
+        let part = |start, pages, readable| Part {
+            run: PageRun { start, pages },
+            readable,
+        };
+        let expected = [
+            part(0x2000, 1, true),
+            part(0x3000, 1, false),
+            part(0x8000, 1, true),
+        ];
+        assert_eq!(by_mapping(&runs, &vmas), expected);
+    }
 }

@@ -48,8 +48,8 @@ pub fn ask(task: &mut FrozenTask, draft: &mut TaskDraft) -> Result<(), CollectEr
         .ok_or(InjectError::NoGate { pid })?;
     let arena = Arena::inject(leader, gate, signal)?;
     let mut answered = ask_leader(&task.proc, &arena, leader, draft);
-    for (thread, thread_draft) in others.iter_mut().zip(draft.threads.iter_mut().skip(1)) {
-        answered = answered.and_then(|()| ask_thread(&arena, thread, thread_draft));
+    if let Some((_, drafts)) = draft.threads.split_first_mut() {
+        answered = answered.and_then(|()| ask_threads(&arena, others, drafts));
     }
     for thread in others {
         thread.put_back()?;
@@ -108,15 +108,32 @@ fn ask_leader(
     Ok(())
 }
 
-fn ask_thread(
+/// Asks many threads at once, as far as their programs fit the arena beside each other.
+fn ask_threads(
     arena: &Arena,
-    thread: &mut Stopped,
-    draft: &mut ThreadDraft,
+    threads: &mut [Stopped],
+    drafts: &mut [ThreadDraft],
 ) -> Result<(), CollectError> {
     let mut program = Program::new();
     let questions = ThreadQuestions::ask(&mut program);
-    let outcome = arena.run(thread, &program)?;
-    questions.read(&outcome, draft);
+    let bytes = program.arena_bytes();
+    let at_once = (arena.capacity() / bytes).max(1);
+    for (threads, drafts) in threads.chunks_mut(at_once).zip(drafts.chunks_mut(at_once)) {
+        let mut result = Ok(());
+        let mut started = 0;
+        while let (Some(thread), Ok(())) = (threads.get_mut(started), &result) {
+            result = arena.start(thread, &program, started * bytes);
+            started += usize::from(result.is_ok());
+        }
+        // What was started has to be waited for, also after a failure.
+        for (index, (thread, draft)) in threads.iter_mut().zip(drafts).take(started).enumerate() {
+            match arena.finish(thread, &program, index * bytes) {
+                Ok(outcome) => questions.read(&outcome, draft),
+                Err(error) => result = result.and(Err(error)),
+            }
+        }
+        result?;
+    }
     Ok(())
 }
 

@@ -142,7 +142,6 @@ fn collect_thread(
     let regs = thread.regs()?;
     let status = parse_status(&proc.read(&format!("task/{tid}/status"))?)
         .map_err(|error| proc.bad(error))?;
-    let comm = proc.read(&format!("task/{tid}/comm"))?;
     let cg_set = cgroups.of(proc, &format!("task/{tid}/cgroup"))?;
     let (futex_rla, futex_rla_len) = robust_list(tid).map_err(|source| CollectError::Task {
         pid: tid,
@@ -161,7 +160,7 @@ fn collect_thread(
                 SignalQueue::Private,
                 group_stop(task),
             )?),
-            comm: Some(String::from_utf8_lossy(comm.trim_ascii_end()).into_owned()),
+            comm: Some(String::from_utf8_lossy(&status.name).into_owned()),
             rseq_entry: Some(rseq.entry.clone()),
             cg_set: Some(cg_set),
             ..ThreadCoreEntry::default()

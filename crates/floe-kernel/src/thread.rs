@@ -60,10 +60,12 @@ pub fn scheduling(tid: HostPid) -> io::Result<Scheduling> {
     } else {
         0
     };
+    let real_time = [libc::SCHED_FIFO, libc::SCHED_RR, libc::SCHED_DEADLINE]
+        .contains(&attr.policy.cast_signed());
     Ok(Scheduling {
         policy: attr.policy | reset,
         priority: attr.priority,
-        nice: nice(tid)?,
+        nice: if real_time { nice(tid)? } else { attr.nice },
         runtime: attr.runtime,
         deadline: attr.deadline,
         period: attr.period,

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::__cpuid_count;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// A component of the xsave area, by its bit in XCR0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,9 +18,25 @@ pub enum XsaveComponent {
 
 /// Where a component lies in the standard (not compacted) format; `None` when this CPU or kernel does
 /// not have it. The offsets differ between makers: only CPUID tells.
+///
+/// Asked once and kept: the instruction is slow in virtual machines, and the answer never changes.
 pub fn component_range(component: XsaveComponent) -> Option<Range<usize>> {
-    let bit = component as u32;
-    if enabled_features() & (1 << bit) == 0 {
+    static KNOWN: OnceLock<[Option<Range<usize>>; COMPONENTS]> = OnceLock::new();
+    let known = KNOWN.get_or_init(|| {
+        let enabled = enabled_features();
+        std::array::from_fn(|bit| ask_range(enabled, bit as u32))
+    });
+    known[component as usize].clone()
+}
+
+/// More than the highest component.
+const COMPONENTS: usize = 10;
+
+/// x87 and SSE have fixed places, which this leaf does not tell.
+const FIRST: u32 = 2;
+
+fn ask_range(enabled: u64, bit: u32) -> Option<Range<usize>> {
+    if bit < FIRST || enabled & (1 << bit) == 0 {
         return None;
     }
     let leaf = cpuid(0xd, bit);

@@ -312,7 +312,10 @@ pub fn plan_threads(planner: &mut Planner<'_>) {
     {
         let pid = task.pid();
         let tids: Vec<u32> = task.threads.keys().copied().collect();
-        let needs = [Handle::Memory(pid), Handle::Descriptors(pid)];
+        let mut needs = vec![Handle::Memory(pid), Handle::Descriptors(pid)];
+        if !tids.is_empty() {
+            needs.push(crate::state::shared(pid));
+        }
         let name = format!("make {} threads", tids.len());
         planner.task_step(pid, name, (&needs, &[Handle::Threads(pid)]), move |world| {
             make_threads(world, pid, &tids)

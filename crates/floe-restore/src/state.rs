@@ -1,16 +1,20 @@
 //! Steps that give tasks and threads the state that is theirs alone.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{CoreEntry, SeccompEntry, SeccompFilter};
-use floe_inject::Program;
+use floe_inject::{Program, Stopped};
 use floe_kernel::features::KernelFeatures;
 use floe_plan::Handle;
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, World};
 use floe_resources::task::rebuild::{self, Birth, TaskContext};
 
 use crate::tree::is_zombie;
+
+/// Where programs that run at once begin in the arena.
+const PLACE: usize = 64;
 
 /// What all threads of a tree are rebuilt from, beside their own images.
 pub struct Background<'i> {
@@ -55,6 +59,11 @@ fn threads(task: &TaskImages) -> impl Iterator<Item = (u32, &CoreEntry)> {
 /// The programs of some threads, with the task that they belong to.
 type Programs = Vec<(u32, Program)>;
 
+/// What the leader's program before its threads makes, where there are threads.
+pub fn shared(pid: u32) -> Handle {
+    Handle::Object("shared state", u64::from(pid))
+}
+
 /// Adds the steps that give every task and thread its state.
 pub fn plan<'i>(
     planner: &mut Planner<'i>,
@@ -66,27 +75,9 @@ pub fn plan<'i>(
         .iter()
         .filter(|task| !is_zombie(images, task.pid()))
         .collect();
-    for task in &tasks {
-        let pid = task.pid();
-        let early = rebuild::plan_task(&task.core, &background.of(task, pid))?;
-        planner.task_step(
-            pid,
-            "settings before memory",
-            (&[], &[Handle::Object("early", u64::from(pid))]),
-            move |world| world.run(pid, &early).map(drop),
-        );
-        let mut programs = Programs::new();
-        for (tid, core) in threads(task) {
-            rebuild::registers::checked(core, &background.of(task, tid))?;
-            programs.push((tid, rebuild::plan_thread(core, &background.of(task, tid))?));
-        }
-        let handle = Handle::Object("thread state", u64::from(pid));
-        planner.task_step(
-            pid,
-            "state of threads",
-            (&[Handle::Threads(pid)], &[handle]),
-            move |world| run_all(world, pid, &programs),
-        );
+    let mut last = Vec::new();
+    for task in tasks {
+        last.push((task, plan_task(task, planner, background)?));
     }
     let everything = planner.made(|_| true);
     planner.step(
@@ -94,12 +85,8 @@ pub fn plan<'i>(
         (&everything, &[Handle::Ready]),
         |_| Ok(()),
     );
-    for task in tasks {
+    for (task, programs) in last {
         let pid = task.pid();
-        let mut programs = Programs::new();
-        for (tid, core) in threads(task) {
-            programs.push((tid, rebuild::plan_last(core, &background.of(task, tid))?));
-        }
         planner.task_step(
             pid,
             "signals, timers, limits, credentials",
@@ -116,19 +103,76 @@ pub fn plan<'i>(
     Ok(())
 }
 
+/// Adds the steps of one task but the last one, for which it answers the programs.
+fn plan_task<'i>(
+    task: &'i TaskImages,
+    planner: &mut Planner<'i>,
+    background: &Background<'i>,
+) -> Result<Programs, PlanError> {
+    let pid = task.pid();
+    let object = |name| Handle::Object(name, u64::from(pid));
+    let run = |program: Program| move |world: &mut World<'i>| world.run(pid, &program).map(drop);
+    let early = rebuild::plan_task(&task.core, &background.of(task, pid))?;
+    let name = "settings before memory";
+    planner.task_step(pid, name, (&[], &[object("early")]), run(early));
+    let mut birth = background.birth.clone();
+    if !task.threads.is_empty() {
+        let cores = threads(task).map(|(_, core)| core);
+        let program;
+        (program, birth) = rebuild::plan_shared(cores, &background.of(task, pid))?;
+        let needs = [Handle::Tree, object("early")];
+        let name = "what threads inherit";
+        planner.task_step(pid, name, (&needs, &[shared(pid)]), run(program));
+    }
+    let (mut state, mut last) = (Programs::new(), Programs::new());
+    for (tid, core) in threads(task) {
+        let context = TaskContext {
+            birth: &birth,
+            ..background.of(task, tid)
+        };
+        rebuild::registers::checked(core, &context)?;
+        state.push((tid, rebuild::plan_thread(core, &context)?));
+        last.push((tid, rebuild::plan_last(core, &context)?));
+    }
+    planner.task_step(
+        pid,
+        "state of threads",
+        (&[Handle::Threads(pid)], &[object("thread state")]),
+        move |world| run_all(world, pid, &state),
+    );
+    Ok(last)
+}
+
+/// Runs the programs of the other threads at once, then that of the leader.
 fn run_all(world: &mut World<'_>, pid: u32, programs: &Programs) -> Result<(), ExecuteError> {
     let puppet = world.puppet(pid)?;
-    for (tid, program) in programs.iter().filter(|(_, program)| !program.is_empty()) {
-        if *tid == pid {
-            puppet.run(program)?;
-            continue;
+    let others = programs.iter().filter(|(tid, _)| *tid != pid);
+    let mut others = others.filter(|(_, program)| !program.is_empty()).peekable();
+    while others.peek().is_some() {
+        let mut started = Vec::new();
+        let mut used = 0;
+        while let Some((tid, program)) = others.next_if(|(_, program)| {
+            started.is_empty() || used + program.arena_bytes() <= puppet.arena.capacity()
+        }) {
+            let thread = thread(&mut puppet.threads, *tid)?;
+            puppet.arena.start(thread, program, used)?;
+            started.push((tid, program, used));
+            used += program.arena_bytes().next_multiple_of(PLACE);
         }
-        let thread = puppet
-            .threads
-            .get_mut(tid)
-            .ok_or(rustix::io::Errno::SRCH)
-            .during("Finding thread", || tid.to_string())?;
-        puppet.arena.run(thread, program)?;
+        for (tid, program, offset) in started {
+            let thread = thread(&mut puppet.threads, *tid)?;
+            puppet.arena.finish(thread, program, offset)?;
+        }
     }
-    Ok(())
+    match programs.iter().find(|(tid, _)| *tid == pid) {
+        Some((_, program)) => puppet.run(program).map(drop),
+        None => Ok(()),
+    }
+}
+
+fn thread(threads: &mut BTreeMap<u32, Stopped>, tid: u32) -> Result<&mut Stopped, ExecuteError> {
+    let thread = threads.get_mut(&tid);
+    thread
+        .ok_or(rustix::io::Errno::SRCH)
+        .during("Finding thread", || tid.to_string())
 }

@@ -3,7 +3,6 @@
 mod puppets;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 
 use floe_image::messages::VmaEntry;
 use floe_inject::Arg;
@@ -20,7 +19,6 @@ fn with_userfaultfd() -> FillOptions {
     FillOptions {
         workers: 2,
         userfaultfd: true,
-        parents: Arc::default(),
     }
 }
 

@@ -6,6 +6,8 @@ use crate::ids::{HostPid, NsPid};
 /// What a dump needs of `/proc/<pid>/status` (proc_pid_status(5)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Status {
+    /// The name of the thread, at most 15 bytes, any bytes.
+    pub name: Vec<u8>,
     pub state: u8,
     pub tgid: Option<HostPid>,
     pub ppid: Option<HostPid>,
@@ -46,7 +48,11 @@ pub fn parse_status(text: &[u8]) -> Result<Status, ParseError> {
         let Some(colon) = line.iter().position(|&b| b == b':') else {
             continue;
         };
-        let value = line[colon + 1..].trim_ascii();
+        // A name may begin and end with blanks.
+        let value = match &line[..colon] {
+            b"Name" => line[colon + 1..].strip_prefix(b"\t").unwrap_or(b""),
+            _ => line[colon + 1..].trim_ascii(),
+        };
         read_line(&mut status, &line[..colon], value)
             .ok_or_else(|| ParseError::new("status", "value", line))?;
     }
@@ -55,6 +61,7 @@ pub fn parse_status(text: &[u8]) -> Result<Status, ParseError> {
 
 fn read_line(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
     match key {
+        b"Name" => status.name = unescape_name(value),
         b"State" => status.state = *value.first()?,
         b"Tgid" => status.tgid = Some(pid(value)?),
         b"PPid" => status.ppid = Some(pid(value)?),
@@ -81,6 +88,23 @@ fn read_line(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
         _ => {}
     }
     Some(())
+}
+
+/// Undoes the kernel's escapes, which are of line feed and backslash only.
+fn unescape_name(value: &[u8]) -> Vec<u8> {
+    let mut name = Vec::with_capacity(value.len());
+    let mut rest = value.iter();
+    while let Some(&byte) = rest.next() {
+        name.push(match byte {
+            b'\\' => match rest.next() {
+                Some(b'n') => b'\n',
+                Some(&other) => other,
+                None => byte,
+            },
+            other => other,
+        });
+    }
+    name
 }
 
 fn short(text: &[u8]) -> Option<u32> {
@@ -115,6 +139,7 @@ mod tests {
     #[test]
     fn known_lines_are_read_and_new_ones_passed_over() {
         let status = parse_status(TEXT).expect("well formed");
+        assert_eq!(status.name, b"cat\nUid:\t1");
         assert_eq!(
             (status.umask, status.uids, status.gids),
             (Some(0o22), [0, 1, 2, 3], [4, 5, 6, 7])

@@ -213,6 +213,32 @@ pub fn warn_of_losses(want: &Credentials, context: &TaskContext<'_>) {
     }
 }
 
+/// Drops from the bounding set what no thread of a process wants, for its threads to inherit: one by
+/// one for each of some hundred threads it would take longer than all the rest of a restore. Effective
+/// capabilities stay. Answers what the threads are then born with.
+pub fn plan_shared_bounding(
+    threads: &[Credentials],
+    born: &Credentials,
+    program: &mut Program,
+) -> Credentials {
+    // What is to become inheritable must still be there.
+    let wanted = threads
+        .iter()
+        .fold(0, |all, it| all | it.bounding | it.inheritable);
+    plan_bounding(born.bounding & !wanted, program);
+    Credentials {
+        bounding: born.bounding & wanted,
+        ..born.clone()
+    }
+}
+
+fn plan_bounding(losses: u64, program: &mut Program) {
+    for bit in bits(losses) {
+        let label = format!("prctl(PR_CAPBSET_DROP, {})", names(1 << bit));
+        prctl(program, label, &[libc::PR_CAPBSET_DROP as u32, bit]);
+    }
+}
+
 /// Turns a thread that was `born` with these credentials into what it was.
 pub fn plan(
     want: &Credentials,
@@ -319,10 +345,7 @@ fn plan_capabilities(
             &[libc::PR_CAP_AMBIENT as u32, operation, bit],
         );
     }
-    for bit in bits(born.bounding & !want.bounding) {
-        let label = format!("prctl(PR_CAPBSET_DROP, {})", names(1 << bit));
-        prctl(program, label, &[libc::PR_CAPBSET_DROP as u32, bit]);
-    }
+    plan_bounding(born.bounding & !want.bounding, program);
     if securebits != want.securebits {
         plan_securebits(want.securebits, program);
     }

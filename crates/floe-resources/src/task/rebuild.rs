@@ -1,11 +1,14 @@
 //! The state of a puppet, as programs that it runs upon itself.
 //!
-//! Everything here is pure: image entries in, calls appended to a [`Program`]. Three programs make a
+//! Everything here is pure: image entries in, calls appended to a [`Program`]. A few programs make a
 //! task; each may be empty, and then nothing needs to run.
 //!
 //! 1. [`plan_task`], once a process, as soon as it exists: before its threads, because they inherit
 //!    the personality, and registering for membarrier waits for every CPU once a process has more than
 //!    one; before its memory, because the THP setting decides what pages it gets.
+//!
+//!    [`plan_shared`], the leader of a process with threads: after its children, which do not share it,
+//!    and before its threads, which inherit it.
 //! 2. [`plan_thread`], every thread with the leader, once memory is filled: the kernel writes to the
 //!    rseq area when it is registered, and `READ_IMPLIES_EXEC` in a personality changes mappings.
 //! 3. [`plan_last`], all other threads first and the leader after them, when descriptors and children
@@ -83,6 +86,26 @@ pub fn plan_task(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
     attributes::plan_personality(task, &mut program);
     attributes::plan_early(task, context.mm, &mut program);
     Ok(program)
+}
+
+/// What a leader does on behalf of all threads of its process, and what those are then born with: to be
+/// the `birth` in the context of all later programs of the process, the leader's too.
+pub fn plan_shared<'a>(
+    threads: impl IntoIterator<Item = &'a CoreEntry>,
+    context: &TaskContext<'_>,
+) -> Result<(Program, Birth), PlanError> {
+    let mut program = Program::new();
+    let wanted = threads.into_iter().map(|core| {
+        let thread = thread_core(core, context)?;
+        credentials::wanted(thread, context)
+    });
+    let wanted: Vec<_> = wanted.collect::<Result<_, _>>()?;
+    let born = &context.birth.credentials;
+    let birth = Birth {
+        credentials: credentials::plan_shared_bounding(&wanted, born, &mut program),
+        ..context.birth.clone()
+    };
+    Ok((program, birth))
 }
 
 /// What a thread does once its process has its memory.
