@@ -1,6 +1,6 @@
 //! The last act: registers in, executor out, everybody runs.
 
-use floe_image::messages::CoreEntry;
+use floe_image::messages::{CoreEntry, RseqEntry};
 use floe_inject::{Saved, Stopped};
 use floe_kernel::ptrace;
 use floe_options::AfterRestore;
@@ -14,16 +14,32 @@ use crate::state::Background;
 /// Lets the whole tree run; consumes every puppet.
 pub fn release(world: &mut World<'_>, background: &Background<'_>) -> Result<(), ExecuteError> {
     let images = world.images;
+    let mut area = Vec::new();
     for (pid, puppet) in &mut world.puppets {
         let task = images
             .task(*pid)
             .expect("helpers and zombies are gone by now");
-        set_final_state(&mut puppet.leader, &task.core, &background.of(task, *pid))?;
+        let context = background.of(task, *pid);
+        set_final_state(&mut puppet.leader, &task.core, &context, &mut area)?;
         for (tid, thread) in &mut puppet.threads {
-            set_final_state(thread, &task.threads[tid], &background.of(task, *tid))?;
+            let context = background.of(task, *tid);
+            set_final_state(thread, &task.threads[tid], &context, &mut area)?;
+            thread.put_back()?;
         }
     }
+    tracing::debug!("registers are set");
     remove_executors(world)?;
+    for (pid, puppet) in &mut world.puppets {
+        let task = images
+            .task(*pid)
+            .expect("helpers and zombies are gone by now");
+        puppet.leader.put_back()?;
+        write_rseq_pointer(&puppet.leader, &task.core)?;
+        for (tid, thread) in &puppet.threads {
+            write_rseq_pointer(thread, &task.threads[tid])?;
+        }
+    }
+    tracing::debug!("executors are gone");
     let all_stopped = world.options.after == AfterRestore::LeaveStopped;
     for (
         pid,
@@ -60,40 +76,51 @@ fn stop_signal(task: &TaskImages) -> i32 {
     if stops { signal } else { libc::SIGSTOP }
 }
 
+/// Sets FPU state, and decides registers and mask. All threads share `area`: it is filled from the
+/// first one, for what this machine wants of such an area, and is written over for each.
 fn set_final_state(
     thread: &mut Stopped,
     core: &CoreEntry,
     context: &TaskContext<'_>,
+    area: &mut Vec<u8>,
 ) -> Result<(), ExecuteError> {
     let pid = thread.pid();
     let what = || format!("of thread {pid}");
     let info = registers::checked(core, context).map_err(late)?;
-    let mut area = ptrace::xstate(pid).during("Reading the FPU state", what)?;
-    fpu::from_image(&info.fpregs, &mut area, context).map_err(late)?;
-    ptrace::set_xstate(pid, &area).during("Setting the FPU state", what)?;
+    if area.is_empty() {
+        *area = ptrace::xstate(pid).during("Reading the FPU state", what)?;
+    }
+    fpu::from_image(&info.fpregs, area, context).map_err(late)?;
+    ptrace::set_xstate(pid, area).during("Setting the FPU state", what)?;
     let mut regs = registers::from_image(&info.gpregs);
-    let Some(own) = &core.thread_core else {
-        return Err(late(PlanError::damaged(
-            format!("core-{}.img", context.tid),
-            "thread_core is missing",
-        )));
-    };
-    if let Some(registration) = &own.rseq_entry {
+    if let Some(registration) = rseq_of(core) {
         let read = |at: floe_kernel::ids::TaskAddr, buffer: &mut [u8]| {
             floe_inject::read_memory(pid, at.0, buffer)
         };
         regs.rip = rseq::fix_ip(registration, regs.rip, read)
             .during("Reading the restartable sequence", what)?;
-        if let Some((at, pointer)) = rseq::pointer_to_write(registration) {
-            floe_inject::write_memory(pid, at.0, &pointer.to_le_bytes())
-                .during("Writing the restartable sequence", what)?;
-        }
     }
     thread.replace(Saved {
         regs,
         sigmask: signal_mask(core),
     });
     Ok(())
+}
+
+fn rseq_of(core: &CoreEntry) -> Option<&RseqEntry> {
+    core.thread_core.as_ref()?.rseq_entry.as_ref()
+}
+
+/// Writes the pointer to the sequence that a thread goes on in; our calls in it would clear it.
+fn write_rseq_pointer(thread: &Stopped, core: &CoreEntry) -> Result<(), ExecuteError> {
+    let Some((at, pointer)) = rseq_of(core).and_then(rseq::pointer_to_write) else {
+        return Ok(());
+    };
+    let pid = thread.pid();
+    floe_inject::write_memory(pid, at.0, &pointer.to_le_bytes())
+        .during("Writing the restartable sequence", || {
+            format!("of thread {pid}")
+        })
 }
 
 /// A fault of the images that only shows beside the machine's own state.
