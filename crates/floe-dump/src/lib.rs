@@ -26,6 +26,7 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
+use floe_resources::fd::remap::HeldNames;
 use floe_resources::task::cgroup::CgroupSets;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::{Collector, Obstacle};
@@ -74,7 +75,7 @@ pub fn dump(
         "the tree is stopped"
     );
     let run_id = run_id();
-    let network = save(
+    let (network, links) = save(
         &mut tree,
         options,
         (features, &run_id),
@@ -91,12 +92,16 @@ pub fn dump(
         let network = network.persist(&run_id)?;
         release::kill(tree)?;
         network.end();
+        links.keep();
         tracing::info!("ended the tree");
         report.frozen = stopping.elapsed();
     } else {
         network.release().map_err(DumpError::Connections)?;
         match options.after {
-            AfterDump::LeaveStopped => release::stop(tree)?,
+            AfterDump::LeaveStopped => {
+                links.keep();
+                release::stop(tree)?;
+            }
             _ => release::resume(tree)?,
         }
         report.frozen = stopping.elapsed();
@@ -129,7 +134,7 @@ fn save(
     (features, run_id): (&KernelFeatures, &str),
     writer: &ImageWriter,
     report: &mut DumpReport,
-) -> Result<HeldConnections, DumpError> {
+) -> Result<(HeldConnections, HeldNames), DumpError> {
     let mut collector = Collector::new(options, features, writer);
     let mut shared = Shared {
         kinship: Kinship::new()?,
@@ -172,6 +177,7 @@ fn save(
         write::write_task(writer, task, draft, guards)?;
     }
     report.files = collector.files().len();
+    let links = std::mem::take(collector.cache(HeldNames::default));
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
     if let Some(cgroups) = shared.cgroups.into_entry() {
@@ -184,7 +190,7 @@ fn save(
     (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
     (report.tasks, report.threads) = (tree.tasks.len(), tree.thread_count());
     report.memory = memory.counts;
-    Ok(network)
+    Ok((network, links))
 }
 
 /// Collects what can be seen from outside, and refuses when something cannot be saved.

@@ -1,62 +1,265 @@
-//! Files that cannot be found under the name that `/proc` shows.
+//! Files that cannot be found under the name that `/proc` shows: deleted ones, and those of dead processes.
 //!
-//! Saved:    so far only files that are where their name says; all others are obstacles.
-//! Rebuilt:  -
-//! Not kept: -
+//! Saved:    content, owner, mode and times of a file without any name; an extra name (`--link-remap`) for
+//!           one that lives on under a name that nobody knows; the pid for files of `/proc/<pid>`.
+//! Rebuilt:  brought back under a temporary name, given its old name, opened, and deleted again. Needs:
+//!           the directory to be writable.
+//! Not kept: access control lists and extended attributes; that two deleted directories were nested.
 
 mod ghost;
 mod names;
 mod rebuild;
 
-use std::path::Path;
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
 
-pub use rebuild::{NAMES_GONE, is_link, needs_of_name, open_by_name, plan_names};
+use floe_image::ImageKind;
+use floe_image::messages::{FdTypes, FileEntry, RegFileEntry, RemapFilePathEntry, RemapType};
+use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use rustix::io::Errno;
 
+pub use names::HeldNames;
+pub use rebuild::{NAMES_GONE, is_link, needs_of_name, open_by_name, plan_names};
+
+use super::file_entry;
+use super::memfd::reopen;
 use super::regular::NamedFile;
-use crate::collect::{CollectError, Collector, FileId};
+use crate::collect::{CollectError, Collector, FileId, no_owner};
 
 /// What the kernel adds to the name of a file without one.
 const DELETED: &[u8] = b" (deleted)";
 
-/// The name under which restore will find the file of entry `id`.
-///
-/// This is where deleted files get their ghost or link-remap: the entries of `remap-fpath` name `id`.
+/// `statfs(2)`.
+const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
+const NFS_SUPER_MAGIC: i64 = 0x6969;
+
+/// Numbers of the deleted files saved so far, by device and inode.
+#[derive(Default)]
+struct Ghosts(HashMap<(u64, u64), u32>);
+
+/// Extra names given so far, by device and inode.
+#[derive(Default)]
+struct Links(HashMap<(u64, u64), u32>);
+
+/// Dead processes noted so far: one entry is enough for all files of a process.
+#[derive(Default)]
+struct Dead(HashSet<u32>);
+
+/// The name under which restore will find the file of entry `id`; where there is none, what it needs to
+/// bring the name back is saved.
 pub fn reachable_name(
-    _id: FileId,
+    id: FileId,
     file: &NamedFile<'_>,
-    _collector: &mut Collector<'_>,
+    collector: &mut Collector<'_>,
 ) -> Result<Vec<u8>, CollectError> {
     if !file.target.starts_with(b"/") {
         return Err(file.obstacle("", "close it: it has no path"));
     }
-    if is_there(file, file.target)? {
-        return Ok(file.target.to_vec());
-    }
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
-    if file.stat.st_nlink == 0 {
-        return Err(file.obstacle(", deleted", "close it: deleted files are not supported yet"));
+    match file_system(file)? {
+        PROC_SUPER_MAGIC => return name_in_proc(id, file, collector),
+        DEVPTS_SUPER_MAGIC => return Ok(name.to_vec()),
+        NFS_SUPER_MAGIC if is_silly_name(name) => {
+            // It goes with the last descriptor, that is, when the dumped tasks end.
+            save_link(id, name, file, collector)?;
+            return Ok(name.to_vec());
+        }
+        _ => {}
     }
-    if name.len() < file.target.len() && is_there(file, name)? {
+    if file.stat.st_nlink == 0 {
+        save_ghost(id, name, file, collector)?;
         return Ok(name.to_vec());
     }
-    Err(file.obstacle(
-        ", not the file at that path",
-        "close it: renamed or hidden files are not supported yet",
-    ))
+    match at(file, file.target)? {
+        Found::Itself => return Ok(file.target.to_vec()),
+        Found::Other(rdev) if collector.options.evasive_devices && is_device(file, rdev) => {
+            return Ok(file.target.to_vec());
+        }
+        Found::Other(_) => {
+            let what = ", hidden by another file of that name";
+            let remedy = "close it, or move the other file away: it cannot be opened by its name";
+            return Err(file.obstacle(what, remedy));
+        }
+        Found::Nothing => {}
+    }
+    let is_stale = name.len() == file.target.len() || !matches!(at(file, name)?, Found::Itself);
+    if is_stale {
+        save_link(id, name, file, collector)?;
+    }
+    Ok(name.to_vec())
 }
 
-/// Whether `name` leads to the very file.
-fn is_there(file: &NamedFile<'_>, name: &[u8]) -> Result<bool, CollectError> {
-    use std::os::unix::ffi::OsStrExt;
-    let path = Path::new(std::ffi::OsStr::from_bytes(name));
-    match rustix::fs::lstat(path) {
-        Ok(stat) => Ok((stat.st_dev, stat.st_ino) == (file.stat.st_dev, file.stat.st_ino)),
-        Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG | Errno::ACCESS) => Ok(false),
-        Err(errno) => Err(CollectError::Task {
-            pid: file.pid,
-            action: "Looking for an open file",
-            source: errno.into(),
-        }),
+fn file_system(file: &NamedFile<'_>) -> Result<i64, CollectError> {
+    let stat = rustix::fs::fstatfs(file.file);
+    stat.map(|stat| stat.f_type)
+        .map_err(|errno| failed(file, "Asking for the file system of an open file", errno))
+}
+
+fn failed(file: &NamedFile<'_>, action: &'static str, errno: Errno) -> CollectError {
+    CollectError::Task {
+        pid: file.pid,
+        action,
+        source: errno.into(),
     }
+}
+
+/// What a name leads to.
+enum Found {
+    Itself,
+    /// Another file, which may be this device.
+    Other(Option<u64>),
+    Nothing,
+}
+
+fn at(file: &NamedFile<'_>, name: &[u8]) -> Result<Found, CollectError> {
+    let same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (file.stat.st_dev, file.stat.st_ino);
+    match rustix::fs::lstat(name) {
+        Ok(stat) if same(&stat) => Ok(Found::Itself),
+        Ok(stat) => {
+            let kind = FileType::from_raw_mode(stat.st_mode);
+            let device = kind == FileType::from_raw_mode(file.stat.st_mode)
+                && matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+            Ok(Found::Other(device.then_some(stat.st_rdev)))
+        }
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::NAMETOOLONG) => Ok(Found::Nothing),
+        Err(errno) => Err(failed(file, "Looking for an open file", errno)),
+    }
+}
+
+fn is_device(file: &NamedFile<'_>, rdev: Option<u64>) -> bool {
+    rdev == Some(file.stat.st_rdev)
+}
+
+/// How NFS calls files that are deleted while they are open: `.nfs` and 24 hexadecimal digits.
+fn is_silly_name(name: &[u8]) -> bool {
+    let last = name.rsplit(|b| *b == b'/').next().unwrap_or_default();
+    last.strip_prefix(b".nfs")
+        .is_some_and(|digits| digits.len() >= 24 && digits.iter().all(u8::is_ascii_hexdigit))
+}
+
+/// Files of a process that has ended are opened on a process that takes its pid for that moment.
+fn name_in_proc(
+    id: FileId,
+    file: &NamedFile<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<Vec<u8>, CollectError> {
+    let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
+    let mut parts = name.split(|b| *b == b'/').skip(2);
+    let pid = parts
+        .next()
+        .and_then(|part| std::str::from_utf8(part).ok()?.parse::<u32>().ok());
+    let Some(pid) = pid else {
+        return Ok(file.target.to_vec());
+    };
+    // Only the directory of the process itself is shown as deleted, not what was in it.
+    let gone = name.len() < file.target.len() || !Path::new(&format!("/proc/{pid}")).exists();
+    if gone && collector.cache(Dead::default).0.insert(pid) {
+        save_remap(id, pid, RemapType::Procfs, collector)?;
+    }
+    Ok(name.to_vec())
+}
+
+fn save_remap(
+    id: FileId,
+    remap_id: u32,
+    kind: RemapType,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let entry = RemapFilePathEntry {
+        orig_id: id.0,
+        remap_id,
+        remap_type: Some(kind as i32),
+    };
+    collector.append_side(ImageKind::RemapFpath, &entry)
+}
+
+fn save_ghost(
+    id: FileId,
+    name: &[u8],
+    file: &NamedFile<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let ghosts = &mut collector.cache(Ghosts::default).0;
+    let next = ghosts.len() as u32 + 1;
+    let number = *ghosts
+        .entry((file.stat.st_dev, file.stat.st_ino))
+        .or_insert(next);
+    if number == next {
+        let limit = collector.options.ghost_limit.0;
+        let size = ghost::stored_bytes(file.stat);
+        if size > limit {
+            let what = format!(", deleted, with {size} bytes of content");
+            let remedy = format!("raise --ghost-limit above {size}, or close the file");
+            return Err(file.obstacle(&what, remedy));
+        }
+        ghost::save(u64::from(number), file, collector)?;
+        tracing::debug!(
+            name = %String::from_utf8_lossy(name),
+            number,
+            "saved a deleted file"
+        );
+    }
+    save_remap(id, number, RemapType::Ghost, collector)
+}
+
+/// Gives the file a name beside the one that it lost; restore removes it again.
+fn save_link(
+    id: FileId,
+    name: &[u8],
+    file: &NamedFile<'_>,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let key = (file.stat.st_dev, file.stat.st_ino);
+    if let Some(number) = collector.cache(Links::default).0.get(&key).copied() {
+        return save_remap(id, number, RemapType::Linked, collector);
+    }
+    if !collector.options.link_remap {
+        let what = ", deleted under this name but not under another";
+        let remedy = "use --link-remap, which gives it a temporary name beside the old one";
+        return Err(file.obstacle(what, remedy));
+    }
+    let number = collector.ids().fresh();
+    let Some(link) = make_link(name, number, file)? else {
+        // Overlay file systems cannot link what came from a lower layer.
+        return save_ghost(id, name, file, collector);
+    };
+    collector.cache(HeldNames::default).names().adopt(&link);
+    let link = link.into_os_string().into_encoded_bytes();
+    let entry = RegFileEntry {
+        id: number.0,
+        fown: no_owner(),
+        name: String::from_utf8(link)
+            .map_err(|_| file.obstacle("", "rename it: its name is not UTF-8"))?,
+        ..RegFileEntry::default()
+    };
+    collector.add_file(FileEntry {
+        reg: Some(entry),
+        ..file_entry(FdTypes::Reg, number)
+    });
+    collector.cache(Links::default).0.insert(key, number.0);
+    save_remap(id, number.0, RemapType::Linked, collector)
+}
+
+/// Links the file where its directory was, or in the nearest one above that still exists; `None` when it
+/// cannot be linked although the directory is there.
+fn make_link(
+    name: &[u8],
+    number: FileId,
+    file: &NamedFile<'_>,
+) -> Result<Option<PathBuf>, CollectError> {
+    use std::os::unix::ffi::OsStrExt;
+    let name = Path::new(std::ffi::OsStr::from_bytes(name));
+    for directory in name.ancestors().skip(1) {
+        let link = directory.join(format!("link_remap.{}", number.0));
+        match rustix::fs::linkat(file.file, "", CWD, &link, AtFlags::EMPTY_PATH) {
+            Ok(()) => return Ok(Some(link)),
+            Err(Errno::NOENT) if directory.exists() => return Ok(None),
+            Err(Errno::NOENT) => {}
+            Err(Errno::XDEV) => break,
+            Err(errno) => return Err(failed(file, "Giving an extra name to a file", errno)),
+        }
+    }
+    let remedy = "close it: no directory of its file system is left to give it a name in";
+    Err(file.obstacle(", deleted with its directory", remedy))
 }

@@ -18,6 +18,28 @@ enum Made {
     Directory(PathBuf),
 }
 
+/// Names that a dump has given, taken back when it is dropped.
+#[derive(Debug, Default)]
+pub struct HeldNames(TemporaryNames);
+
+impl HeldNames {
+    /// To add to them.
+    pub(super) fn names(&self) -> &TemporaryNames {
+        &self.0
+    }
+
+    /// Leaves the names for restore to find.
+    pub fn keep(self) {
+        self.0.0.borrow_mut().clear();
+    }
+}
+
+impl Drop for HeldNames {
+    fn drop(&mut self) {
+        self.0.remove_quietly();
+    }
+}
+
 /// How many other names are tried when one is taken.
 const ATTEMPTS: u32 = 100;
 
