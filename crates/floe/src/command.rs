@@ -14,7 +14,7 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
-use crate::{check, cpuinfo, demo, engine, help, image, logging, statistics};
+use crate::{check, cpuinfo, demo, engine, explain, help, image, logging, statistics};
 
 /// A command of Floe's own: its words stand first and have options of their own.
 pub struct OwnCommand {
@@ -31,6 +31,11 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "image",
         about: "show, decode and encode image files",
         run: image::run,
+    },
+    OwnCommand {
+        name: "explain",
+        about: "say what a log or an error message means",
+        run: explain::run,
     },
     OwnCommand {
         name: "demo",
@@ -75,7 +80,10 @@ struct Reporter {
 
 impl Reporter {
     fn report(&self, failure: &Failure) -> Exit {
-        let lines = failure.lines();
+        let mut lines = failure.lines();
+        if failure.exit != Exit::Usage {
+            lines.extend(explain::of_failure(&lines));
+        }
         if self.log == Target::File {
             lines
                 .iter()

@@ -10,9 +10,11 @@ mod cpuinfo;
 mod demo;
 mod engine;
 mod exit;
+mod explain;
 mod help;
 mod image;
 mod logging;
+mod own;
 mod scripts;
 mod statistics;
 

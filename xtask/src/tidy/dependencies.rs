@@ -14,6 +14,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("floe-image", &[]),
     ("floe-options", &[]),
     ("floe-plan", &[]),
+    ("floe-explain", &[]),
     ("floe-kernel", &[]),
     ("floe-inject", &["floe-kernel"]),
     (
@@ -58,6 +59,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "floe",
         &[
+            "floe-explain",
             "floe-image",
             "floe-options",
             "floe-kernel",

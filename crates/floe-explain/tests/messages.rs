@@ -1,0 +1,377 @@
+//! Messages as people paste them, each with a part of the command that they are told.
+
+use floe_explain::{Explanation, Finding, explain, rules};
+
+/// Message, and what the command or the remedy must say.
+const MESSAGES: &[(&str, &str)] = &[
+    (
+        "Error (criu/protobuf.c:72): Unexpected EOF on (empty-image)",
+        "floe verify",
+    ),
+    (
+        "Error (criu/protobuf.c:72): Unexpected EOF on pagemap-12.img",
+        "floe verify",
+    ),
+    (
+        "Error (criu/image.c:88): Img trimmed at entry 4",
+        "floe verify",
+    ),
+    (
+        "Error (criu/image.c:311): Magic doesn't match for core-1.img",
+        "floe verify",
+    ),
+    (
+        "criu failed: type NOTIFY errno 0\nlog file: /run/c/dump.log",
+        "floe explain",
+    ),
+    (
+        "runc did not terminate successfully: criu failed: type DUMP errno 0",
+        "floe explain",
+    ),
+    (
+        "CRIU checkpointing failed -52.  Please check CRIU logfile dump.log",
+        "floe explain",
+    ),
+    ("criu restore: Invalid exchange", "floe explain"),
+    ("CRIU checkpointing failed -70", "criu check"),
+    ("CRIU restoring failed -111", "criu check"),
+    ("CRIU checkpointing failed -74", "criu check"),
+    (
+        "open /run/x/restore.log: No such file or directory",
+        "log-file",
+    ),
+    (
+        "Error (criu/files-reg.c:1031): Can't dump ghost file /tmp/a (deleted) of 2097152 size, increase limit",
+        "--ghost-limit",
+    ),
+    (
+        "Error (criu/files-reg.c:1): Can't create link remap for /dev/shm/sem.x. Use link-remap option.",
+        "--link-remap",
+    ),
+    (
+        "Error (criu/files-reg.c:1): Can't link dev/shm/link_remap.4 -> dev/shm/sem.x: No such file or directory",
+        "devshm",
+    ),
+    (
+        "Error (criu/tty.c:2399): tty: Unable to find a master for /0",
+        "--orphan-pts-master",
+    ),
+    (
+        "Error (criu/tty.c:1): tty: Found dangling tty with sid 10 pgid 10 (pts)",
+        "--shell-job",
+    ),
+    (
+        "Error (criu/tty.c:1): tty: ctty inheritance detected",
+        "--shell-job",
+    ),
+    (
+        "Error (criu/tty.c:1): Don't have tty to inherit session from, aborting",
+        "setsid",
+    ),
+    (
+        "Error (criu/pstree.c:1): The root process 77 is not a session leader. Consider using --shell-job",
+        "--shell-job",
+    ),
+    (
+        "Error (criu/files-reg.c:1790): Can't lookup mount=23 for fd=1 path=/dev/pts/3",
+        "fd/1",
+    ),
+    (
+        "Error (criu/mount.c:1): 12:/etc/hosts doesn't have a proper root mount",
+        "--external",
+    ),
+    (
+        "Error (criu/mount.c:1): Mount 9 ./x has unreachable sharing. Try --enable-external-masters.",
+        "--enable-external-masters",
+    ),
+    (
+        "Error (criu/mount.c:1): mnt: 5:./x is autodetected external mount. Try \"--ext-mount-map auto\" to allow them.",
+        "mnt[]",
+    ),
+    (
+        "Error (criu/proc_parse.c:1): Bad format in 1 mountinfo: '...'",
+        "criu --version",
+    ),
+    (
+        "Error (criu/mount.c:1): mnt: Can't mount at ./data: No such file or directory",
+        "docker",
+    ),
+    (
+        "Error (criu/files-reg.c:1): Can't open file var/log/x on restore: No such file or directory",
+        "export",
+    ),
+    (
+        "Error (criu/files-reg.c:2175): File var/log/x has bad size 12 (expect 10)",
+        "UsePerfData",
+    ),
+    (
+        "Error (criu/files-reg.c:1): File usr/lib/libc.so.6 has bad build-ID",
+        "Build ID",
+    ),
+    (
+        "Error (criu/files-reg.c:1): File a has bad mode 0100600 (expect 0100644)",
+        "--skip-file-rwx-check",
+    ),
+    (
+        "Error (criu/cr-restore.c:1539): Pid 12 do not match expected 13",
+        "unshare --pid",
+    ),
+    (
+        "Error (criu/pie/restorer.c:1): Thread pid mismatch 5/6",
+        "unshare --pid",
+    ),
+    (
+        "Error (criu/cr-restore.c:1230): Can't fork for 812: File exists",
+        "unshare --pid",
+    ),
+    (
+        "Error (criu/pstree.c:1): Current sid 812 intersects with pid (812) in images",
+        "unshare --pid",
+    ),
+    (
+        "Error (criu/vdso.c:401): vdso: Unexpected rt vDSO area bounds",
+        "4.1",
+    ),
+    (
+        "Error (criu/pie-util-vdso.c:1): Compatible vdso's size is bigger than reserved buf",
+        "floe",
+    ),
+    (
+        "Error (criu/cpu.c:1): cpu: FPU feature required by image is not supported on host (expected avx512)",
+        "--cpu-cap=none",
+    ),
+    (
+        "Error (criu/cpu.c:1): CPU instruction capabilities do not match run time",
+        "--cpu-cap=none",
+    ),
+    ("container exited with code 132", "--cpu-cap=none"),
+    (
+        "Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.",
+        "--tcp-established",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): inet: Connected TCP socket in image",
+        "--tcp-established",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): inet: Need to set the --tcp-close options.",
+        "--tcp-close",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): inet: In-flight connection (l) for 5, consider --skip-in-flight",
+        "--skip-in-flight",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): inet: Unsupported proto 58 for socket 4",
+        "ss ",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): inet: Unsupported proto 255 for socket 4",
+        "ss ",
+    ),
+    (
+        "Error (criu/sk-inet.c:1): Unsupported proto 262, consider using \"GODEBUG=multipathtcp=0\"",
+        "GODEBUG",
+    ),
+    (
+        "Error (criu/sk-netlink.c:77): netlink: The socket has data to read",
+        "repeat",
+    ),
+    (
+        "Error (criu/sk-unix.c:874): unix: Can't dump half of stream unix connection.",
+        "--external unix",
+    ),
+    (
+        "Error (criu/sk-unix.c:881): unix: External socket is used. Consider using --ext-unix-sk option.",
+        "--external unix",
+    ),
+    (
+        "Error (criu/net.c:3332): net: Locking network failed: iptables-restore returned -1.",
+        "nftables",
+    ),
+    (
+        "Error (criu/util.c:642): execvp(\"iptables-restore\", ...) failed: No such file or directory",
+        "nftables",
+    ),
+    (
+        "Error: Could not process rule: File exists",
+        "nft delete table",
+    ),
+    (
+        "Error (criu/namespaces.c:1): Can't dump nested mnt namespace for 55",
+        "lsns",
+    ),
+    (
+        "Error (criu/namespaces.c:1): Can't dump a pid namespace without the process init",
+        "lsns",
+    ),
+    (
+        "Error (criu/proc_parse.c:502): Unknown shit 600 (anon_inode:[io_uring])",
+        "UV_USE_IO_URING",
+    ),
+    (
+        "Error (criu/files-ext.c:98): Can't dump file 7 of that type [600] (anon anon_inode:[perf_event])",
+        "fd/7",
+    ),
+    (
+        "Error (criu/fsnotify.c:1): fsnotify: Can't dump that handle",
+        "--force-irmap",
+    ),
+    (
+        "Error (criu/cr-dump.c:1): handle_device_vma plugin failed: No such file or directory",
+        "UCX_TLS",
+    ),
+    (
+        "Error (criu/cr-dump.c:1): Task 5 with SysVIPC shmem map @7f00 doesn't live in IPC ns",
+        "ipc",
+    ),
+    (
+        "Error (criu/file-lock.c:1): Some file locks are hold by dumping tasks! You can try --file-locks to dump them.",
+        "--file-locks",
+    ),
+    (
+        "Error (criu/parasite-syscall.c:1): Unable to connect a transport socket: Permission denied",
+        "apparmor",
+    ),
+    (
+        "Error (criu/seize.c:1): Timeout reached. Try to interrupt: 0",
+        "--timeout",
+    ),
+    ("unable to freeze: Unable to freeze cgroup /x", "--timeout"),
+    (
+        "Error (compel/src/lib/infect.c:261): Unseizable non-zombie 44 found, state S, err -1/1",
+        "TracerPid",
+    ),
+    (
+        "Error (criu/cr-dump.c:1): The criu itself is within dumped tree.",
+        "setsid",
+    ),
+    (
+        "Warn  (criu/kerndat.c:1): Tracking memory is not available. Consider omitting --track-mem option.",
+        "--tracker",
+    ),
+    (
+        "Dirty tracking is OFF. Memory snapshot will not work.",
+        "--tracker",
+    ),
+    (
+        "Error (criu/page-xfer.c:1): Missing 7f00 in parent pagemap",
+        "floe verify",
+    ),
+    (
+        "Error (criu/page-xfer.c:1): Hole 0x7f00/4096 not found in parent",
+        "floe verify",
+    ),
+    (
+        "Error (criu/pagemap-cache.c:1): pagemap-cache: PAGEMAP_SCAN: Invalid argument",
+        "pagemap_scan",
+    ),
+    (
+        "Error (criu/sockets.c:1): sockets: Can't get 1:16 opt: Operation not supported",
+        "floe",
+    ),
+    (
+        "Error (criu/cgroup.c:1): cg: writing 5 to cpuset/x/cgroup.procs: No space left on device",
+        "cpuset.cpus",
+    ),
+    (
+        "pod was killed right after restore",
+        "--manage-cgroups=ignore",
+    ),
+    (
+        "Error (criu/uffd.c:1): uffd: connect to lazy-pages.socket failed: No such file or directory",
+        "lazy-pages -D",
+    ),
+    (
+        "custom checkpointdir is not supported",
+        "/var/lib/docker/containers",
+    ),
+    ("unrecognized option '--pre-dump'", "crun"),
+    (
+        "Error (criu/image.c:198): Missing required plugin: cuda_plugin.so",
+        "--libdir",
+    ),
+    (
+        "Error (criu/proc_parse.c:1): PID 55 has uprobes vma. Consider using --allow-uprobes.",
+        "--allow-uprobes",
+    ),
+];
+
+fn known(text: &str) -> Explanation {
+    match explain(text) {
+        Finding::Known(explanation) => *explanation,
+        other => panic!("{text}: {other:?}"),
+    }
+}
+
+#[test]
+fn every_message_gets_the_right_remedy() {
+    let mut wrong = Vec::new();
+    for (message, wanted) in MESSAGES {
+        let found = known(message);
+        let told = format!("{}\n{}", found.remedy, found.command);
+        if !told.contains(wanted) {
+            wrong.push(format!("{message}\n    wanted `{wanted}`, got: {told}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn every_row_is_reached_by_some_message() {
+    let texts: Vec<String> = MESSAGES
+        .iter()
+        .map(|(message, _)| known(message).remedy)
+        .collect();
+    let unseen: Vec<&str> = rules::all()
+        .filter(|rule| !rule.what.contains("file system of the images is full"))
+        .filter(|rule| !rule.what.contains("link `parent`, and"))
+        .filter(|rule| !texts.iter().any(|text| text == rule.remedy))
+        .map(|rule| rule.pattern)
+        .collect();
+    assert!(unseen.is_empty(), "{unseen:?}");
+}
+
+#[test]
+fn rows_have_few_sentences_and_no_word_of_the_old_message() {
+    for rule in rules::all() {
+        let sentences = rule.what.matches(". ").count() + rule.what.matches(": ").count() / 2 + 1;
+        assert!(sentences <= 4, "{}", rule.what);
+        for text in [rule.what, rule.remedy, rule.command] {
+            assert!(!text.is_empty() && !text.contains("empty-image"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn the_first_cause_wins_over_the_last_symptom() {
+    let log = "\
+(00.001) Version: 4.2 (gitid 0)
+(00.010) Dumping task (pid: 5)
+(00.020) Warn  (criu/kerndat.c:9): Tracking memory is not available
+(00.030) Error (criu/sk-inet.c:200): inet: Connected TCP socket, consider using --tcp-established option.
+(00.031) Error (criu/cr-dump.c:2): Dump files (pid: 5) failed with -1
+(00.040) Error (criu/cr-dump.c:3): Dumping FAILED.
+criu failed: type NOTIFY errno 0";
+    let found = known(log);
+    assert_eq!(found.number, 4);
+    assert!(found.command.contains("--tcp-established"));
+}
+
+#[test]
+fn an_unknown_error_is_shown_and_noise_is_not() {
+    let log = "(00.001) io_uring is supported\n(00.002) Error (criu/x.c:1): something new\n(00.003) Error (criu/x.c:2): Dumping FAILED.";
+    assert!(
+        matches!(explain(log), Finding::Unknown { number: 2, .. }),
+        "{:?}",
+        explain(log)
+    );
+    assert_eq!(explain("all is well\n"), Finding::Nothing);
+    assert_eq!(explain(""), Finding::Nothing);
+}
+
+#[test]
+fn values_of_the_message_stand_in_the_answer() {
+    let found = known("Error (criu/image.c:198): Missing required plugin: cuda_plugin.so");
+    assert!(found.what.contains("`cuda_plugin.so`"), "{}", found.what);
+}
