@@ -33,7 +33,8 @@ use crate::tracee::{Saved, Seized};
 /// Threads and sockets that can be noted at once; memory is taken only for those that are.
 const SLOTS: usize = 1 << 16;
 
-/// What one note is about.
+/// What one note is about. It lies in shared memory, so nothing in it may be boxed.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Copy)]
 #[repr(C)]
 enum Note {

@@ -6,6 +6,7 @@
 //! adopted, a helper takes the leader's place: it forks the orphans and exits, and they are adopted
 //! by their real parent, which is a subreaper for that time.
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 
 use floe_resources::restore::{PlanError, TaskState, TreeImages};
@@ -152,21 +153,15 @@ fn add_session_helpers(
             );
             return Err(PlanError::damaged("pstree.img", what));
         }
-        if !nodes.contains_key(&session) {
-            nodes.insert(
-                session,
-                Node {
-                    parent: Some(parent),
-                    sid: session,
-                    pgid: session,
-                    helper: true,
-                },
-            );
-            let at = order
-                .iter()
-                .position(|other| *other == parent)
-                .map_or(order.len(), |at| at + 1);
-            order.insert(at, session);
+        if let Entry::Vacant(place) = nodes.entry(session) {
+            place.insert(Node {
+                parent: Some(parent),
+                sid: session,
+                pgid: session,
+                helper: true,
+            });
+            let found = order.iter().position(|other| *other == parent);
+            order.insert(found.map_or(order.len(), |at| at + 1), session);
             adopters.insert(parent);
         }
         nodes.get_mut(&pid).expect("it was found there").parent = Some(session);

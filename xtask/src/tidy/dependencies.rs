@@ -63,6 +63,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "floe-image",
             "floe-options",
             "floe-kernel",
+            "floe-inject",
             "floe-memory",
             "floe-resources",
             "floe-dump",

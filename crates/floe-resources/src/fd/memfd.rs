@@ -267,9 +267,9 @@ fn fill(
 ) -> Result<OwnedFd, ExecuteError> {
     let what = || inode.name.clone();
     let (images, id) = (&world.images.dir, u64::from(inode.shmid));
-    let failed = |source| ExecuteError::Content {
+    let failed = |source: floe_memory::CopyOutError| ExecuteError::Content {
         object: format!("Filling memfd {}", inode.name),
-        source,
+        source: Box::new(source),
     };
     if inode.hugetlb_flag.is_some() && inode.size > 0 {
         let mapped = SharedAnonymous::of_file(file, inode.size as usize);

@@ -10,7 +10,7 @@ use floe_inject::InjectError;
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(Box<ImageError>),
     #[error("{image}: {what}")]
     Damaged { image: String, what: String },
     #[error("{object} cannot be restored: {remedy}")]
@@ -56,7 +56,7 @@ pub enum ExecuteError {
     #[error(transparent)]
     Inject(#[from] InjectError),
     #[error(transparent)]
-    Image(#[from] ImageError),
+    Image(Box<ImageError>),
     #[error(transparent)]
     Plan(Box<PlanError>),
     #[error("The memory of task {pid}")]
@@ -69,7 +69,7 @@ pub enum ExecuteError {
     Content {
         object: String,
         #[source]
-        source: floe_memory::CopyOutError,
+        source: Box<floe_memory::CopyOutError>,
     },
     #[error(transparent)]
     Lock(#[from] crate::netlock::LockError),
@@ -105,5 +105,17 @@ impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
             object: object(),
             source: error.into(),
         })
+    }
+}
+
+impl From<ImageError> for PlanError {
+    fn from(error: ImageError) -> Self {
+        PlanError::Image(Box::new(error))
+    }
+}
+
+impl From<ImageError> for ExecuteError {
+    fn from(error: ImageError) -> Self {
+        ExecuteError::Image(Box::new(error))
     }
 }

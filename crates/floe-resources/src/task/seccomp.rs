@@ -184,7 +184,7 @@ fn chain(oldest: u32, filters: &[SeccompFilter]) -> Result<Vec<&SeccompFilter>, 
 fn install(filter: &SeccompFilter, flags: u32, program: &mut Program) -> Result<(), PlanError> {
     let code = &filter.filter;
     let count = code.len() / INSTRUCTION;
-    if code.len() % INSTRUCTION != 0 || !(1..=MAX_INSTRUCTIONS).contains(&count) {
+    if !code.len().is_multiple_of(INSTRUCTION) || !(1..=MAX_INSTRUCTIONS).contains(&count) {
         let what = format!("a filter has {} bytes", code.len());
         return Err(PlanError::damaged("seccomp.img", what));
     }

@@ -241,7 +241,7 @@ impl Work {
             let mut free_from = theirs.start;
             let ends = plan.pages.runs_in(theirs.start..theirs.end());
             let ends = ends.map(|own| own.start..own.end());
-            for own in ends.chain([theirs.end()..theirs.end()]) {
+            for own in ends.chain(std::iter::once(theirs.end()..theirs.end())) {
                 if own.start > free_from {
                     self.dropped.push(free_from..own.start);
                 }

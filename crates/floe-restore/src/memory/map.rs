@@ -117,7 +117,10 @@ pub fn map(
 
 fn unmap_rest(kept: &[Range<u64>], steps: &mut Steps<'_, '_>) -> Result<(), MemoryError> {
     let mut free_from = 0;
-    let ends = kept.iter().cloned().chain([TASK_SIZE..TASK_SIZE]);
+    let ends = kept
+        .iter()
+        .cloned()
+        .chain(std::iter::once(TASK_SIZE..TASK_SIZE));
     for range in ends {
         if range.start > free_from {
             let args = [free_from, range.start - free_from].map(Arg::from);
@@ -200,7 +203,7 @@ fn map_vdso(plan: &MemoryPlan, steps: &mut Steps<'_, '_>) -> Result<(), MemoryEr
     let mut wanted = vdso.wanted.clone();
     wanted.sort_by_key(|piece| piece.start);
     let mut free_from = start;
-    for piece in wanted.iter().cloned().chain([end..end]) {
+    for piece in wanted.iter().cloned().chain(std::iter::once(end..end)) {
         if piece.start > free_from {
             let args = [free_from, piece.start - free_from].map(Arg::from);
             let label = "munmap of a part of the vDSO that the program had unmapped";

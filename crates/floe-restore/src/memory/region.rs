@@ -238,7 +238,7 @@ fn implied_open_flags(vma: &VmaEntry) -> u32 {
 }
 
 fn checked_range(vma: &VmaEntry) -> Result<Range<u64>, PlanError> {
-    let aligned = vma.start % PAGE_SIZE == 0 && vma.end % PAGE_SIZE == 0;
+    let aligned = vma.start.is_multiple_of(PAGE_SIZE) && vma.end.is_multiple_of(PAGE_SIZE);
     if !aligned || vma.start >= vma.end || vma.end > floe_inject::TASK_SIZE {
         return Err(PlanError::BadRange {
             start: vma.start,

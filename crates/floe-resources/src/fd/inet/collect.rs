@@ -1,6 +1,7 @@
 //! Reading internet sockets: what `sock_diag` tells, and what only the socket itself can.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -127,7 +128,7 @@ fn listed(
     };
     let tables = &mut collector.cache(Tables::default).0;
     let key = (kind.family, protocol);
-    if !tables.contains_key(&key) {
+    if let Entry::Vacant(place) = tables.entry(key) {
         let all = match inet_sockets(kind.family, protocol) {
             Ok(all) => all,
             // No module for this protocol: the socket itself tells nearly as much.
@@ -137,7 +138,7 @@ fn listed(
                 return Err(CollectError::System { action, source });
             }
         };
-        tables.insert(key, all.into_iter().map(|one| (one.inode, one)).collect());
+        place.insert(all.into_iter().map(|one| (one.inode, one)).collect());
     }
     Ok(tables[&key].get(&inode).cloned())
 }
