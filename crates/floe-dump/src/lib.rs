@@ -25,9 +25,9 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
+use floe_resources::cgroup::CgroupSets;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
-use floe_resources::task::cgroup::CgroupSets;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::{Collector, Obstacle};
 
@@ -180,7 +180,7 @@ fn save(
     let links = std::mem::take(collector.cache(HeldNames::default));
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
-    if let Some(cgroups) = shared.cgroups.into_entry() {
+    if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups)? {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
     write::write_inventory(writer, options, own_cgroups, run_id.to_string())?;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::command::Command;
 use crate::settings::FinalState;
 use crate::{
-    AfterDump, AfterRestore, DetachMode, DumpOptions, Hooks, Place, RestoreOptions, Settings,
-    UsageError,
+    AfterDump, AfterRestore, CgroupOptions, DetachMode, DumpOptions, Hooks, Place, RestoreOptions,
+    Settings, UsageError,
 };
 
 /// An option that this version takes but cannot follow.
@@ -160,6 +160,15 @@ impl Settings {
             .collect()
     }
 
+    /// The options of control groups; a relative yard is seen from the work directory, as in CRIU.
+    fn cgroups_in(&self, place: &Place) -> CgroupOptions {
+        let yard = self.cgroups.yard.as_deref();
+        CgroupOptions {
+            yard: yard.map(|yard| place.work_file(yard)),
+            ..self.cgroups.clone()
+        }
+    }
+
     /// The options of a dump; an error where no tree was named.
     pub fn dump_options(&self, hooks: Arc<dyn Hooks>) -> Result<DumpOptions, UsageError> {
         let tree = self.tree.ok_or(UsageError::Needs {
@@ -185,7 +194,7 @@ impl Settings {
             cpu_cap: self.cpu_cap,
             sockets: self.sockets.clone(),
             mounts: self.mounts.clone(),
-            cgroups: self.cgroups.clone(),
+            cgroups: self.cgroups_in(&self.place()),
             external: self.external.clone(),
             track_mem: self.track_mem,
             auto_dedup: self.auto_dedup,
@@ -223,7 +232,7 @@ impl Settings {
             weak_sysctls: self.weak_sysctls,
             sockets: self.sockets.clone(),
             mounts: self.mounts.clone(),
-            cgroups: self.cgroups.clone(),
+            cgroups: self.cgroups_in(&place),
             external: self.external.clone(),
             inherit_fds: self.inherit_fds.clone(),
             join_ns: self.join_ns.clone(),

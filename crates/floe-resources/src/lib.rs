@@ -4,6 +4,7 @@
 //! [`collect`] is what all of them share while a dump collects.
 #![forbid(unsafe_code)]
 
+pub mod cgroup;
 pub mod collect;
 pub mod cpu;
 pub mod fd;

@@ -19,6 +19,8 @@ pub struct Births<'t> {
     pub arena: u64,
     /// Tasks that are forked when their parent's memory is in place, to share pages with it.
     pub share_memory: BTreeSet<u32>,
+    /// Tasks that enter control groups, which their children inherit.
+    pub movers: BTreeSet<u32>,
 }
 
 impl Births<'_> {
@@ -103,6 +105,9 @@ impl Births<'_> {
         }
         if self.share_memory.contains(&pid) {
             needs.push(Handle::Memory(parent));
+        }
+        if self.movers.contains(&parent) {
+            needs.push(floe_resources::cgroup::entered(parent));
         }
         planner.task_step(
             parent,

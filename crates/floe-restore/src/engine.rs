@@ -45,6 +45,7 @@ pub fn plan<'i>(
 ) -> Result<(Plan<Op<'i>>, Rc<Background<'i>>), PlanError> {
     let mut planner = Planner::new(images, options, features);
     let tree = Tree::new(images)?;
+    let movers = floe_resources::cgroup::plan_groups(&mut planner)?;
     floe_resources::fd::plan_files(&mut planner)?;
     let spaces = Spaces::new(images, &tree)?;
     spaces.plan(&tree, &mut planner)?;
@@ -52,6 +53,7 @@ pub fn plan<'i>(
         tree: &tree,
         arena: spaces.arena.start,
         share_memory: spaces.sharing(),
+        movers,
     }
     .plan(&mut planner)?;
     descriptors::plan(&mut planner)?;

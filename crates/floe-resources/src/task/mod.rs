@@ -8,7 +8,6 @@
 pub mod alt_stack;
 pub mod attributes;
 mod birth;
-pub mod cgroup;
 pub mod credentials;
 pub mod fpu;
 pub mod fs;

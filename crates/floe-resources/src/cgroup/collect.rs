@@ -1,0 +1,231 @@
+//! What a dump saves: sets of groups, and the directories that they are in.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::Metadata;
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+
+use floe_image::messages::{
+    CgControllerEntry, CgMemberEntry, CgSetEntry, CgroupDirEntry, CgroupEntry, CgroupPerms,
+    CgroupPropEntry,
+};
+use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
+use floe_options::policy::{CgroupOptions, ManageCgroups};
+
+use super::hierarchy::Hierarchy;
+use super::properties::Selection;
+use crate::collect::CollectError;
+
+/// Sets of groups, numbered from 1; the first is the coordinator's own.
+#[derive(Debug, Default)]
+pub struct CgroupSets {
+    sets: Vec<Vec<CgroupMembership>>,
+    known: HashMap<Vec<u8>, u32>,
+}
+
+impl CgroupSets {
+    /// The number of the set that a thread (or process) is in.
+    pub fn of(&mut self, proc: &ProcDir, name: &str) -> Result<u32, CollectError> {
+        let text = proc.read(name)?;
+        if let Some(number) = self.known.get(&text) {
+            return Ok(*number);
+        }
+        let mut set = parse_cgroup(&text).map_err(|error| proc.bad(error))?;
+        // The kernel prints hierarchies newest first; the images have them by name.
+        set.sort();
+        self.sets.push(set);
+        let number = self.sets.len() as u32;
+        self.known.insert(text, number);
+        Ok(number)
+    }
+
+    /// The content of `cgroup.img`, or `None` when all tasks are in the coordinator's own groups, which
+    /// restore takes from its caller.
+    pub fn into_entry(self, options: &CgroupOptions) -> Result<Option<CgroupEntry>, CollectError> {
+        let Some((own, others)) = self
+            .sets
+            .split_first()
+            .filter(|(_, others)| !others.is_empty())
+        else {
+            return Ok(None);
+        };
+        let wanted = |member: &&CgroupMembership| {
+            let mut names = member.controllers.split(',');
+            let listed = |name: &str| options.dump_controllers.iter().any(|wanted| wanted == name);
+            options.dump_controllers.is_empty() || names.any(listed)
+        };
+        let selection = Selection::new(options)?;
+        let mut controllers = Vec::new();
+        for member in own.iter().filter(wanted) {
+            let name = &member.controllers;
+            let of_tasks = others
+                .iter()
+                .flatten()
+                .filter(|other| other.controllers == *name);
+            let roots = topmost(of_tasks.map(|other| root(other, options)));
+            controllers.push(controller(name, roots, &selection, options)?);
+        }
+        let sets = others.iter().zip(2..).map(|(members, id)| CgSetEntry {
+            id,
+            ctls: members.iter().filter(wanted).map(member_entry).collect(),
+        });
+        let sets = sets.collect();
+        Ok(Some(CgroupEntry { sets, controllers }))
+    }
+}
+
+fn member_entry(member: &CgroupMembership) -> CgMemberEntry {
+    CgMemberEntry {
+        name: member.controllers.clone(),
+        path: member.path.clone(),
+        cgns_prefix: None,
+    }
+}
+
+/// From where directories are saved: the task's own group, or what `--cgroup-root` says.
+fn root<'a>(member: &'a CgroupMembership, options: &'a CgroupOptions) -> &'a str {
+    let of = |wanted: Option<&str>| {
+        let mut roots = options.roots.iter().rev();
+        roots.find(|root| root.controller.as_deref() == wanted)
+    };
+    let found = of(Some(&member.controllers)).or_else(|| of(None));
+    found.map_or(&member.path, |root| &root.path)
+}
+
+/// Of several groups, those that lie below no other one.
+fn topmost<'a>(groups: impl Iterator<Item = &'a str>) -> BTreeSet<&'a str> {
+    let all: BTreeSet<&str> = groups.map(|group| group.trim_matches('/')).collect();
+    let above = |upper: &str, group: &str| {
+        let below = group.strip_prefix(upper);
+        upper.is_empty() || below.is_some_and(|rest| rest.starts_with('/'))
+    };
+    let covered = |group: &str| {
+        all.iter()
+            .any(|upper| *upper != group && above(upper, group))
+    };
+    all.iter()
+        .copied()
+        .filter(|group| !covered(group))
+        .collect()
+}
+
+fn controller(
+    name: &str,
+    roots: BTreeSet<&str>,
+    selection: &Selection,
+    options: &CgroupOptions,
+) -> Result<CgControllerEntry, CollectError> {
+    let mut entry = CgControllerEntry {
+        cnames: name.split(',').map(str::to_string).collect(),
+        dirs: Vec::new(),
+        is_threaded: None,
+    };
+    if options.manage == ManageCgroups::Ignore || roots.is_empty() {
+        return Ok(entry);
+    }
+    let failed = |what: &str, source| CollectError::System {
+        action: format!("{what} of the control group hierarchy `{name}`"),
+        source,
+    };
+    let hierarchy = Hierarchy::open(name, options.yard.as_deref())
+        .map_err(|error| failed("Opening the root", error))?;
+    let files = selection.of(name);
+    for root in roots {
+        let dir = directory(&hierarchy.path(root), root.to_string(), &files);
+        entry
+            .dirs
+            .push(dir.map_err(|error| failed("Reading the groups", error))?);
+    }
+    let threaded = |property: &CgroupPropEntry| {
+        property.name == "tasks" || (property.name == "cgroup.type" && property.value == "threaded")
+    };
+    let any = |dir: &CgroupDirEntry| any_property(dir, &threaded);
+    entry.is_threaded = entry.dirs.iter().any(any).then_some(true);
+    Ok(entry)
+}
+
+fn any_property(dir: &CgroupDirEntry, is: &impl Fn(&CgroupPropEntry) -> bool) -> bool {
+    dir.properties.iter().any(is) || dir.children.iter().any(|child| any_property(child, is))
+}
+
+/// A group with all groups below it.
+fn directory(path: &Path, dir_name: String, files: &[&str]) -> io::Result<CgroupDirEntry> {
+    let permissions = perms(&std::fs::metadata(path)?);
+    let mut properties = Vec::new();
+    for name in files {
+        match property(path, name) {
+            // Not every kernel has every file, and the root group lacks most.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => properties.push(other?),
+        }
+    }
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(path)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.push(entry.file_name());
+        }
+    }
+    names.sort();
+    let child = |name: std::ffi::OsString| {
+        let text = name.to_string_lossy().into_owned();
+        directory(&path.join(&name), text, files)
+    };
+    Ok(CgroupDirEntry {
+        dir_name,
+        children: names.into_iter().map(child).collect::<io::Result<_>>()?,
+        properties,
+        dir_perms: Some(permissions),
+    })
+}
+
+fn property(group: &Path, name: &str) -> io::Result<CgroupPropEntry> {
+    let path = group.join(name);
+    let permissions = perms(&std::fs::metadata(&path)?);
+    let value = match name {
+        // Who is in a group is told by the sets.
+        "cgroup.procs" | "tasks" => String::new(),
+        _ => std::fs::read_to_string(&path)?,
+    };
+    let value = value.trim();
+    let value = match (name, value) {
+        ("memory.oom_control", text) => text
+            .lines()
+            .find_map(|line| line.strip_prefix("oom_kill_disable "))
+            .unwrap_or("0"),
+        // No limit, which the kernel prints as a number that it does not take.
+        (_, text) if text.parse() == Ok(i64::MAX) => "-1",
+        (_, text) => text,
+    };
+    Ok(CgroupPropEntry {
+        name: name.to_string(),
+        value: value.to_string(),
+        perms: Some(permissions),
+    })
+}
+
+fn perms(file: &Metadata) -> CgroupPerms {
+    CgroupPerms {
+        mode: file.permissions().mode(),
+        uid: file.uid(),
+        gid: file.gid(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_below_others_are_covered_by_them() {
+        let top = |groups: &[&'static str]| {
+            topmost(groups.iter().copied())
+                .into_iter()
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(top(&["/a/b", "/a", "/ab"]), ["a", "ab"]);
+        assert_eq!(top(&["/a", "/"]), [""]);
+        assert_eq!(top(&[]), [""; 0]);
+    }
+}

@@ -1,0 +1,16 @@
+//! Control groups: membership of tasks and threads, directories, properties, of both versions.
+//!
+//! Saved:    the groups of each thread, as numbered sets (`cgroup.img`); the directories below those
+//!           of the tasks, with permissions and properties.
+//! Rebuilt:  missing directories, what must be set while they are empty; then tasks and threads enter,
+//!           then all other properties. Needs: nothing; files in groups are opened afterwards.
+//! Not kept: a frozen state, accounting.
+
+mod collect;
+mod execute;
+mod hierarchy;
+mod plan;
+mod properties;
+
+pub use collect::CgroupSets;
+pub use plan::{entered, plan_groups};
