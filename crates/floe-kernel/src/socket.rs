@@ -7,6 +7,8 @@ use std::io;
 use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
+use crate::sockopt::{SocketOption, option_bytes};
+
 /// Room for any socket address.
 const ADDRESS: usize = size_of::<libc::sockaddr_storage>();
 /// Room for the most descriptors that one message carries (`SCM_MAX_FD`), and credentials.
@@ -65,31 +67,24 @@ pub fn connect(socket: BorrowedFd<'_>, address: &[u8]) -> io::Result<()> {
     .map(drop)
 }
 
-type NameCall = unsafe extern "C" fn(i32, *mut libc::sockaddr, *mut libc::socklen_t) -> libc::c_int;
-
-fn name_of(socket: BorrowedFd<'_>, call: NameCall) -> io::Result<Vec<u8>> {
+/// The address that a socket is bound to.
+pub fn local_address(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
     let mut address = vec![0u8; ADDRESS];
     let mut size = ADDRESS as libc::socklen_t;
-    // SAFETY: both calls write at most `size` bytes into `address`, which is as long.
+    // SAFETY: the kernel writes at most `size` bytes into `address`, which is as long.
     check(unsafe {
-        call(
-            socket.as_raw_fd(),
-            address.as_mut_ptr().cast(),
-            &raw mut size,
-        )
+        let pointer = address.as_mut_ptr().cast();
+        libc::getsockname(socket.as_raw_fd(), pointer, &raw mut size)
     })?;
     address.truncate(size as usize);
     Ok(address)
 }
 
-/// The address that a socket is bound to.
-pub fn local_address(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    name_of(socket, libc::getsockname)
-}
-
-/// The address that a socket is connected to; `ENOTCONN` for none.
-pub fn peer_address(socket: BorrowedFd<'_>) -> io::Result<Vec<u8>> {
-    name_of(socket, libc::getpeername)
+/// The address, as long as those of its family are, that a socket is or was connected to; `ENOTCONN` for none.
+pub fn peer_address(socket: BorrowedFd<'_>, length: usize) -> io::Result<Vec<u8>> {
+    // Unlike getpeername(2) it works for connections that are closed, and is particular about the length.
+    let peer = SocketOption(libc::SOL_SOCKET, libc::SO_PEERNAME);
+    option_bytes(socket, peer, length)
 }
 
 /// Lets a socket accept connections.

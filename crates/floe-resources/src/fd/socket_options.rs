@@ -223,6 +223,13 @@ pub(super) fn open_buffers(socket: BorrowedFd<'_>) -> Result<(), ExecuteError> {
     force_buffers(socket, [most, most]).during("Widening the buffers of", || "a socket".into())
 }
 
+/// Makes room for what is sent; the room for what is received is told to the peer and stays as it is.
+pub(super) fn open_send_buffer(socket: BorrowedFd<'_>) -> Result<(), ExecuteError> {
+    let most = i32::MAX / 2;
+    set_option_number(socket, general(libc::SO_SNDBUFFORCE), most)
+        .during("Widening the send buffer of", || "a socket".into())
+}
+
 fn force_buffers(socket: BorrowedFd<'_>, [send, receive]: [u32; 2]) -> io::Result<()> {
     for (forced, plain, size) in [
         (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send),

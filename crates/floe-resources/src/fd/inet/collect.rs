@@ -145,8 +145,9 @@ fn listed(
 
 /// A socket that is in no list: not bound, or closed.
 fn unlisted(kind: Kind, inode: u32, socket: BorrowedFd<'_>) -> io::Result<Listed> {
-    let source = End::from_sockaddr(&local_address(socket)?).unwrap_or_default();
-    let peer = match peer_address(socket) {
+    let address = local_address(socket)?;
+    let source = End::from_sockaddr(&address).unwrap_or_default();
+    let peer = match peer_address(socket, address.len()) {
         Ok(address) => End::from_sockaddr(&address).unwrap_or_default(),
         Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => End::default(),
         Err(error) => return Err(error),

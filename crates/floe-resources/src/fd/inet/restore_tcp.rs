@@ -16,7 +16,7 @@ use floe_kernel::tcp_packet::{Segment, feed};
 use floe_kernel::tcp_repair::{Agreement, Queue, Repair, Window, leave, tcp_info};
 use floe_plan::Handle;
 
-use super::super::socket_options::{open_buffers, set_buffers};
+use super::super::socket_options::{open_buffers, open_send_buffer, set_buffers};
 use super::address::{End, outgoing};
 use super::plan::{LISTENERS, LOCKED, Network, bind_to, make_sharing};
 use super::tcp_state::{Ends, SYN_SENT, Sequences, agreement, window};
@@ -265,12 +265,15 @@ impl Rebuilt {
     /// What is left to do when the options are set.
     pub fn finish(&self, file: BorrowedFd<'_>, entry: &InetSkEntry) -> Result<(), ExecuteError> {
         if !self.unsent.is_empty() {
-            open_buffers(file)?;
+            open_send_buffer(file)?;
         }
         const READ: i32 = 1;
         if entry.shutdown.is_some_and(|shut| shut & READ != 0) && !self.is_connecting() {
-            shutdown(file, libc::SHUT_RD)
-                .during("Shutting down TCP connection", || self.name.clone())?;
+            match shutdown(file, libc::SHUT_RD) {
+                // It is closed, and both directions with it.
+                Err(error) if error.raw_os_error() == Some(libc::ENOTCONN) => {}
+                other => other.during("Shutting down TCP connection", || self.name.clone())?,
+            }
         }
         Ok(())
     }

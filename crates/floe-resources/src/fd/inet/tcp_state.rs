@@ -17,6 +17,9 @@ pub(super) const SYN_SENT: u32 = 2;
 const CLOSE: u32 = 7;
 
 /// Which directions of a connection have ended.
+///
+/// A closed socket that was connected is brought there by the way of LAST_ACK, whichever way it went: what it
+/// received stays readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ends {
     /// The peer has sent its FIN.
@@ -33,10 +36,10 @@ impl Ends {
     /// What a state means.
     pub fn of(state: u32) -> Self {
         Ends {
-            received: matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING),
-            sent: matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING),
+            received: matches!(state, CLOSE_WAIT | LAST_ACK | CLOSING | CLOSE),
+            sent: matches!(state, FIN_WAIT1 | FIN_WAIT2 | LAST_ACK | CLOSING | CLOSE),
             sent_first: matches!(state, FIN_WAIT1 | FIN_WAIT2 | CLOSING),
-            acknowledged: state == FIN_WAIT2,
+            acknowledged: matches!(state, FIN_WAIT2 | CLOSE),
         }
     }
 }

@@ -10,7 +10,7 @@ use floe_plan::Handle;
 
 use super::super::socket_options::set_options;
 use super::super::socket_queue::{Message, Queues, rights_of, send_queue};
-use super::name::{LONGEST, address, bind_socket, reach};
+use super::name::{LONGEST, address, bind_socket, is_path, reach};
 use super::peers::{Peers, Role};
 use super::{ESTABLISHED, LISTEN};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
@@ -41,11 +41,8 @@ pub(super) fn plan_all(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let peers = Peers::new(&entries)?;
     let mut queues = Queues::load(planner)?;
     // A file may bear the name that a deleted one had, so deleted ones come first.
-    let deleted = peers
-        .sockets
-        .iter()
-        .filter(|(entry, _)| entry.deleted == Some(true));
-    let ghosts: Vec<Handle> = deleted.map(|(entry, _)| Handle::File(entry.id)).collect();
+    let deleted = entries.iter().filter(|entry| binds(entry, true));
+    let ghosts: Vec<u32> = deleted.map(|entry| entry.id).collect();
     for &(entry, role) in &peers.sockets {
         let queue = queues.take(entry.id);
         if role == Role::External {
@@ -56,12 +53,8 @@ pub(super) fn plan_all(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             plan_inherited(planner, entry, given, role);
             continue;
         }
-        let needs: &[Handle] = if entry.deleted == Some(true) {
-            &[]
-        } else {
-            &ghosts
-        };
-        plan_making(planner, &peers, (entry, role), (needs, !queue.is_empty()))?;
+        let needs = before_binding(&peers, (entry, role), &ghosts);
+        plan_making(planner, &peers, (entry, role), (&needs, !queue.is_empty()))?;
         plan_connecting(planner, &peers, entry, role)?;
         plan_filling(planner, entry, role, queue);
         plan_finishing(planner, entry, role);
@@ -74,6 +67,31 @@ pub(super) fn plan_all(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             format!("messages wait in file {id:#x}, which is no unix socket"),
         )),
     }
+}
+
+/// Whether the socket will be bound to a path, one that is deleted or one that is not.
+fn binds(entry: &UnixSkEntry, deleted: bool) -> bool {
+    is_path(entry) && may_bind(entry) && entry.deleted.unwrap_or(false) == deleted
+}
+
+/// The sockets with deleted names that must be there before this one, and its pair, are bound.
+fn before_binding(
+    peers: &Peers<'_>,
+    (entry, role): (&UnixSkEntry, Role),
+    ghosts: &[u32],
+) -> Vec<Handle> {
+    let peer = match role {
+        Role::PairWith(peer) => peers.entry(peer),
+        _ => None,
+    };
+    let own = std::iter::once(entry).chain(peer);
+    if !own.clone().any(|entry| binds(entry, false)) {
+        return Vec::new();
+    }
+    let others = ghosts
+        .iter()
+        .filter(|ghost| !own.clone().any(|entry| entry.id == **ghost));
+    others.map(|id| Handle::File(*id)).collect()
 }
 
 fn check(entry: &UnixSkEntry) -> Result<(), PlanError> {
