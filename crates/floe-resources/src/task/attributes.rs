@@ -256,27 +256,42 @@ pub fn plan_dumpable(mm: Option<&MmEntry>, program: &mut Program) {
     );
 }
 
-/// Sets what only `/proc` can set, from outside: login uid and how soon the OOM killer takes the task.
-pub fn write_proc(pid: HostPid, task: &TaskCoreEntry) -> Result<(), ExecuteError> {
-    if let Some(adjust) = task.oom_score_adj {
-        write_if_other(pid, "oom_score_adj", &adjust.to_string())?;
+/// The login uid, which audit records of the task bear. Only the task itself may write it; children
+/// inherit it, so where it is as in this process, it is right already.
+pub fn plan_loginuid(task: &TaskCoreEntry, born: Option<u32>, program: &mut Program) {
+    let Some(wanted) = task.loginuid.filter(|wanted| Some(*wanted) != born) else {
+        return;
+    };
+    // A kernel without audit has no login uids, so each is unset.
+    if born.is_none() && wanted == u32::MAX {
+        return;
     }
-    if let Some(uid) = task.loginuid {
-        write_if_other(pid, "loginuid", &uid.to_string())?;
-    }
-    Ok(())
+    let path = program.buffer(b"/proc/self/loginuid\0");
+    let args = [libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into()];
+    let fd = program.call("open of /proc/self/loginuid", libc::SYS_openat, &args);
+    let digits = wanted.to_string();
+    let text = program.buffer(digits.as_bytes());
+    let args = [fd.into(), text.into(), digits.len().into()];
+    let label = format!("write of {wanted} to /proc/self/loginuid");
+    program.call(label, libc::SYS_write, &args);
+    program.call(
+        "close of /proc/self/loginuid",
+        libc::SYS_close,
+        &[fd.into()],
+    );
 }
 
-fn write_if_other(pid: HostPid, name: &str, wanted: &str) -> Result<(), ExecuteError> {
-    const UNSET: &str = "4294967295";
-    let path = format!("/proc/{pid}/{name}");
-    match fs::read_to_string(&path) {
-        Ok(text) if text.trim() == wanted => return Ok(()),
-        // A kernel without audit has no login uids, so each is unset.
-        Err(error) if error.kind() == io::ErrorKind::NotFound && wanted == UNSET => return Ok(()),
-        _ => {}
+/// Sets from outside how soon the OOM killer takes the task.
+pub fn write_proc(pid: HostPid, task: &TaskCoreEntry) -> Result<(), ExecuteError> {
+    let Some(adjust) = task.oom_score_adj else {
+        return Ok(());
+    };
+    let path = format!("/proc/{pid}/oom_score_adj");
+    let wanted = adjust.to_string();
+    if fs::read_to_string(&path).is_ok_and(|text| text.trim() == wanted) {
+        return Ok(());
     }
-    fs::write(&path, wanted).during("Writing", || format!("{wanted} to {path}"))
+    fs::write(&path, &wanted).during("Writing", || format!("{wanted} to {path}"))
 }
 
 #[cfg(test)]

@@ -19,6 +19,8 @@ pub struct Birth {
     pub limits: Vec<Limit>,
     /// Policy and nice value.
     pub scheduling: Scheduling,
+    /// The login uid, all bits set for none; `None` on a kernel without audit.
+    pub loginuid: Option<u32>,
     /// The security module's label of the task, empty without one.
     pub label: String,
 }
@@ -32,7 +34,9 @@ impl Birth {
         let securebits = rustix::thread::capabilities_secure_bits()?.bits();
         // Without a security module the file is there, and cannot be read.
         let label = fs::read_to_string("/proc/thread-self/attr/current").unwrap_or_default();
+        let loginuid = fs::read_to_string("/proc/thread-self/loginuid");
         Ok(Birth {
+            loginuid: loginuid.ok().and_then(|text| text.trim().parse().ok()),
             credentials: Credentials::from_status(&status, securebits),
             limits: own_limits(),
             scheduling: scheduling(HostPid(0))?,
