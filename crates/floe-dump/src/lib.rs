@@ -21,6 +21,7 @@ use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
 use floe_inject::Watch;
+use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
@@ -74,6 +75,7 @@ pub fn dump(
         threads = tree.thread_count(),
         "the tree is stopped"
     );
+    fault::point();
     let run_id = run_id();
     let (network, links) = save(
         &mut tree,
@@ -87,9 +89,12 @@ pub fn dump(
     if watch.is_some_and(Watch::is_cancelled) {
         return Err(DumpError::Cancelled);
     }
+    fault::point();
     if options.after == AfterDump::Kill {
         report.image_bytes = finish(&writer)?;
+        fault::point();
         let network = network.persist(&run_id)?;
+        fault::point();
         release::kill(tree)?;
         network.end();
         links.keep();
@@ -144,7 +149,9 @@ fn save(
     let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
+    fault::point();
     let network = hold_connections(&mut collector)?;
+    fault::point();
 
     tracing::info!(
         files = collector.files().len(),

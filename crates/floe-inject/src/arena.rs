@@ -6,6 +6,7 @@
 use std::io;
 use std::ops::Range;
 
+use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::{self, Regs, WaitStatus, options};
 
@@ -57,6 +58,7 @@ impl Arena {
         gate: u64,
         signal: QuietSignal,
     ) -> Result<Arena, InjectError> {
+        fault::point();
         let len = ARENA_BYTES;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
@@ -75,6 +77,7 @@ impl Arena {
         })?;
         thread.note_arena(Some((arena.base, arena.len as u64)));
         arena.idle(thread)?;
+        fault::point();
         Ok(arena)
     }
 
@@ -126,6 +129,7 @@ impl Arena {
         program: &Program,
         offset: usize,
     ) -> Result<(), InjectError> {
+        fault::point();
         let pid = thread.pid();
         let bytes = offset + program.arena_bytes();
         if bytes > self.capacity() {
@@ -144,6 +148,7 @@ impl Arena {
         arch::aim_at_program(&mut regs, self.base, entries, self.signal.0);
         ptrace::set_regs(pid, &regs).on(pid, "setregs")?;
         ptrace::set_sigmask(pid, self.signal.mask_of_all_others()).on(pid, "setsigmask")?;
+        fault::point();
         ptrace::cont(pid, 0).on(pid, "cont")
     }
 
@@ -154,6 +159,7 @@ impl Arena {
         program: &Program,
         offset: usize,
     ) -> Result<Outcome, InjectError> {
+        fault::point();
         let pid = thread.pid();
         let regs = self.wait_for_end(thread)?;
         let base = self.base + PROGRAMS + offset as u64;
@@ -266,6 +272,7 @@ impl Arena {
     /// Unmaps the arena and puts back what the thread was. It stays stopped, with nothing of ours left
     /// in it. All other threads that ran programs here must have been put back before.
     pub fn remove(self, thread: &mut Stopped) -> Result<(), InjectError> {
+        fault::point();
         let args = [self.base, self.len as u64, 0, 0, 0, 0];
         self.call(thread, ("munmap of the executor", libc::SYS_munmap), args)?;
         thread.note_arena(None);

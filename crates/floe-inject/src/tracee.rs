@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::{self, EVENT_STOP, Regs, WaitStatus};
 
@@ -34,6 +35,7 @@ enum OnDrop {
 impl Seized {
     /// Becomes the tracer of a thread; `options` are those of [`ptrace::options`].
     pub fn new(pid: HostPid, options: u32) -> Result<Self, InjectError> {
+        fault::point();
         ptrace::seize(pid, options).on(pid, "seize")?;
         Ok(Self {
             pid,
@@ -245,6 +247,7 @@ impl Stopped {
     }
 
     fn let_go(&mut self) -> Result<(), InjectError> {
+        fault::point();
         self.released = true;
         self.put_back()?;
         for signal in std::mem::take(&mut self.put_off) {

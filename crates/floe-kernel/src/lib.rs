@@ -5,6 +5,7 @@
 pub mod anonymous;
 mod arch;
 pub mod cpu;
+pub mod fault;
 pub mod features;
 pub mod file_owner;
 pub mod ids;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use floe_image::messages::{RestoreStatsEntry, StatsEntry};
 use floe_image::{ImageDir, ImageKind, ImageWriter};
 use floe_kernel::cpu::CpuFacts;
+use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ptrace::{self, WaitStatus};
 use floe_options::{Action, HookEvent, RestoreOptions};
@@ -125,6 +126,7 @@ fn execute<'i>(
     for step in plan.into_steps() {
         let name = step.to_string();
         tracing::debug!("{name}");
+        fault::point();
         (step.op)(world).map_err(|source| RestoreError::Step { step: name, source })?;
     }
     report.forking = start.elapsed();
@@ -138,11 +140,13 @@ fn execute<'i>(
             source,
         })?;
     }
+    fault::point();
     event(Action::NetworkUnlock)?;
     release_connections(world).map_err(|source| RestoreError::Step {
         step: "let the TCP connections go on".into(),
         source,
     })?;
+    fault::point();
     event(Action::PreResume)?;
     world.tidy_up();
     release::release(world, background).map_err(|source| RestoreError::Step {

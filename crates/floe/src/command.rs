@@ -198,6 +198,7 @@ fn execute(
     let shown = log.as_deref().unwrap_or(Path::new("-")).display();
     reporter.log = opened.map_err(|error| anyhow::anyhow!("log file {shown}: {error}"))?;
     refuse_not_yet(command, &settings)?;
+    floe_kernel::fault::arm(wanted_fault()?);
     match command {
         Command::Check => check::run(&settings.check),
         Command::Dump => dump(&settings),
@@ -210,6 +211,18 @@ fn execute(
             Exit::Unsupported,
             anyhow::anyhow!("`{}` is not supported yet", other.name()),
         )),
+    }
+}
+
+/// `FLOE_FAULT=step:N`, for tests: the N-th step of a dump or restore kills the engine.
+fn wanted_fault() -> Result<Option<u32>, Failure> {
+    let Some(text) = std::env::var_os("FLOE_FAULT") else {
+        return Ok(None);
+    };
+    let step = text.to_str().and_then(|text| text.strip_prefix("step:"));
+    match step.and_then(|step| step.parse().ok()) {
+        Some(step) => Ok(Some(step)),
+        None => Err(UsageError::Conflict("FLOE_FAULT must be step:N").into()),
     }
 }
 

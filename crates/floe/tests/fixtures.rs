@@ -29,7 +29,9 @@ fn programs_go_on_as_they_were() {
         let result = Fixture::cycle(program.name, &floe(), &floe());
         match (skips::or_skip(program.name, result), known) {
             (Ok(()), None) | (Err(_), Some(_)) => {}
-            (Ok(()), Some((name, _))) => wrong.push(format!("{name} passes and is listed as known")),
+            (Ok(()), Some((name, _))) => {
+                wrong.push(format!("{name} passes and is listed as known"))
+            }
             (Err(error), None) => wrong.push(format!("{}: {error:#}", program.name)),
         }
     }

@@ -15,7 +15,8 @@ use crate::sys::task;
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("plain", plain),
-    Program::new("threads", threads),
+    Program::new("threads", |_| threads(64)),
+    Program::new("threads-few", |_| threads(3)),
     Program::new("tree", tree),
     Program::new("zombies-stopped", zombies_and_stopped),
     Program::new("orphaned-session", orphaned_session),
@@ -154,8 +155,7 @@ thread_local! {
 }
 
 /// Many threads with their own tids, names, local storage and stacks, waiting in a futex.
-fn threads(_: &Place) -> anyhow::Result<Check> {
-    const COUNT: usize = 64;
+fn threads(count: usize) -> anyhow::Result<Check> {
     struct Round {
         number: u64,
         answers: BTreeMap<usize, String>,
@@ -167,7 +167,7 @@ fn threads(_: &Place) -> anyhow::Result<Check> {
         }),
         Condvar::new(),
     ));
-    for index in 0..COUNT {
+    for index in 0..count {
         let round = Arc::clone(&round);
         let thread = std::thread::Builder::new().name(format!("worker-{index}"));
         thread.spawn(move || {
@@ -199,7 +199,7 @@ fn threads(_: &Place) -> anyhow::Result<Check> {
         }
         state.number += 1;
         bell.notify_all();
-        while state.answers.len() < COUNT {
+        while state.answers.len() < count {
             state = bell.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         Ok(state
