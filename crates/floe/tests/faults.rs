@@ -33,14 +33,7 @@ fn outside(fixture: &Fixture) -> anyhow::Result<Vec<String>> {
         for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
             let path = thread?.path().join("status");
             let status = fs::read_to_string(&path)?;
-            let fields = [
-                "TracerPid",
-                "SigBlk",
-                "SigCgt",
-                "SigPnd",
-                "ShdPnd",
-                "Seccomp:",
-            ];
+            let fields = ["TracerPid", "SigCgt", "SigPnd", "ShdPnd", "Seccomp:"];
             let lines = status
                 .lines()
                 .filter(|line| fields.iter().any(|field| line.starts_with(field)));
