@@ -141,6 +141,7 @@ fn save(
     report: &mut DumpReport,
 ) -> Result<(HeldConnections, HeldNames), DumpError> {
     let mut collector = Collector::new(options, features, writer);
+    collector.set_tree(tree.tasks.iter().map(|task| task.pid));
     let mut shared = Shared {
         kinship: Kinship::new()?,
         cgroups: CgroupSets::default(),

@@ -22,6 +22,7 @@ use floe_resources::task::registers::collect_registers;
 use floe_resources::task::rseq::{Rseq, collect_rseq};
 use floe_resources::task::scheduling::collect_scheduling;
 use floe_resources::task::seccomp::SeccompFilters;
+use floe_resources::task::syscall_dispatch::refuse_dispatch;
 use floe_resources::vma::{AddressSpace, collect_address_space};
 use floe_resources::{CollectError, Collector, Obstacle};
 
@@ -150,6 +151,7 @@ fn collect_thread(
     })?;
     let collected = (|| {
         let rseq = collect_rseq(tid, regs.rip)?;
+        refuse_dispatch(tid)?;
         let mut core = collect_registers(tid, &regs)?;
         let mut thread_core = ThreadCoreEntry {
             futex_rla: futex_rla.0,

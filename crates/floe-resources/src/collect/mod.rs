@@ -11,12 +11,13 @@ mod probe;
 mod segments;
 
 use std::any::{Any, TypeId};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use floe_image::messages::FileEntry;
 use floe_image::writer::EntryStream;
 use floe_image::{ImageKind, ImageMessage, ImageWriter, WriteError};
 use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
 use floe_options::DumpOptions;
 
 pub use error::{CollectError, Obstacle};
@@ -45,6 +46,7 @@ pub struct Collector<'a> {
     deferred: Vec<Deferred<'a>>,
     obstacles: Vec<Obstacle>,
     segments: BTreeMap<u64, Segment>,
+    tree: HashSet<HostPid>,
 }
 
 impl<'a> Collector<'a> {
@@ -65,7 +67,18 @@ impl<'a> Collector<'a> {
             deferred: Vec::new(),
             obstacles: Vec::new(),
             segments: BTreeMap::new(),
+            tree: HashSet::new(),
         }
+    }
+
+    /// Names the processes that are dumped.
+    pub fn set_tree(&mut self, processes: impl IntoIterator<Item = HostPid>) {
+        self.tree = processes.into_iter().collect();
+    }
+
+    /// Whether a process is dumped.
+    pub fn is_in_tree(&self, process: HostPid) -> bool {
+        self.tree.contains(&process)
     }
 
     /// Where images go.

@@ -87,6 +87,7 @@ impl PathFile {
                 flags: 0,
                 pos: 0,
                 owner: no_owner(),
+                is_mapped: true,
             };
             let entry = collect(id, named, collector)?;
             collector.add_file(entry);

@@ -9,6 +9,7 @@
 //! What cannot be saved is `CollectError::Unsupported` with a remedy: all of them are shown at once.
 //! Its restore half is `impl FdRestore` in the same module, with a line in [`RESTORE_KINDS`].
 
+pub mod build_id;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;

@@ -33,7 +33,7 @@ impl FdKind for PidFd {
         &self,
         id: FileId,
         fd: &FdProbe<'_>,
-        _: &mut Collector<'_>,
+        collector: &mut Collector<'_>,
     ) -> Result<FileEntry, CollectError> {
         if fd.flags() & THREAD != 0 {
             let remedy = "close it: handles on threads are not supported";
@@ -44,11 +44,20 @@ impl FdKind for PidFd {
                 remedy,
             )));
         }
+        let process = HostPid(ns_pid(fd)?);
+        if process.0 > 0 && !collector.is_in_tree(process) {
+            return Err(CollectError::Unsupported(Obstacle::fd(
+                fd.pid(),
+                fd.fd(),
+                format!("pidfd of task {process}, which is not in the tree"),
+                "close it, or dump a tree with both",
+            )));
+        }
         let entry = PidfdEntry {
             id: id.0,
             ino: fd.stat().st_ino as u32,
             flags: fd.flags() & !OFlags::RDWR.bits(),
-            nspid: ns_pid(fd)?,
+            nspid: process.0,
             fown: fd.owner()?,
         };
         Ok(FileEntry {

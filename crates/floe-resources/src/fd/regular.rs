@@ -8,10 +8,10 @@ use std::os::fd::BorrowedFd;
 
 use floe_image::messages::{FdTypes, FileEntry, FownEntry, RegFileEntry};
 use floe_kernel::ids::HostPid;
-use floe_options::External;
+use floe_options::{External, FileValidation};
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
-use super::{FdKind, file_entry, remap};
+use super::{FdKind, build_id, file_entry, remap};
 use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_offset};
@@ -55,6 +55,8 @@ pub struct NamedFile<'a> {
     pub flags: u32,
     pub pos: u64,
     pub owner: FownEntry,
+    /// Whether a task runs or maps it, rather than having it open.
+    pub is_mapped: bool,
 }
 
 impl<'a> NamedFile<'a> {
@@ -69,6 +71,7 @@ impl<'a> NamedFile<'a> {
             flags: fd.flags(),
             pos: fd.info().pos.cast_unsigned(),
             owner: fd.owner()?,
+            is_mapped: false,
         })
     }
 
@@ -106,6 +109,7 @@ pub fn collect_named(
         size: size_to_check(&file),
         ext: external.is_some().then_some(true),
         mode: Some(file.stat.st_mode),
+        build_id: build_id_to_check(&file, collector),
         fown: file.owner,
         name,
         ..RegFileEntry::default()
@@ -122,6 +126,23 @@ fn size_to_check(file: &NamedFile<'_>) -> Option<u64> {
     let is_log = mode == OFlags::WRONLY.bits() && file.flags & OFlags::APPEND.bits() != 0;
     let regular = FileType::from_raw_mode(file.stat.st_mode) == FileType::RegularFile;
     (regular && !is_log).then(|| file.stat.st_size.cast_unsigned())
+}
+
+/// The build id of programs and libraries: of files that are referred to without a descriptor. A file
+/// that cannot be read, or has none, is compared by its size only.
+fn build_id_to_check(file: &NamedFile<'_>, collector: &Collector<'_>) -> Vec<u32> {
+    let regular = FileType::from_raw_mode(file.stat.st_mode) == FileType::RegularFile;
+    let wanted = collector.options.file_validation == FileValidation::BuildId;
+    if !regular || !wanted || !file.is_mapped {
+        return Vec::new();
+    }
+    let opened = super::memfd::reopen(file.file).map_err(std::io::Error::from);
+    let id = opened
+        .and_then(build_id::read)
+        .ok()
+        .flatten()
+        .unwrap_or_default();
+    build_id::to_words(&id)
 }
 
 /// The name of a file that the caller supplies at restore (`--external file[MNT:INODE]`).
@@ -246,6 +267,22 @@ fn check(
             format!("{size} bytes"),
             format!("{} bytes", stat.st_size),
         );
+    }
+    let compare = world.options.file_validation == FileValidation::BuildId;
+    // A file that cannot be read now cannot be compared; it was found under the same name.
+    if compare
+        && !entry.build_id.is_empty()
+        && let Ok(found) = build_id::read(file)
+    {
+        let found = build_id::to_words(&found.unwrap_or_default());
+        if found != entry.build_id {
+            let hex = |id: &[u32]| {
+                id.iter()
+                    .map(|word| format!("{:08x}", word.swap_bytes()))
+                    .collect()
+            };
+            return changed("its build id", hex(&entry.build_id), hex(&found));
+        }
     }
     match entry.mode {
         Some(mode) if mode != stat.st_mode && !world.options.skip_file_rwx_check => changed(

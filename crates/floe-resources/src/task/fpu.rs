@@ -30,6 +30,11 @@ const NAMED: [(XsaveComponent, &str); 7] = [
     (XsaveComponent::Pkru, "protection keys"),
 ];
 
+/// Whether the area holds tiles (AMX), for which the images have no place.
+pub fn holds_tiles(area: &[u8]) -> bool {
+    word(area, HEADER) & AMX != 0
+}
+
 /// The state in the words of the images, from what [`floe_kernel::ptrace::xstate`] gave.
 pub fn to_image(area: &[u8]) -> UserX86FpregsEntry {
     let half = |at: usize| u32::from(u16::from_ne_bytes([area[at], area[at + 1]]));

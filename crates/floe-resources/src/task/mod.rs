@@ -22,6 +22,7 @@ pub mod rseq;
 pub mod scheduling;
 pub mod seccomp;
 pub mod sigactions;
+pub mod syscall_dispatch;
 
 use floe_inject::Outcome;
 

@@ -45,6 +45,13 @@ pub fn collect_registers(tid: HostPid, regs: &Regs) -> Result<CoreEntry, Collect
         action: "Reading the FPU state",
         source,
     })?;
+    if fpu::holds_tiles(&area) {
+        return Err(CollectError::Unsupported(Obstacle {
+            pid: tid,
+            object: "AMX tiles in use".to_string(),
+            remedy: "try again when the thread has released them".to_string(),
+        }));
+    }
     let info = ThreadInfoX86 {
         clear_tid_addr: 0,
         gpregs: general_registers(regs),

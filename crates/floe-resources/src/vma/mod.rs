@@ -133,11 +133,10 @@ fn collect_mapping(
             "it is registered with a userfaultfd, which cannot be moved",
         ));
     }
-    let shadow_stack = if mapping.flags.shadow_stack {
-        status::SHADOW_STACK
-    } else {
-        0
-    };
+    if mapping.flags.shadow_stack {
+        let remedy = "shadow stacks are not supported; start the program with GLIBC_TUNABLES=glibc.cpu.x86_shstk=off";
+        return Err(refuse(proc.pid(), mapping, remedy));
+    }
     let entry = VmaEntry {
         start: mapping.start.0,
         end: mapping.end.0,
@@ -145,7 +144,7 @@ fn collect_mapping(
         shmid: backing.id,
         prot: flags::protection(mapping),
         flags: flags::map_flags(mapping, &backing),
-        status: bits | shadow_stack,
+        status: bits,
         fd: -1,
         madv: flags::advice(&mapping.flags),
         fdflags: backing.open_flags,
