@@ -13,8 +13,10 @@ pub mod build_id;
 pub mod device;
 pub mod epoll;
 pub mod eventfd;
+pub mod fanotify;
 pub mod fifo;
 pub mod inet;
+pub mod inotify;
 pub mod memfd;
 pub mod pidfd;
 pub mod pipe;
@@ -26,6 +28,7 @@ mod socket_queue;
 pub mod timerfd;
 pub mod tty;
 pub mod unix;
+mod watch;
 
 use floe_image::messages::{FdTypes, FileEntry};
 
@@ -52,6 +55,8 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &epoll::Epoll,
     &signalfd::SignalFd,
     &timerfd::TimerFd,
+    &inotify::Inotify,
+    &fanotify::Fanotify,
     &pidfd::PidFd,
     &unix::UnixSocket,
     &inet::InetSocket,
@@ -93,6 +98,8 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &fifo::Fifo,
     &memfd::MemFd,
     &pidfd::PidFd,
+    &inotify::Inotify,
+    &fanotify::Fanotify,
     &tty::Tty,
     &regular::RegularFile,
 ];

@@ -18,6 +18,7 @@ use floe_image::messages::{FdTypes, FileEntry, RegFileEntry, RemapFilePathEntry,
 use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use rustix::io::Errno;
 
+pub(super) use ghost::kernel_device;
 pub use names::HeldNames;
 pub use rebuild::{NAMES_GONE, is_link, needs_of_name, open_by_name, plan_names};
 
@@ -172,6 +173,14 @@ fn save_remap(
         remap_type: Some(kind as i32),
     };
     collector.append_side(ImageKind::RemapFpath, &entry)
+}
+
+/// Whether a deleted file was saved; the device as the kernel keeps it.
+pub(super) fn is_saved_ghost(dev: u32, ino: u64, collector: &mut Collector<'_>) -> bool {
+    let ghosts = &collector.cache(Ghosts::default).0;
+    ghosts
+        .keys()
+        .any(|known| (kernel_device(known.0), known.1) == (dev, ino))
 }
 
 fn save_ghost(

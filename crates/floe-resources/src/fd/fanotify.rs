@@ -1,0 +1,201 @@
+//! Groups of fanotify marks (`fanotify(7)`).
+//!
+//! Saved:    flags and owner, masks of each mark on a file or mount, and what it is on as handle and path
+//!           (`/proc/<pid>/fdinfo/<fd>`).
+//! Rebuilt:  created, then each mark. Needs: all files, whose opening would be seen.
+//! Not kept: events that were not read yet, permissions that were not given yet.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use floe_image::messages::{
+    FanotifyFileEntry, FanotifyInodeMarkEntry, FanotifyMarkEntry, FanotifyMountMarkEntry, FdTypes,
+    FileEntry, MarkType,
+};
+use floe_kernel::proc::parse_mountinfo;
+use floe_kernel::watch::{fanotify_init, fanotify_mark};
+use rustix::fs::OFlags;
+
+use super::watch::{self, Fields, Target, Watched};
+use super::{FdKind, FdRestore, file_entry, payload};
+use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner};
+
+/// See the module.
+pub struct Fanotify;
+
+/// `linux/fanotify.h`.
+mod flag {
+    pub const NONBLOCK: u32 = 2;
+    pub const MARK_ADD: u32 = 1;
+    pub const MARK_MOUNT: u32 = 0x10;
+    pub const MARK_IGNORED_MASK: u32 = 0x20;
+}
+
+impl FdKind for Fanotify {
+    fn recognises(&self, fd: &FdProbe<'_>) -> bool {
+        fd.is_anon("[fanotify]")
+    }
+
+    fn collect(
+        &self,
+        id: FileId,
+        fd: &FdProbe<'_>,
+        collector: &mut Collector<'_>,
+    ) -> Result<FileEntry, CollectError> {
+        let garbled = || fd.garbled("fanotify");
+        let mut entry = FanotifyFileEntry {
+            id: id.0,
+            flags: fd.flags(),
+            fown: fd.owner()?,
+            ..FanotifyFileEntry::default()
+        };
+        for line in fd.info().values("fanotify flags") {
+            let fields = Fields::of("flags", line).ok_or_else(garbled)?;
+            entry.faflags = fields.short("flags").ok_or_else(garbled)?;
+            entry.evflags = fields.short("event-flags").ok_or_else(garbled)?;
+        }
+        for line in fd.info().values("fanotify ino") {
+            let fields = Fields::of("ino", line).ok_or_else(garbled)?;
+            let mut mark = mark_of(id, &fields, MarkType::Inode).ok_or_else(garbled)?;
+            let ino = fields.number("ino").ok_or_else(garbled)?;
+            mark.s_dev = fields.short("sdev").ok_or_else(garbled)?;
+            let mut f_handle = fields.handle().ok_or_else(garbled)?;
+            let watched = Watched {
+                dev: mark.s_dev,
+                ino,
+            };
+            watch::find_path(watched, &mut f_handle, fd, collector)?;
+            let ie = FanotifyInodeMarkEntry {
+                i_ino: ino,
+                f_handle,
+            };
+            mark.ie = Some(ie);
+            entry.mark.push(mark);
+        }
+        for line in fd.info().values("fanotify mnt_id") {
+            let fields = Fields::of("mnt_id", line).ok_or_else(garbled)?;
+            let mark = mark_of(id, &fields, MarkType::Mount).ok_or_else(garbled)?;
+            let number = fields.short("mnt_id").ok_or_else(garbled)?;
+            entry.mark.push(on_mount(mark, number, fd)?);
+        }
+        if fd.info().values("fanotify sdev").next().is_some() {
+            let remedy = "remove the mark: only those on files and mounts can be saved";
+            let what = "a fanotify mark on a whole file system";
+            return Err(CollectError::Unsupported(Obstacle::fd(
+                fd.pid(),
+                fd.fd(),
+                what,
+                remedy,
+            )));
+        }
+        Ok(FileEntry {
+            ffy: Some(entry),
+            ..file_entry(FdTypes::Fanotify, id)
+        })
+    }
+}
+
+fn mark_of(id: FileId, fields: &Fields<'_>, kind: MarkType) -> Option<FanotifyMarkEntry> {
+    Some(FanotifyMarkEntry {
+        id: id.0,
+        r#type: kind as i32,
+        mflags: fields.short("mflags")?,
+        mask: fields.short("mask")?,
+        ignored_mask: fields.short("ignored_mask")?,
+        ..FanotifyMarkEntry::default()
+    })
+}
+
+fn on_mount(
+    mut mark: FanotifyMarkEntry,
+    number: u32,
+    fd: &FdProbe<'_>,
+) -> Result<FanotifyMarkEntry, CollectError> {
+    let proc = fd.proc();
+    let mounts = parse_mountinfo(&proc.read("mountinfo")?).map_err(|error| proc.bad(error))?;
+    let mount = mounts
+        .into_iter()
+        .find(|mount| mount.id.cast_unsigned() == number)
+        .ok_or_else(|| {
+            let what = format!("a fanotify mark on mount {number} of another namespace");
+            let remedy = "remove the mark, or dump the program that is in that namespace";
+            CollectError::Unsupported(Obstacle::fd(fd.pid(), fd.fd(), what, remedy))
+        })?;
+    mark.s_dev = mount.dev_major << 20 | mount.dev_minor;
+    let path = String::from_utf8(mount.point);
+    mark.me = Some(FanotifyMountMarkEntry {
+        mnt_id: number,
+        path: Some(path.map_err(|_| fd.garbled("the path of a mount"))?),
+    });
+    Ok(mark)
+}
+
+impl FdRestore for Fanotify {
+    fn fd_type(&self) -> FdTypes {
+        FdTypes::Fanotify
+    }
+
+    fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
+        let entry = payload(file, &file.ffy)?;
+        let mut marks = Vec::new();
+        for mark in &entry.mark {
+            marks.push((mark, target_of(mark, planner)?));
+        }
+        let name = format!("make a fanotify group with {} marks", marks.len());
+        let needs = watch::needs(planner.images);
+        planner.open(entry.id, name, &needs, move |world| {
+            make(world, entry, &marks)
+        });
+        plan_owner(planner, entry.id, &entry.fown);
+        Ok(())
+    }
+}
+
+fn target_of(mark: &FanotifyMarkEntry, planner: &Planner<'_>) -> Result<Target, PlanError> {
+    let path = mark.me.as_ref().and_then(|mount| mount.path.as_ref());
+    match (&mark.ie, path) {
+        (Some(inode), _) => {
+            let watched = Watched {
+                dev: mark.s_dev,
+                ino: inode.i_ino,
+            };
+            Target::of(watched, &inode.f_handle, planner.images)
+        }
+        (None, Some(path)) => Ok(Target::Path(PathBuf::from("/").join(path))),
+        (None, None) => Err(PlanError::damaged(
+            "files.img",
+            format!("a mark of fanotify {:#x} is on nothing", mark.id),
+        )),
+    }
+}
+
+fn make(
+    world: &World<'_>,
+    entry: &FanotifyFileEntry,
+    marks: &[(&FanotifyMarkEntry, Target)],
+) -> Result<OwnedFd, ExecuteError> {
+    // The group shows these flags again; the descriptor is made close-on-exec when it is kept.
+    let mut flags = entry.faflags;
+    if OFlags::from_bits_retain(entry.flags).contains(OFlags::NONBLOCK) {
+        flags |= flag::NONBLOCK;
+    }
+    let group =
+        fanotify_init(flags, entry.evflags).during("Making", || "a fanotify group".into())?;
+    for (mark, target) in marks {
+        let (path, _held) = target.find(world)?;
+        let mut flags = flag::MARK_ADD | mark.mflags;
+        if mark.r#type() == MarkType::Mount {
+            flags |= flag::MARK_MOUNT;
+        }
+        let masks = [
+            (flags, mark.mask),
+            (flags | flag::MARK_IGNORED_MASK, mark.ignored_mask),
+        ];
+        for (flags, mask) in masks.into_iter().filter(|(_, mask)| *mask != 0) {
+            fanotify_mark(group.as_fd(), flags, u64::from(mask), &path)
+                .during("Making a fanotify mark on", || path.display().to_string())?;
+        }
+    }
+    Ok(group)
+}
