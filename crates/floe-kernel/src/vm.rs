@@ -52,27 +52,37 @@ pub fn read_ranges(pid: HostPid, ranges: &[RemoteRange], buffer: &mut [u8]) -> i
     }
 }
 
-/// Writes `bytes` to `ranges` one after another; returns the bytes written, which may be fewer. `EFAULT`
-/// when the first page is not writable.
-pub fn write_ranges(pid: HostPid, ranges: &[RemoteRange], bytes: &[u8]) -> io::Result<usize> {
-    let remote: Vec<libc::iovec> = ranges
+/// Bytes for an address of another process.
+#[derive(Clone, Copy, Debug)]
+pub struct RemoteWrite<'a> {
+    pub start: TaskAddr,
+    pub bytes: &'a [u8],
+}
+
+/// Makes at most [`MAX_RANGES`] writes one after another; returns the bytes written, which may be fewer.
+/// `EFAULT` when the first page is not writable.
+pub fn write_scattered(pid: HostPid, writes: &[RemoteWrite<'_>]) -> io::Result<usize> {
+    let local: Vec<libc::iovec> = writes
         .iter()
-        .map(|range| libc::iovec {
-            iov_base: range.start.0 as *mut libc::c_void,
-            iov_len: range.len,
+        .map(|write| libc::iovec {
+            iov_base: write.bytes.as_ptr().cast_mut().cast(),
+            iov_len: write.bytes.len(),
         })
         .collect();
-    let local = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    // SAFETY: the kernel only reads `local`, which spans exactly the caller's slice; remote addresses
-    // are only interpreted in the other process.
+    let remote: Vec<libc::iovec> = writes
+        .iter()
+        .map(|write| libc::iovec {
+            iov_base: write.start.0 as *mut libc::c_void,
+            iov_len: write.bytes.len(),
+        })
+        .collect();
+    // SAFETY: the kernel only reads the local ranges, each of which spans exactly a live slice; remote
+    // addresses are only interpreted in the other process.
     let written = unsafe {
         libc::process_vm_writev(
             pid.0,
-            &raw const local,
-            1,
+            local.as_ptr(),
+            local.len() as libc::c_ulong,
             remote.as_ptr(),
             remote.len() as libc::c_ulong,
             0,

@@ -284,3 +284,122 @@ fn push(runs: &mut Vec<StoredRun>, run: StoredRun) {
         _ => runs.push(run),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use floe_image::messages::PagemapHead;
+    use floe_image::{ImageWriter, Sync};
+    use std::path::Path;
+
+    const ID: u64 = 7;
+
+    /// One generation: entries of first page, number of pages, flags.
+    fn generation(dir: &Path, parent: Option<&str>, entries: &[(u64, u64, u32)]) {
+        let writer = ImageWriter::create(dir, Sync::None).expect("a directory");
+        if let Some(parent) = parent {
+            writer.link_parent(Path::new(parent)).expect("a link");
+        }
+        let mut stream = writer.stream(ImageKind::Pagemap, ID).expect("an image");
+        stream
+            .append(&PagemapHead { pages_id: 1 })
+            .expect("written");
+        let mut stored = 0;
+        for &(page, pages, flags) in entries {
+            let entry = PagemapEntry {
+                vaddr: page * PAGE_SIZE,
+                compat_nr_pages: 0,
+                in_parent: None,
+                flags: Some(flags),
+                nr_pages: Some(pages),
+            };
+            stream.append(&entry).expect("written");
+            stored += if flags & PE_PRESENT != 0 { pages } else { 0 };
+        }
+        stream.finish().expect("written");
+        let pages = writer.create_raw(ImageKind::Pages, 1).expect("a file");
+        pages.set_len(stored * PAGE_SIZE).expect("room");
+    }
+
+    fn index_of(dir: &Path) -> Result<PageIndex, IndexError> {
+        PageIndex::read(
+            &ImageDir::open(dir).expect("opened"),
+            ImageKind::Pagemap,
+            ID,
+        )
+    }
+
+    /// First page, pages, file, first page in it.
+    fn shape(index: &PageIndex) -> Vec<(u64, u64, u32, u64)> {
+        let in_pages = |run: &StoredRun| {
+            (
+                run.start / PAGE_SIZE,
+                run.len / PAGE_SIZE,
+                run.file,
+                run.offset / PAGE_SIZE,
+            )
+        };
+        index.runs().iter().map(in_pages).collect()
+    }
+
+    #[test]
+    fn the_newest_content_of_a_chain_wins() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (first, second, third) = (
+            dir.path().join("1"),
+            dir.path().join("2"),
+            dir.path().join("3"),
+        );
+        generation(&first, None, &[(10, 10, PE_PRESENT), (30, 2, PE_PRESENT)]);
+        generation(
+            &second,
+            Some("../1"),
+            &[(10, 4, PE_PARENT), (14, 1, PE_PRESENT), (15, 5, PE_PARENT)],
+        );
+        generation(
+            &third,
+            Some("../2"),
+            &[(8, 3, PE_PRESENT | 2), (11, 6, PE_PARENT)],
+        );
+        let index = index_of(&third).expect("a good chain");
+        let wanted = [(8, 3, 2, 0), (11, 3, 0, 1), (14, 1, 1, 0), (15, 2, 0, 5)];
+        assert_eq!(shape(&index), wanted);
+        let clipped: Vec<_> = index
+            .runs_in(12 * PAGE_SIZE..15 * PAGE_SIZE)
+            .map(|run| (run.start / PAGE_SIZE, run.len / PAGE_SIZE))
+            .collect();
+        assert_eq!(clipped, [(12, 2), (14, 1)]);
+    }
+
+    #[test]
+    fn a_page_missing_in_the_parent_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (first, second) = (dir.path().join("1"), dir.path().join("2"));
+        generation(&first, None, &[(10, 2, PE_PRESENT)]);
+        generation(&second, Some("../1"), &[(10, 4, PE_PARENT)]);
+        let error = index_of(&second).expect_err("page 12 is nowhere");
+        assert!(matches!(error, IndexError::NotInParent { at: 0xc000, .. }));
+        std::fs::remove_file(second.join("parent")).expect("removed");
+        let error = index_of(&second).expect_err("no parent at all");
+        assert!(matches!(error, IndexError::NotInParent { at: 0xa000, .. }));
+    }
+
+    #[test]
+    fn damage_is_an_error() {
+        let dir = tempfile::tempdir().expect("a directory");
+        for (name, entries) in [
+            ("overlap", &[(10, 2, PE_PRESENT), (11, 1, PE_PRESENT)][..]),
+            ("length", &[(10, u64::MAX, PE_PRESENT)]),
+            ("end", &[(u64::MAX / PAGE_SIZE, 2, 0)]),
+        ] {
+            let dir = dir.path().join(name);
+            std::panic::catch_unwind(|| generation(&dir, None, entries)).ok();
+            assert!(index_of(&dir).is_err(), "{name}");
+        }
+        let short = dir.path().join("short");
+        generation(&short, None, &[(10, 2, PE_PRESENT)]);
+        std::fs::write(short.join("pages-1.img"), [0; 4096]).expect("written");
+        let error = index_of(&short).expect_err("half of it is missing");
+        assert!(matches!(error, IndexError::PagesTruncated { .. }));
+    }
+}

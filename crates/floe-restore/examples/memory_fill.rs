@@ -31,6 +31,7 @@ fn main() -> anyhow::Result<()> {
     let options = FillOptions {
         workers,
         userfaultfd: arg(3, "uffd") == "uffd",
+        parents: Arc::default(),
     };
     let dir = tempfile::tempdir_in("/dev/shm")?;
     let mm = write_images(dir.path(), bytes, &shape)?;

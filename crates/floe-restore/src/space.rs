@@ -13,7 +13,9 @@ use floe_memory::PageIndex;
 use floe_plan::Handle;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
 
-use crate::memory::{self, FillOptions, HostMemory, MemoryPlan, MemoryRequest, Source};
+use crate::memory::{
+    self, FillOptions, HostMemory, MemoryPlan, MemoryRequest, ParentPages, Source,
+};
 use crate::tree::{Tree, is_zombie};
 
 /// The address spaces of a tree, decided.
@@ -23,6 +25,7 @@ pub struct Spaces {
     plans: BTreeMap<u32, Arc<MemoryPlan>>,
     /// Tasks that run in their parent's address space (`CLONE_VM`).
     borrowed: BTreeSet<u32>,
+    parents: Arc<ParentPages>,
 }
 
 impl Spaces {
@@ -40,6 +43,7 @@ impl Spaces {
             arena: start..start + ARENA_BYTES as u64,
             plans: BTreeMap::new(),
             borrowed: BTreeSet::new(),
+            parents: Arc::default(),
         };
         for birth in &tree.births {
             let Some(mm) = images.task(birth.pid).and_then(|task| task.mm.as_ref()) else {
@@ -109,11 +113,12 @@ impl Spaces {
             let children = tree.births.iter().filter(|child| child.parent == Some(pid));
             let early = children.filter(|child| !sharing.contains(&child.pid));
             needs.extend(early.map(|child| Handle::Born(child.pid)));
+            let parents = self.parents.clone();
             planner.task_step(
                 pid,
                 "map and fill memory",
                 (&needs, &[Handle::Memory(pid)]),
-                move |world| fill(world, pid, &plan),
+                move |world| fill(world, pid, &plan, parents),
             );
         }
         Ok(())
@@ -149,7 +154,12 @@ fn shares_space(images: &TreeImages, parent: u32, pid: u32) -> bool {
     space(parent).is_some() && space(parent) == space(pid)
 }
 
-fn fill(world: &mut World<'_>, pid: u32, plan: &MemoryPlan) -> Result<(), ExecuteError> {
+fn fill(
+    world: &mut World<'_>,
+    pid: u32,
+    plan: &MemoryPlan,
+    parents: Arc<ParentPages>,
+) -> Result<(), ExecuteError> {
     let exe = TaskFd(world.file(plan.exe_file())?.as_raw_fd());
     let mut opened = BTreeMap::new();
     for source in plan.sources() {
@@ -163,6 +173,7 @@ fn fill(world: &mut World<'_>, pid: u32, plan: &MemoryPlan) -> Result<(), Execut
     let options = FillOptions {
         workers,
         userfaultfd: world.features.userfaultfd,
+        parents,
     };
     let puppet = world.puppet(pid)?;
     let mut body = memory::Puppet {

@@ -3,6 +3,7 @@
 mod puppets;
 
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 
 use floe_image::messages::VmaEntry;
 use floe_inject::Arg;
@@ -19,6 +20,7 @@ fn with_userfaultfd() -> FillOptions {
     FillOptions {
         workers: 2,
         userfaultfd: true,
+        parents: Arc::default(),
     }
 }
 

@@ -9,40 +9,33 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use floe_inject::Arg;
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr, TaskFd};
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::uffd::Uffd;
-use floe_kernel::vm::{self, RemoteRange};
-use floe_memory::{PageIndex, StoredRun};
+use floe_kernel::vm::{self, RemoteWrite};
+use floe_memory::PageIndex;
 
 use super::error::MemoryError;
 use super::map::{Puppet, Steps};
+use super::parents::ParentPages;
 use super::plan::MemoryPlan;
-use super::region::{Origin, Region};
+use super::work::{Batch, Method, Piece, Work};
 
-/// Bytes that a worker reads at once: half of a second-level cache, so that the copy into the task
-/// comes from there.
-const BATCH_BYTES: u64 = 512 * 1024;
-/// Pieces in a batch, so that one call takes them all.
-const BATCH_PIECES: usize = vm::MAX_RANGES;
 /// Below this much, a thread costs more than it saves.
 const BYTES_PER_WORKER: u64 = 4 << 20;
-/// From this much on, userfaultfd (some 40 us to set up) beats writing (1.5 us more a page).
-const UFFD_FLOOR: u64 = 256 * 1024;
-/// The same for one region (2 us to register).
-const UFFD_REGION_FLOOR: u64 = 16 * 1024;
-const HUGE_PAGE: u64 = 2 << 20;
 
 /// How to fill.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct FillOptions {
     /// Threads to use at most.
     pub workers: usize,
     /// Whether userfaultfd may be used; without it all is written.
     pub userfaultfd: bool,
+    /// Content of parents, for all tasks of a tree.
+    pub parents: Arc<ParentPages>,
 }
 
 /// What was filled.
@@ -64,49 +57,6 @@ impl FillStats {
     }
 }
 
-/// How a piece gets into the task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Method {
-    /// `UFFDIO_COPY`.
-    Copy,
-    /// `process_vm_writev`.
-    Write,
-    /// `/proc/PID/mem`.
-    Force,
-    /// The last, for pages that differ from the parent's.
-    Compare,
-}
-
-/// Content for consecutive addresses, consecutive in its batch.
-#[derive(Clone, Copy, Debug)]
-struct Piece {
-    start: u64,
-    len: u64,
-    method: Method,
-}
-
-/// Consecutive bytes of one pages file.
-#[derive(Debug)]
-struct Batch {
-    file: u32,
-    offset: u64,
-    len: u64,
-    pieces: Vec<Piece>,
-}
-
-/// Batches in the order in which they must be done.
-#[derive(Debug, Default)]
-struct Work {
-    /// Only the thread that traces the task may force writes, on kernels that restrict it.
-    forced: Vec<Batch>,
-    written: Vec<Batch>,
-    copied: Vec<Batch>,
-    /// What `copied` needs registered.
-    registered: Vec<Range<u64>>,
-    /// Pages that the parent has and the task has not.
-    dropped: Vec<Range<u64>>,
-}
-
 /// Gives a mapped task its private pages.
 pub fn fill(
     plan: &MemoryPlan,
@@ -118,10 +68,12 @@ pub fn fill(
     let filler = Filler {
         pid: puppet.thread.pid(),
         pages: Pages::new(&plan.pages),
-        parent: plan.parent_pages.as_deref().map(Pages::new),
+        parent: plan.parent_pages.as_ref(),
+        parents: &options.parents,
         memory: OnceLock::new(),
         uffd: None,
     };
+    // Some kernels let only the tracer force writes.
     let mut stats = filler.run(&work.forced, 1)?;
     stats.add(filler.run(&work.written, options.workers)?);
     if work.copied.is_empty() {
@@ -173,139 +125,6 @@ fn drop_pages(ranges: &[Range<u64>], puppet: &mut Puppet<'_>) -> Result<(), Memo
     steps.run()
 }
 
-impl Work {
-    fn of(plan: &MemoryPlan, options: &FillOptions) -> Work {
-        let mut work = Work::default();
-        let amount = |region: &Region| -> u64 {
-            let runs = plan.pages.runs_in(region.range.clone());
-            runs.map(|run| run.len).sum()
-        };
-        let may_copy = |region: &&Region| {
-            options.userfaultfd
-                && region.is_anonymous()
-                && !region.is_hugetlb()
-                && region.origin == Origin::New
-        };
-        let copyable: u64 = plan.regions.iter().filter(may_copy).map(amount).sum();
-        for region in plan.regions.iter().filter(|region| region.is_private()) {
-            let huge_allowed = plan.may_get_huge_pages(region);
-            let copies = may_copy(&region)
-                && match huge_allowed {
-                    // One write would make a whole huge page, most of it never asked for.
-                    true => amount(region) > 0,
-                    false => copyable >= UFFD_FLOOR && amount(region) >= UFFD_REGION_FLOOR,
-                };
-            work.add(plan, region, copies, huge_allowed);
-        }
-        work
-    }
-
-    fn add(&mut self, plan: &MemoryPlan, region: &Region, copies: bool, huge_allowed: bool) {
-        let plain = if region.prot & libc::PROT_WRITE as u32 != 0 || region.is_hugetlb() {
-            Method::Write
-        } else {
-            Method::Force
-        };
-        let covers = match &region.origin {
-            Origin::Inherited { covers, .. } => covers.clone(),
-            Origin::New => region.range.start..region.range.start,
-        };
-        for run in plan.pages.runs_in(covers.clone()) {
-            self.push(run, Method::Compare);
-        }
-        self.drop_missing(plan, covers.clone());
-        let mut copied = false;
-        for run in plan.pages.runs_in(covers.end..region.range.end) {
-            let whole = match (copies, huge_allowed && plain == Method::Write) {
-                (false, _) => run.start..run.end(),
-                (true, false) => run.start..run.start,
-                (true, true) => whole_huge_pages(&run, &region.range),
-            };
-            let method = if copies { Method::Copy } else { plain };
-            copied |= copies && (whole.start > run.start || whole.end < run.end());
-            self.push(part(&run, run.start..whole.start), method);
-            self.push(part(&run, whole.clone()), plain);
-            self.push(part(&run, whole.end..run.end()), method);
-        }
-        if copied {
-            self.registered.push(region.range.clone());
-        }
-    }
-
-    /// What the parent has in a range and the task has not.
-    fn drop_missing(&mut self, plan: &MemoryPlan, range: Range<u64>) {
-        let Some(parent) = &plan.parent_pages else {
-            return;
-        };
-        for theirs in parent.runs_in(range) {
-            let mut free_from = theirs.start;
-            let ends = plan.pages.runs_in(theirs.start..theirs.end());
-            let ends = ends.map(|own| own.start..own.end());
-            for own in ends.chain(std::iter::once(theirs.end()..theirs.end())) {
-                if own.start > free_from {
-                    self.dropped.push(free_from..own.start);
-                }
-                free_from = own.end;
-            }
-        }
-    }
-
-    fn push(&mut self, run: StoredRun, method: Method) {
-        let batches = match method {
-            Method::Copy => &mut self.copied,
-            Method::Write => &mut self.written,
-            Method::Force | Method::Compare => &mut self.forced,
-        };
-        let mut rest = run;
-        while rest.len > 0 {
-            let fits = |batch: &&mut Batch| {
-                batch.file == rest.file
-                    && batch.offset + batch.len == rest.offset
-                    && batch.len < BATCH_BYTES
-                    && batch.pieces.len() < BATCH_PIECES
-            };
-            if batches.last_mut().as_ref().is_none_or(|batch| !fits(batch)) {
-                batches.push(Batch {
-                    file: rest.file,
-                    offset: rest.offset,
-                    len: 0,
-                    pieces: Vec::new(),
-                });
-            }
-            let batch = batches.last_mut().expect("one was just pushed");
-            let len = rest.len.min(BATCH_BYTES - batch.len);
-            batch.pieces.push(Piece {
-                start: rest.start,
-                len,
-                method,
-            });
-            batch.len += len;
-            rest = part(&rest, rest.start + len..rest.end());
-        }
-    }
-}
-
-/// A part of a run.
-fn part(run: &StoredRun, range: Range<u64>) -> StoredRun {
-    StoredRun {
-        start: range.start,
-        len: range.end - range.start,
-        file: run.file,
-        offset: run.offset + (range.start - run.start),
-    }
-}
-
-/// The part of a run that consists of whole huge pages of its region.
-fn whole_huge_pages(run: &StoredRun, region: &Range<u64>) -> Range<u64> {
-    let start = run.start.next_multiple_of(HUGE_PAGE);
-    let end = run.end().min(region.end) / HUGE_PAGE * HUGE_PAGE;
-    if start < end {
-        start..end
-    } else {
-        run.start..run.start
-    }
-}
-
 /// The pages files of an index, opened at most once each.
 struct Pages<'a> {
     index: &'a PageIndex,
@@ -342,16 +161,10 @@ impl<'a> Pages<'a> {
 struct Filler<'a> {
     pid: HostPid,
     pages: Pages<'a>,
-    parent: Option<Pages<'a>>,
+    parent: Option<&'a Arc<PageIndex>>,
+    parents: &'a ParentPages,
     memory: OnceLock<File>,
     uffd: Option<Uffd>,
-}
-
-/// What one worker owns.
-#[derive(Default)]
-struct Buffers {
-    own: Vec<u8>,
-    parents: Vec<u8>,
 }
 
 impl Filler<'_> {
@@ -363,13 +176,13 @@ impl Filler<'_> {
         let result = Mutex::new(Ok(FillStats::default()));
         let work = || {
             let mut stats = FillStats::default();
-            let mut buffers = Buffers::default();
+            let mut buffer = Vec::new();
             let mut outcome = Ok(());
             while !failed.load(Ordering::Relaxed) {
                 let Some(batch) = batches.get(next.fetch_add(1, Ordering::Relaxed)) else {
                     break;
                 };
-                outcome = self.fill_batch(batch, &mut buffers, &mut stats);
+                outcome = self.fill_batch(batch, &mut buffer, &mut stats);
                 if outcome.is_err() {
                     failed.store(true, Ordering::Relaxed);
                 }
@@ -401,36 +214,53 @@ impl Filler<'_> {
     fn fill_batch(
         &self,
         batch: &Batch,
-        buffers: &mut Buffers,
+        buffer: &mut Vec<u8>,
         stats: &mut FillStats,
     ) -> Result<(), MemoryError> {
-        buffers.own.resize(batch.len as usize, 0);
-        self.pages
-            .read(batch.file, batch.offset, &mut buffers.own)?;
-        if batch
-            .pieces
-            .iter()
-            .all(|piece| piece.method == Method::Write)
-        {
-            stats.restored += batch.len / PAGE_SIZE;
-            return self.write(&batch.pieces, &buffers.own);
+        if buffer.len() < batch.len as usize {
+            buffer.resize(batch.len as usize, 0);
         }
+        let content = &mut buffer[..batch.len as usize];
+        self.pages.read(batch.file, batch.offset, content)?;
+        let mut writes = Vec::new();
         let mut at = 0;
         for piece in &batch.pieces {
-            let bytes = &buffers.own[at..at + piece.len as usize];
+            let bytes = &content[at..at + piece.len as usize];
             at += bytes.len();
-            match piece.method {
-                Method::Copy => self.copy(piece.start, bytes)?,
-                Method::Write => self.write(std::slice::from_ref(piece), bytes)?,
-                Method::Force => self.force(piece.start, bytes)?,
-                Method::Compare => {
-                    self.compare(piece.start, bytes, &mut buffers.parents, stats)?;
-                    continue;
-                }
+            if !piece.compared {
+                self.give(piece, bytes, &mut writes)?;
+                stats.restored += piece.len / PAGE_SIZE;
+                continue;
             }
-            stats.restored += piece.len / PAGE_SIZE;
+            for range in self.differing(piece, bytes, stats)? {
+                let part = Piece {
+                    start: piece.start + range.start as u64,
+                    ..*piece
+                };
+                self.give(&part, &bytes[range], &mut writes)?;
+            }
         }
-        Ok(())
+        self.write(&writes)
+    }
+
+    /// Gives content at once, or notes what one call can write together.
+    fn give<'b>(
+        &self,
+        piece: &Piece,
+        bytes: &'b [u8],
+        writes: &mut Vec<RemoteWrite<'b>>,
+    ) -> Result<(), MemoryError> {
+        match piece.method {
+            Method::Copy => self.copy(piece.start, bytes),
+            Method::Force => self.force(piece.start, bytes),
+            Method::Write => {
+                writes.push(RemoteWrite {
+                    start: TaskAddr(piece.start),
+                    bytes,
+                });
+                Ok(())
+            }
+        }
     }
 
     fn failed(
@@ -462,20 +292,20 @@ impl Filler<'_> {
         Ok(())
     }
 
-    fn write(&self, pieces: &[Piece], bytes: &[u8]) -> Result<(), MemoryError> {
-        let ranges: Vec<RemoteRange> = pieces
-            .iter()
-            .map(|piece| RemoteRange {
-                start: TaskAddr(piece.start),
-                len: piece.len as usize,
-            })
-            .collect();
-        let failed = |source| self.failed("process_vm_writev", pieces[0].start, bytes, source);
-        match vm::write_ranges(self.pid, &ranges, bytes) {
-            Ok(done) if done == bytes.len() => Ok(()),
-            Ok(_) => Err(failed(std::io::Error::from_raw_os_error(libc::EFAULT))),
-            Err(source) => Err(failed(source)),
+    fn write(&self, writes: &[RemoteWrite<'_>]) -> Result<(), MemoryError> {
+        for part in writes.chunks(vm::MAX_RANGES) {
+            let wanted: usize = part.iter().map(|write| write.bytes.len()).sum();
+            let failed = |source| {
+                let first = part[0];
+                self.failed("process_vm_writev", first.start.0, first.bytes, source)
+            };
+            match vm::write_scattered(self.pid, part) {
+                Ok(done) if done == wanted => {}
+                Ok(_) => return Err(failed(std::io::Error::from_raw_os_error(libc::EFAULT))),
+                Err(source) => return Err(failed(source)),
+            }
         }
+        Ok(())
     }
 
     fn force(&self, start: u64, bytes: &[u8]) -> Result<(), MemoryError> {
@@ -491,46 +321,40 @@ impl Filler<'_> {
         memory.write_all_at(bytes, start).map_err(failed)
     }
 
-    /// Writes the pages that differ from the parent's, or that the parent has not.
-    fn compare(
+    /// The parts of a piece that differ from the parent's pages, or that the parent has not.
+    fn differing(
         &self,
-        start: u64,
+        piece: &Piece,
         bytes: &[u8],
-        parents: &mut Vec<u8>,
         stats: &mut FillStats,
-    ) -> Result<(), MemoryError> {
+    ) -> Result<Vec<Range<usize>>, MemoryError> {
         const PAGE: usize = PAGE_SIZE as usize;
-        let parent = self
-            .parent
-            .as_ref()
-            .expect("pieces are compared with a parent's");
+        let parent = self.parent.expect("pieces are compared with a parent's");
         let mut equal = vec![false; bytes.len() / PAGE];
-        for run in parent.index.runs_in(start..start + bytes.len() as u64) {
-            parents.resize(run.len as usize, 0);
-            parent.read(run.file, run.offset, parents)?;
-            let at = (run.start - start) as usize;
-            let own = bytes[at..at + parents.len()].chunks_exact(PAGE);
-            for (index, (own, theirs)) in own.zip(parents.chunks_exact(PAGE)).enumerate() {
-                stats.compared += 1;
-                equal[at / PAGE + index] = own == theirs;
+        for run in parent.runs_in(piece.start..piece.start + piece.len) {
+            let at = (run.start - piece.start) as usize;
+            self.parents.read(parent, &run, |offset, theirs| {
+                let at = at + offset;
+                let own = bytes[at..at + theirs.len()].chunks_exact(PAGE);
+                for (index, (own, theirs)) in own.zip(theirs.chunks_exact(PAGE)).enumerate() {
+                    stats.compared += 1;
+                    equal[at / PAGE + index] = own == theirs;
+                }
+            })?;
+        }
+        let mut differing: Vec<Range<usize>> = Vec::new();
+        for (page, equal) in equal.into_iter().enumerate() {
+            let range = page * PAGE..(page + 1) * PAGE;
+            if equal {
+                stats.shared += 1;
+                continue;
+            }
+            stats.restored += 1;
+            match differing.last_mut() {
+                Some(last) if last.end == range.start => last.end = range.end,
+                _ => differing.push(range),
             }
         }
-        let mut page = 0;
-        while page < equal.len() {
-            let same = equal[page];
-            let end = equal[page..].iter().position(|&other| other != same);
-            let end = end.map_or(equal.len(), |len| page + len);
-            if same {
-                stats.shared += (end - page) as u64;
-            } else {
-                stats.restored += (end - page) as u64;
-                self.force(
-                    start + (page * PAGE) as u64,
-                    &bytes[page * PAGE..end * PAGE],
-                )?;
-            }
-            page = end;
-        }
-        Ok(())
+        Ok(differing)
     }
 }
