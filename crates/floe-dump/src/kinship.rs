@@ -6,19 +6,8 @@ use floe_image::messages::TaskKobjIdsEntry;
 use floe_kernel::ids::HostPid;
 use floe_kernel::kcmp::{TaskResource, compare_tasks};
 use floe_kernel::proc::ProcDir;
+use floe_resources::fd::namespace::KINDS;
 use floe_resources::{CollectError, Collector, Obstacle};
-
-/// Namespaces by the name of their link, with the number that the host's own has in our images.
-const NAMESPACES: [(&str, u32); 8] = [
-    ("pid", 1),
-    ("net", 2),
-    ("ipc", 3),
-    ("uts", 4),
-    ("mnt", 5),
-    ("user", 6),
-    ("cgroup", 7),
-    ("time", 8),
-];
 
 /// Those that only children will be in; once there are children they differ from ours as well.
 const OF_CHILDREN: [&str; 2] = ["pid_for_children", "time_for_children"];
@@ -125,7 +114,7 @@ impl Kinship {
             }
         }
         let found = namespaces(proc)?;
-        let names = NAMESPACES.iter().map(|(name, _)| *name).chain(OF_CHILDREN);
+        let names = KINDS.iter().map(|kind| kind.name).chain(OF_CHILDREN);
         let differing = names
             .zip(found.iter().zip(&self.own))
             .filter(|(_, (found, own))| found != own);
@@ -152,10 +141,8 @@ impl Kinship {
 /// The ids of the coordinator itself, for the inventory: restore sees by them that no namespace was left.
 pub fn host_namespaces() -> TaskKobjIdsEntry {
     let number = |wanted: &str| {
-        NAMESPACES
-            .iter()
-            .find(|(name, _)| *name == wanted)
-            .map(|(_, number)| *number)
+        let kind = KINDS.iter().find(|kind| kind.name == wanted);
+        kind.map(|kind| kind.number)
     };
     TaskKobjIdsEntry {
         vm_id: 0,
@@ -173,9 +160,9 @@ pub fn host_namespaces() -> TaskKobjIdsEntry {
     }
 }
 
-/// The links of [`NAMESPACES`], then those of [`OF_CHILDREN`].
+/// The links of [`KINDS`], then those of [`OF_CHILDREN`].
 fn namespaces(proc: &ProcDir) -> Result<Vec<Vec<u8>>, CollectError> {
-    let names = NAMESPACES.iter().map(|(name, _)| *name).chain(OF_CHILDREN);
+    let names = KINDS.iter().map(|kind| kind.name).chain(OF_CHILDREN);
     let link = |name| match proc.read_link(&format!("ns/{name}")) {
         // A kernel without this namespace has one for all.
         Err(error) if error.is_gone() => Ok(Vec::new()),

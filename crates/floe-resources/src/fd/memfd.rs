@@ -25,7 +25,8 @@ use super::regular::NamedFile;
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Segment, SharedMemoryDevice};
 use crate::restore::{
-    Attempt, ExecuteError, PlanError, Planner, TaskState, World, plan_owner, set_flags, set_offset,
+    Attempt, ExecuteError, PlanError, Planner, TaskState, TreeImages, World, plan_owner, set_flags,
+    set_offset,
 };
 
 /// See the module.
@@ -199,6 +200,14 @@ impl FdRestore for MemFd {
         });
         Ok(())
     }
+}
+
+/// The name of a memory file, by its inode in the images.
+pub(super) fn name_of(images: &TreeImages, inode: u32) -> Option<String> {
+    let inodes = images.dir.read_all(ImageKind::MemfdInode, 0).ok()?;
+    let mut inodes = inodes.into_iter();
+    let found = inodes.find(|entry: &MemfdInodeEntry| entry.inode_id == u64::from(inode));
+    found.map(|inode| inode.name)
 }
 
 /// One open file description of a memory file.

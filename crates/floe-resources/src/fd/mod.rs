@@ -16,8 +16,10 @@ pub mod eventfd;
 pub mod fanotify;
 pub mod fifo;
 pub mod inet;
+mod inherit;
 pub mod inotify;
 pub mod memfd;
+pub mod namespace;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
@@ -58,6 +60,7 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &inotify::Inotify,
     &fanotify::Fanotify,
     &pidfd::PidFd,
+    &namespace::Namespace,
     &unix::UnixSocket,
     &inet::InetSocket,
     &pipe::Pipe,
@@ -100,6 +103,7 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &pidfd::PidFd,
     &inotify::Inotify,
     &fanotify::Fanotify,
+    &namespace::Namespace,
     &tty::Tty,
     &regular::RegularFile,
 ];
@@ -109,6 +113,9 @@ pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
     remap::plan_names(planner)?;
     for file in images.files.values() {
+        if inherit::plan_inherited(file, planner) {
+            continue;
+        }
         let kind = FdTypes::try_from(file.r#type)
             .ok()
             .and_then(|wanted| RESTORE_KINDS.iter().find(|kind| kind.fd_type() == wanted));

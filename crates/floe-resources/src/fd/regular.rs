@@ -193,6 +193,12 @@ impl FdRestore for RegularFile {
             planner.consume("files.img", u64::from(entry.id));
             return Ok(());
         }
+        if entry.ext == Some(true) {
+            return Err(PlanError::Unsupported {
+                object: format!("External file {}", entry.name),
+                remedy: "open it and name it by --inherit-fd fd[N]:file[MNT:INODE]",
+            });
+        }
         let flags = open_flags(entry, planner);
         let needs = remap::needs_of_name(planner.images, entry);
         planner.open(
