@@ -12,6 +12,11 @@ use floe_resources::{CollectError, Collector, Obstacle};
 /// Those that only children will be in; once there are children they differ from ours as well.
 const OF_CHILDREN: [&str; 2] = ["pid_for_children", "time_for_children"];
 
+/// Where [`KINDS`] has the cgroup namespace.
+const CGROUP: usize = 6;
+/// The number of a cgroup namespace that the tree has for its own.
+const TREE_CGROUPS: u32 = 9;
+
 /// Numbers shared objects.
 #[derive(Debug)]
 pub struct Kinship {
@@ -21,6 +26,8 @@ pub struct Kinship {
     signal_handlers: Numbers,
     /// Our own namespaces, which those of the tasks must be.
     own: Vec<Vec<u8>>,
+    /// The cgroup namespace of the root, which may be the tree's own.
+    tree_cgroups: Option<Vec<u8>>,
 }
 
 #[derive(Debug)]
@@ -80,7 +87,14 @@ impl Kinship {
             fs: Numbers::new(TaskResource::Fs),
             signal_handlers: Numbers::new(TaskResource::SignalHandlers),
             own: namespaces(&own)?,
+            tree_cgroups: None,
         })
+    }
+
+    /// Whether the tree is in a cgroup namespace of its own.
+    pub fn has_own_cgroups(&self) -> bool {
+        let tree = self.tree_cgroups.as_ref();
+        tree.is_some_and(|tree| *tree != self.own[CGROUP])
     }
 
     /// Numbers what a task shares. Sharing that restore cannot rebuild becomes an obstacle.
@@ -114,10 +128,19 @@ impl Kinship {
             }
         }
         let found = namespaces(proc)?;
+        let cgroups = found[CGROUP].clone();
+        let tree_cgroups = self.tree_cgroups.get_or_insert_with(|| cgroups.clone());
+        if *tree_cgroups != cgroups {
+            refuse(
+                "a cgroup namespace that is not the root task's".to_string(),
+                "only the whole tree may be in one of its own",
+            );
+        }
+        let own_cgroups = self.own[CGROUP] == cgroups;
         let names = KINDS.iter().map(|kind| kind.name).chain(OF_CHILDREN);
         let differing = names
             .zip(found.iter().zip(&self.own))
-            .filter(|(_, (found, own))| found != own);
+            .filter(|(name, (found, own))| found != own && *name != KINDS[CGROUP].name);
         for (name, _) in differing {
             refuse(
                 format!("a {name} namespace of its own"),
@@ -129,6 +152,11 @@ impl Kinship {
             files_id,
             fs_id,
             sighand_id,
+            cgroup_ns_id: if own_cgroups {
+                host_namespaces().cgroup_ns_id
+            } else {
+                Some(TREE_CGROUPS)
+            },
             ..host_namespaces()
         };
         Ok(Identity {

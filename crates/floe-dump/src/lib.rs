@@ -188,7 +188,11 @@ fn save(
     let links = std::mem::take(collector.cache(HeldNames::default));
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
-    if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups)? {
+    let own_view = shared
+        .kinship
+        .has_own_cgroups()
+        .then_some(&tree.root().proc);
+    if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups, own_view)? {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
     write::write_inventory(writer, options, own_cgroups, run_id.to_string())?;

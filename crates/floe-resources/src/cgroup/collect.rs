@@ -14,6 +14,7 @@ use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
 use floe_options::policy::{CgroupOptions, ManageCgroups};
 
 use super::hierarchy::Hierarchy;
+use super::namespace;
 use super::properties::Selection;
 use crate::collect::CollectError;
 
@@ -41,8 +42,13 @@ impl CgroupSets {
     }
 
     /// The content of `cgroup.img`, or `None` when all tasks are in the coordinator's own groups, which
-    /// restore takes from its caller.
-    pub fn into_entry(self, options: &CgroupOptions) -> Result<Option<CgroupEntry>, CollectError> {
+    /// restore takes from its caller. `own_view` is the root task where the tree has a cgroup namespace
+    /// of its own.
+    pub fn into_entry(
+        self,
+        options: &CgroupOptions,
+        own_view: Option<&ProcDir>,
+    ) -> Result<Option<CgroupEntry>, CollectError> {
         let Some((own, others)) = self
             .sets
             .split_first()
@@ -66,20 +72,27 @@ impl CgroupSets {
             let roots = topmost(of_tasks.map(|other| root(other, options)));
             controllers.push(controller(name, roots, &selection, options)?);
         }
+        let prefixes = match own_view {
+            Some(root) => namespace::prefixes(root)?,
+            None => HashMap::new(),
+        };
+        let entry = |member| member_entry(member, &prefixes);
         let sets = others.iter().zip(2..).map(|(members, id)| CgSetEntry {
             id,
-            ctls: members.iter().filter(wanted).map(member_entry).collect(),
+            ctls: members.iter().filter(wanted).map(entry).collect(),
         });
         let sets = sets.collect();
         Ok(Some(CgroupEntry { sets, controllers }))
     }
 }
 
-fn member_entry(member: &CgroupMembership) -> CgMemberEntry {
+fn member_entry(member: &CgroupMembership, prefixes: &HashMap<String, String>) -> CgMemberEntry {
+    let prefix = prefixes.get(&member.controllers);
+    let prefix = prefix.filter(|prefix| !prefix.is_empty() && member.path.starts_with(*prefix));
     CgMemberEntry {
         name: member.controllers.clone(),
         path: member.path.clone(),
-        cgns_prefix: None,
+        cgns_prefix: prefix.map(|prefix| prefix.len() as u32),
     }
 }
 

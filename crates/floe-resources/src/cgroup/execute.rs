@@ -7,9 +7,7 @@ use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::Path;
 use std::rc::Rc;
 
-use floe_image::messages::{
-    CgControllerEntry, CgroupDirEntry, CgroupEntry, CgroupPerms, CgroupPropEntry,
-};
+use floe_image::messages::{CgControllerEntry, CgroupDirEntry, CgroupPerms, CgroupPropEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::parse_cgroup;
 use floe_options::policy::ManageCgroups;
@@ -44,11 +42,11 @@ impl Groups {
     /// Opens the hierarchies and makes the directories that are missing.
     pub fn make(
         world: &mut World<'_>,
-        entry: CgroupEntry,
+        controllers: Vec<CgControllerEntry>,
         mode: ManageCgroups,
         yard: Option<&Path>,
     ) -> Result<(), ExecuteError> {
-        for CgControllerEntry { cnames, dirs, .. } in entry.controllers {
+        for CgControllerEntry { cnames, dirs, .. } in controllers {
             let name = cnames.join(",");
             let hierarchy = Hierarchy::open(&name, yard)
                 .during("Opening the control group hierarchy", || {

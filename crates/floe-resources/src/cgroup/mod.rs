@@ -1,7 +1,7 @@
 //! Control groups: membership of tasks and threads, directories, properties, of both versions.
 //!
 //! Saved:    the groups of each thread, as numbered sets (`cgroup.img`); the directories below those
-//!           of the tasks, with permissions and properties.
+//!           of the tasks, with permissions and properties; the root of the tree's cgroup namespace.
 //! Rebuilt:  missing directories, what must be set while they are empty; then tasks and threads enter,
 //!           then all other properties. Needs: nothing; files in groups are opened afterwards.
 //! Not kept: a frozen state, accounting.
@@ -9,6 +9,7 @@
 mod collect;
 mod execute;
 mod hierarchy;
+mod namespace;
 mod plan;
 mod properties;
 

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use floe_image::ImageKind;
-use floe_image::messages::{CgControllerEntry, CgMemberEntry, CgroupEntry, CoreEntry};
+use floe_image::messages::{
+    CgControllerEntry, CgMemberEntry, CgroupEntry, CoreEntry, TaskKobjIdsEntry,
+};
 use floe_kernel::ids::HostPid;
 use floe_options::policy::{CgroupOptions, CgroupRoot, ManageCgroups};
 use floe_plan::Handle;
 
 use super::execute::{Groups, Place};
+use super::namespace;
 use crate::restore::{PlanError, Planner, TreeImages};
 
 /// Hierarchies by name, and the group in each.
@@ -39,8 +42,9 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
     let home = images.inventory.root_cg_set;
     let yard = options.cgroups.yard.clone();
     let made = Handle::Object("control groups", 0);
+    let controllers = std::mem::take(&mut entry.controllers);
     planner.step("make control groups", (&[], &[made]), move |world| {
-        Groups::make(world, entry, mode, yard.as_deref())
+        Groups::make(world, controllers, mode, yard.as_deref())
     });
     let mut moved = BTreeSet::new();
     let mut done = vec![Handle::Tree];
@@ -54,6 +58,7 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
         } else {
             inherited(images, parent).or(home)
         };
+        let begins = pid == images.root().pid() && has_own_namespace(images);
         if from != Some(set) {
             let (from, to) = (
                 membership(&sets, from, home)?,
@@ -61,12 +66,26 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
             );
             moved.insert(pid);
             let place = Place { from, to };
+            let start = begins.then(|| namespace_root(&entry, set));
+            let start = start.map(|root| Place {
+                from: place.from.clone(),
+                to: Some(root),
+            });
             planner.task_step(
                 pid,
                 "enter control groups",
                 (&[made], &[entered(pid)]),
                 move |world| {
                     let host = world.puppet(pid)?.pid();
+                    if let Some(start) = &start {
+                        Groups::enter(world, host, start)?;
+                        namespace::begin(world, pid)?;
+                        let place = Place {
+                            from: start.to.clone(),
+                            to: place.to,
+                        };
+                        return Groups::enter(world, host, &place);
+                    }
                     Groups::enter(world, host, &place)
                 },
             );
@@ -79,6 +98,24 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
         Groups::write_properties,
     );
     Ok(moved)
+}
+
+/// Whether the tree has another cgroup namespace than the process that dumped it.
+fn has_own_namespace(images: &TreeImages) -> bool {
+    let number = |ids: Option<&TaskKobjIdsEntry>| ids.and_then(|ids| ids.cgroup_ns_id);
+    let of_tree = number(images.root().ids.as_ref());
+    of_tree.is_some() && of_tree != number(images.inventory.root_ids.as_ref())
+}
+
+/// The groups in which the namespace of a set begins.
+fn namespace_root(entry: &CgroupEntry, set: u32) -> Membership {
+    let members = entry.sets.iter().find(|entry| entry.id == set);
+    let root = |member: &CgMemberEntry| {
+        let length = member.cgns_prefix.unwrap_or(0) as usize;
+        let path = member.path.get(..length).filter(|path| !path.is_empty());
+        (member.name.clone(), path.unwrap_or("/").to_string())
+    };
+    members.map_or(Membership::new(), |set| set.ctls.iter().map(root).collect())
 }
 
 /// The step for threads that are elsewhere than their leader.
@@ -176,6 +213,13 @@ fn change_roots(entry: &mut CgroupEntry, options: &CgroupOptions) {
         for dir in &mut controller.dirs {
             let old = dir.dir_name.trim_matches('/').to_string();
             for member in &mut members {
+                if let Some(prefix) = member.cgns_prefix.filter(|length| *length > 0) {
+                    let rest = member.path.get(prefix as usize..).unwrap_or("");
+                    (member.path, member.cgns_prefix) = (join(new, rest), Some(new.len() as u32));
+                    let below = old.get((prefix as usize).saturating_sub(1)..).unwrap_or("");
+                    dir.dir_name = join(new, below);
+                    continue;
+                }
                 let path = member.path.trim_start_matches('/');
                 let Some(rest) = path.strip_prefix(&old) else {
                     continue;

@@ -158,6 +158,30 @@ impl FdRestore for Namespace {
     }
 }
 
+/// Refuses trees that were in other namespaces than the process that dumped them.
+pub fn check_namespaces(planner: &Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    let Some(host) = &images.inventory.root_ids else {
+        return Ok(()); // Older than namespaces in images.
+    };
+    for task in &images.tasks {
+        let Some(ids) = &task.ids else {
+            continue;
+        };
+        // A cgroup namespace is made together with the groups.
+        for kind in KINDS.iter().filter(|kind| kind.name != "cgroup") {
+            let own = (kind.id)(ids).filter(|number| *number != 0);
+            if own.is_some() && (kind.id)(host).is_some_and(|number| Some(number) != own) {
+                return Err(PlanError::Unsupported {
+                    object: format!("The {} namespace of task {}", kind.name, task.pid()),
+                    remedy: "namespaces are not supported yet; restore it with CRIU",
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::kind_of;
