@@ -3,6 +3,7 @@
 use crate::Engine;
 use crate::fixture::Fixture;
 use crate::program::{self, Missing};
+use crate::real;
 
 /// What one cell of the matrix says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,26 +41,36 @@ pub fn pairs(engines: &[Engine]) -> Vec<(Engine, Engine)> {
 pub fn run(engines: &[Engine], filter: &str, mut tell: impl FnMut(&Row)) -> Vec<Row> {
     let pairs = pairs(engines);
     let mut rows = Vec::new();
-    for program in program::programs() {
-        if !program.name.contains(filter) {
-            continue;
+    let mut row = |name: &'static str, cycle: &dyn Fn(&Engine, &Engine) -> anyhow::Result<()>| {
+        if !name.contains(filter) {
+            return;
         }
         let cells = pairs
             .iter()
-            .map(|(dumper, restorer)| cell(program.name, dumper, restorer))
+            .map(|(dumper, restorer)| cell(cycle(dumper, restorer)))
             .collect();
         let row = Row {
-            program: program.name,
+            program: name,
             cells,
         };
         tell(&row);
         rows.push(row);
+    };
+    for program in program::programs() {
+        row(program.name, &|dumper, restorer| {
+            Fixture::cycle(program.name, dumper, restorer)
+        });
+    }
+    for program in real::PROGRAMS {
+        row(program.name, &|dumper, restorer| {
+            program.cycle(dumper, restorer)
+        });
     }
     rows
 }
 
-fn cell(name: &str, dumper: &Engine, restorer: &Engine) -> Cell {
-    match Fixture::cycle(name, dumper, restorer) {
+fn cell(result: anyhow::Result<()>) -> Cell {
+    match result {
         Ok(()) => Cell::Passed,
         Err(error) => match error.downcast_ref::<Missing>() {
             Some(missing) => Cell::Skipped(missing.0.clone()),

@@ -9,6 +9,7 @@ pub mod engine;
 pub mod fixture;
 pub mod process;
 pub mod program;
+pub mod real;
 pub mod skips;
 pub mod sys;
 

@@ -65,6 +65,28 @@ pub fn parent(pid: i32) -> Option<i32> {
     stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()
 }
 
+/// Children of ours in the session `session`, such as orphans of a dumped tree.
+pub fn orphans(session: i32) -> Vec<i32> {
+    let own = std::process::id().to_string();
+    let session = session.to_string();
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let words: Vec<&str> = stat
+            .rsplit_once(") ")
+            .map_or(Vec::new(), |(_, rest)| rest.split(' ').collect());
+        if words.get(1) == Some(&own.as_str()) && words.get(3) == Some(&session.as_str()) {
+            found.extend(
+                entry
+                    .file_name()
+                    .to_str()
+                    .and_then(|name| name.parse::<i32>().ok()),
+            );
+        }
+    }
+    found
+}
+
 /// Whether a task is there, be it as a zombie.
 pub fn exists(pid: i32) -> bool {
     parent(pid).is_some()
