@@ -10,6 +10,7 @@ pub mod features;
 pub mod file_owner;
 pub mod ids;
 pub mod inherited;
+pub mod janitor;
 pub mod kcmp;
 pub mod netlink;
 pub mod nftables;

@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use floe_image::messages::{CgControllerEntry, CgroupDirEntry, CgroupPerms, CgroupPropEntry};
 use floe_kernel::ids::HostPid;
+use floe_kernel::janitor::NameKind;
 use floe_kernel::proc::parse_cgroup;
 use floe_options::policy::ManageCgroups;
 
@@ -221,12 +222,7 @@ fn create(
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
             other => other.during("Making", || format!("control group {upper}"))?,
         }
-        let (hierarchy, made) = (hierarchy.clone(), upper.clone());
-        world.on_failure(move || {
-            if let Err(error) = std::fs::remove_dir(hierarchy.path(&made)) {
-                tracing::warn!(%error, group = made, "a control group of the failed restore stays");
-            }
-        });
+        world.made_name(NameKind::Directory, hierarchy.path(&upper));
     }
     Ok(())
 }

@@ -3,10 +3,13 @@
 use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::rc::Rc;
 
 use floe_inject::{Arena, Arg, Outcome, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
+use floe_kernel::janitor::{Janitor, NameKind};
 use floe_options::RestoreOptions;
 
 use super::{Attempt, ExecuteError, TreeImages};
@@ -58,6 +61,7 @@ pub struct World<'i> {
     first_fd: RawFd,
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
+    janitor: Option<Rc<Janitor>>,
     tidy: Vec<Undo>,
 }
 
@@ -82,6 +86,7 @@ impl<'i> World<'i> {
             first_fd,
             state: HashMap::new(),
             undo: Vec::new(),
+            janitor: None,
             tidy: Vec::new(),
         }
     }
@@ -204,6 +209,37 @@ impl<'i> World<'i> {
     /// Remembers how to take back what a step has made outside of the tree, should a later one fail.
     pub fn on_failure(&mut self, undo: impl FnOnce() + 'static) {
         self.undo.push(Box::new(undo));
+    }
+
+    /// Notes a name that a step has made: it goes when a later step fails, or when we are killed.
+    pub fn made_name(&mut self, kind: NameKind, path: PathBuf) {
+        if let Some(janitor) = self.janitor()
+            && let Err(error) = janitor.note(kind, &path)
+        {
+            tracing::warn!(%error, path = %path.display(), "the janitor does not know of a name");
+        }
+        self.on_failure(move || {
+            let removed = match kind {
+                NameKind::File => std::fs::remove_file(&path),
+                NameKind::Directory => std::fs::remove_dir(&path),
+            };
+            if let Err(error) = removed {
+                tracing::warn!(%error, path = %path.display(), "a name of the failed restore stays");
+            }
+        });
+    }
+
+    /// The process that removes names should we be killed; started with the first call.
+    pub fn janitor(&mut self) -> Option<Rc<Janitor>> {
+        if self.janitor.is_none() {
+            match Janitor::start() {
+                Ok(janitor) => self.janitor = Some(Rc::new(janitor)),
+                Err(error) => {
+                    tracing::warn!(%error, "names would stay if this process were killed")
+                }
+            }
+        }
+        self.janitor.clone()
     }
 
     /// Remembers what is to go once everything is restored, such as a name that the dump has left.

@@ -7,7 +7,7 @@
 //! Not kept: dumpable 2, which no program can set: it becomes 0, which protects the same;
 //!           `READ_IMPLIES_EXEC` in threads other than the leader.
 
-use std::{fs, io};
+use std::fs;
 
 use floe_image::messages::{CoreEntry, MmEntry, TaskCoreEntry, ThreadCoreEntry};
 use floe_inject::{Arg, BufferId, CallId, Outcome, Program};

@@ -5,17 +5,16 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use floe_kernel::janitor::{Janitor, NameKind};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 
 /// Names that were made, last one last. Clones are the same list.
 #[derive(Clone, Debug, Default)]
-pub struct TemporaryNames(Rc<RefCell<Vec<Made>>>);
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Made {
-    File(PathBuf),
-    Directory(PathBuf),
+pub struct TemporaryNames {
+    made: Rc<RefCell<Vec<(NameKind, PathBuf)>>>,
+    /// Removes them should we be killed.
+    janitor: Option<Rc<Janitor>>,
 }
 
 /// Names that a dump has given, taken back when it is dropped.
@@ -30,7 +29,7 @@ impl HeldNames {
 
     /// Leaves the names for restore to find.
     pub fn keep(self) {
-        self.0.0.borrow_mut().clear();
+        self.0.made.borrow_mut().clear();
     }
 }
 
@@ -44,9 +43,17 @@ impl Drop for HeldNames {
 const ATTEMPTS: u32 = 100;
 
 impl TemporaryNames {
+    /// A list whose names go as well when this process is killed.
+    pub fn watched(janitor: Option<Rc<Janitor>>) -> Self {
+        TemporaryNames {
+            janitor,
+            ..TemporaryNames::default()
+        }
+    }
+
     /// Takes over a name that exists already.
     pub fn adopt(&self, path: &Path) {
-        self.note(Made::File(path.to_path_buf()));
+        self.note(NameKind::File, path);
     }
 
     /// Runs `make` on `path`, or where that is taken on `path` with something added; missing parents
@@ -57,24 +64,24 @@ impl TemporaryNames {
         make: impl Fn(&Path) -> Result<(), Errno>,
     ) -> Result<PathBuf, Errno> {
         let name = self.make(path, make)?;
-        self.note(Made::File(name.clone()));
+        self.note(NameKind::File, &name);
         Ok(name)
     }
 
     /// As [`TemporaryNames::make_file`], for a directory.
     pub fn make_directory(&self, path: &Path, mode: Mode) -> Result<PathBuf, Errno> {
         let name = self.make(path, |path| rustix::fs::mkdir(path, mode))?;
-        self.note(Made::Directory(name.clone()));
+        self.note(NameKind::Directory, &name);
         Ok(name)
     }
 
     /// Removes all names, last made first; the first failure is returned, and the rest removed still.
     pub fn remove(&self) -> Result<(), Errno> {
         let mut result = Ok(());
-        while let Some(made) = self.0.borrow_mut().pop() {
-            let removed = match made {
-                Made::File(path) => rustix::fs::unlink(path),
-                Made::Directory(path) => rustix::fs::rmdir(path),
+        while let Some((kind, path)) = self.made.borrow_mut().pop() {
+            let removed = match kind {
+                NameKind::File => rustix::fs::unlink(path),
+                NameKind::Directory => rustix::fs::rmdir(path),
             };
             match removed {
                 Ok(()) | Err(Errno::NOENT) => {}
@@ -91,8 +98,13 @@ impl TemporaryNames {
         }
     }
 
-    fn note(&self, made: Made) {
-        self.0.borrow_mut().push(made);
+    fn note(&self, kind: NameKind, path: &Path) {
+        if let Some(janitor) = &self.janitor
+            && let Err(error) = janitor.note(kind, path)
+        {
+            tracing::warn!(%error, path = %path.display(), "the janitor does not know of a name");
+        }
+        self.made.borrow_mut().push((kind, path.to_path_buf()));
     }
 
     fn make(
@@ -123,7 +135,7 @@ impl TemporaryNames {
         }
         for parent in missing.into_iter().rev() {
             rustix::fs::mkdir(parent, Mode::from_raw_mode(0o700))?;
-            self.note(Made::Directory(parent.to_path_buf()));
+            self.note(NameKind::Directory, parent);
         }
         Ok(())
     }

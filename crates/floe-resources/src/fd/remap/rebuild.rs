@@ -28,7 +28,7 @@ fn ghost_handle(id: u32) -> Handle {
 #[derive(Default)]
 struct Ghosts {
     paths: BTreeMap<u32, PathBuf>,
-    names: TemporaryNames,
+    names: Option<TemporaryNames>,
 }
 
 /// Adds the steps that bring deleted files back and remove them again.
@@ -55,7 +55,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         };
         let name = format!("bring back the deleted {}", files[0].name);
         planner.step(name, (&[], &[ghost_handle(id)]), move |world| {
-            let names = world.state::<Ghosts>().names.clone();
+            let names = ghost_names(world);
             let undo = names.clone();
             world.on_failure(move || undo.remove_quietly());
             let made = ghost::make(&names, &path, &image)?;
@@ -65,13 +65,27 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         opened.extend(files.iter().flat_map(|file| opened_as(images, file.id)));
     }
     let needs: Vec<Handle> = opened.into_iter().map(Handle::File).collect();
-    planner.step("remove temporary names", (&needs, &[NAMES_GONE]), |world| {
-        let names = world.state::<Ghosts>().names.clone();
-        names
-            .remove()
-            .during("Removing", || "the names of deleted files".into())
-    });
+    planner.step(
+        "remove temporary names",
+        (&needs, &[NAMES_GONE]),
+        |world| match &world.state::<Ghosts>().names {
+            Some(names) => names
+                .remove()
+                .during("Removing", || "the names of deleted files".into()),
+            None => Ok(()),
+        },
+    );
     Ok(())
+}
+
+/// The list of names that deleted files have for the time being.
+fn ghost_names(world: &mut World<'_>) -> TemporaryNames {
+    if let Some(names) = &world.state::<Ghosts>().names {
+        return names.clone();
+    }
+    let names = TemporaryNames::watched(world.janitor());
+    world.state::<Ghosts>().names = Some(names.clone());
+    names
 }
 
 fn remapped_file<'i>(
@@ -206,7 +220,7 @@ pub fn open_by_name(
     if source.is_dir() && !source.is_symlink() {
         return open(&source).during("Opening the deleted directory", what);
     }
-    let names = TemporaryNames::default();
+    let names = TemporaryNames::watched(world.janitor());
     let linked = names.make_file(path, |path| {
         rustix::fs::linkat(CWD, &source, CWD, path, AtFlags::empty())
     });

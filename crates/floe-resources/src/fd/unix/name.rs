@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use floe_image::messages::UnixSkEntry;
+use floe_kernel::janitor::NameKind;
 use floe_kernel::socket::{bind, bound_file};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::process::{Gid, Uid};
@@ -76,8 +77,7 @@ pub(super) fn bind_socket(
     }
     bind_in_directory(socket, entry).during("Binding a unix socket", what)?;
     if !existed {
-        let made = path.clone();
-        world.on_failure(move || drop(std::fs::remove_file(made)));
+        world.made_name(NameKind::File, path.clone());
     }
     set_permissions(socket, entry)
 }
