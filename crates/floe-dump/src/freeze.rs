@@ -163,7 +163,7 @@ impl Freezer {
             let new = seize_new(proc, &stopped)?;
             let nothing_new = new.threads.is_empty();
             stopped.extend(wait_for_all(new)?);
-            let stat = parse_stat(&proc.read("stat")?).map_err(|error| proc.bad(error))?;
+            let stat = parse_stat(&proc.read_record("stat")?).map_err(|error| proc.bad(error))?;
             // Stopped threads make no more, so as many as there are is all of them.
             let complete = nothing_new || stat.threads as usize == stopped.len();
             if complete && (!stopped.is_empty() || stat.state == b'Z') {

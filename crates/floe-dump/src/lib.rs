@@ -155,7 +155,7 @@ fn save(
     fault::point();
 
     tracing::info!(
-        files = collector.files().len(),
+        files = collector.file_count(),
         "collected what can be seen from outside"
     );
     let mut memory = MemoryDump::new(writer);
@@ -184,7 +184,7 @@ fn save(
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
         write::write_task(writer, task, draft, guards)?;
     }
-    report.files = collector.files().len();
+    report.files = collector.file_count();
     let links = std::mem::take(collector.cache(HeldNames::default));
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;

@@ -141,7 +141,7 @@ fn collect_thread(
     let proc = &task.proc;
     let tid = thread.pid();
     let regs = thread.regs()?;
-    let status = parse_status(&proc.read(&format!("task/{tid}/status"))?)
+    let status = parse_status(&proc.read_record(&format!("task/{tid}/status"))?)
         .map_err(|error| proc.bad(error))?;
     let cg_set = cgroups.of(proc, &format!("task/{tid}/cgroup"))?;
     let (futex_rla, futex_rla_len) = robust_list(tid).map_err(|source| CollectError::Task {

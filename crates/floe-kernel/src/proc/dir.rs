@@ -38,6 +38,9 @@ impl ProcError {
     }
 }
 
+/// Room for which another read is worth its while.
+const ENOUGH: usize = 1024;
+
 /// An open `/proc/<pid>` directory. It stays bound to its task: reads fail with `ESRCH` once the task is
 /// gone, also when the pid was given to another.
 #[derive(Debug)]
@@ -87,11 +90,29 @@ impl ProcDir {
         let file = self.open_file(name, OFlags::RDONLY)?;
         loop {
             // procfs answers at most a page or a line at a time, whatever the room.
-            text.reserve(4096);
+            if text.capacity() - text.len() < ENOUGH {
+                text.reserve(4096);
+            }
             let room = rustix::buffer::spare_capacity(text);
             match rustix::io::read(&file, room) {
                 Ok(0) => return Ok(()),
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(errno) => return Err(self.failed(name, errno)),
+            }
+        }
+    }
+
+    /// As [`ProcDir::read`], of a file that the kernel prints as one record (`status`, `stat`, `cgroup`,
+    /// `fdinfo/N`; not `maps` or `children`): an answer that leaves room is the whole.
+    pub fn read_record(&self, name: &str) -> Result<Vec<u8>, ProcError> {
+        let file = self.open_file(name, OFlags::RDONLY)?;
+        let mut text = Vec::with_capacity(4096);
+        loop {
+            let room = text.capacity() - text.len();
+            match rustix::io::read(&file, rustix::buffer::spare_capacity(&mut text)) {
+                Ok(read) if read < room => return Ok(text),
+                Ok(_) => text.reserve(text.capacity()),
+                Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(self.failed(name, errno)),
             }
         }

@@ -40,7 +40,8 @@ pub struct Collector<'a> {
     pub features: &'a KernelFeatures,
     writer: &'a ImageWriter,
     ids: FileIds,
-    files: Vec<FileEntry>,
+    /// Boxed, as an entry has room for every kind and is large.
+    files: Vec<Box<FileEntry>>,
     sides: HashMap<(ImageKind, u64), EntryStream>,
     caches: HashMap<TypeId, Box<dyn Any>>,
     deferred: Vec<Deferred<'a>>,
@@ -93,17 +94,20 @@ impl<'a> Collector<'a> {
 
     /// Adds an entry to `files.img`.
     pub fn add_file(&mut self, entry: FileEntry) {
-        self.files.push(entry);
+        self.files.push(Box::new(entry));
     }
 
     /// The entry of a file collected before, to be completed.
     pub(crate) fn file_mut(&mut self, id: FileId) -> Option<&mut FileEntry> {
-        self.files.iter_mut().find(|file| file.id == id.0)
+        self.files
+            .iter_mut()
+            .find(|file| file.id == id.0)
+            .map(|file| &mut **file)
     }
 
-    /// The files collected so far.
-    pub fn files(&self) -> &[FileEntry] {
-        &self.files
+    /// How many files were collected so far.
+    pub fn file_count(&self) -> usize {
+        self.files.len()
     }
 
     /// The image `kind` with this `id`, to append to; begun with the first call. The collector ends it.
@@ -204,7 +208,11 @@ impl<'a> Collector<'a> {
 
     /// Writes `files.img` and ends the side images.
     pub fn finish(self) -> Result<(), WriteError> {
-        self.writer.write_all(ImageKind::Files, 0, &self.files)?;
+        let mut files = self.writer.stream(ImageKind::Files, 0)?;
+        for entry in &self.files {
+            files.append(&**entry)?;
+        }
+        files.finish()?;
         for (_, stream) in self.sides {
             stream.finish()?;
         }

@@ -36,8 +36,8 @@ impl<'a> FdProbe<'a> {
             .map_err(|error| failed("Duplicating", error))?;
         let stat = rustix::fs::fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
         let target = proc.read_link(&format!("fd/{fd}"))?;
-        let info =
-            parse_fdinfo(proc.read(&format!("fdinfo/{fd}"))?).map_err(|error| proc.bad(error))?;
+        let info = parse_fdinfo(proc.read_record(&format!("fdinfo/{fd}"))?)
+            .map_err(|error| proc.bad(error))?;
         Ok(FdProbe {
             proc,
             fd,
