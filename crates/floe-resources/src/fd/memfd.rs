@@ -250,7 +250,16 @@ fn plan_seals(planner: &mut Planner<'_>, inode: &MemfdInodeEntry, id: u32) {
     });
 }
 
-fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
+/// Memory that no `memfd_create` made: its name in `/proc/PID/maps` can only be had the way it came to be.
+fn make_anonymous(inode: &MemfdInodeEntry) -> std::io::Result<OwnedFd> {
+    let page_flags = match inode.hugetlb_flag {
+        Some(flags) => libc::MAP_HUGETLB | (flags & !MFD_HUGETLB).cast_signed(),
+        None => 0,
+    };
+    SharedAnonymous::new(inode.size as usize, page_flags).map(SharedAnonymous::into_fd)
+}
+
+fn make_memfd(inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
     let what = || inode.name.clone();
     let mut flags = MemfdFlags::CLOEXEC;
     flags |= MemfdFlags::from_bits_retain(inode.hugetlb_flag.unwrap_or(0));
@@ -259,6 +268,19 @@ fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteEr
     }
     let file = rustix::fs::memfd_create(inode.name.as_str(), flags).during("Making memfd", what)?;
     rustix::fs::ftruncate(&file, inode.size).during("Sizing memfd", what)?;
+    Ok(file)
+}
+
+fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
+    let what = || inode.name.clone();
+    let nameless = matches!(inode.name.as_str(), "/dev/zero" | "/anon_hugepage");
+    let anonymous = (nameless && inode.seals == UNSEALABLE).then(|| make_anonymous(inode));
+    let file = match anonymous {
+        // Without the capability for map_files a memfd of that name is the same but for its name.
+        None => make_memfd(inode)?,
+        Some(Err(error)) if error.raw_os_error() == Some(libc::EPERM) => make_memfd(inode)?,
+        Some(made) => made.during("Making shared memory", what)?,
+    };
     let file = fill(world, inode, file)?;
     let (uid, gid) = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
     rustix::fs::fchown(&file, Some(uid), Some(gid)).during("Setting the owner of memfd", what)?;
