@@ -5,6 +5,7 @@ mod bench;
 mod cross;
 mod install;
 mod tidy;
+mod zdtm;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -27,6 +28,8 @@ enum Task {
     Bench(bench::Arguments),
     /// Dump by Floe and by a peer, restore by each, over the programs of testkit.
     Cross(cross::Arguments),
+    /// Run CRIU's test-suite, of a checkout that exists, with our binary.
+    Zdtm(zdtm::Arguments),
     /// Build the binary for release and install it as `floe` and `criu`.
     Install(install::Arguments),
 }
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Task::Tidy => tidy::run(),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Cross(arguments) => cross::run(&arguments),
+        Task::Zdtm(arguments) => zdtm::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),
     };
     match result {
