@@ -2,7 +2,8 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,10 +12,12 @@ use rustix::io::Errno;
 
 use crate::catalogue::{Extra, ImageKind};
 use crate::error::ImageError;
+use crate::frames::{Codec, FramedReader};
 use crate::framing::ImageReader;
 use crate::messages::{
     GhostChunkEntry, GhostFileEntry, IpcMsg, IpcMsgEntry, PagemapEntry, PagemapHead, TcpStreamEntry,
 };
+use crate::pages::PagesReader;
 use crate::schema::ImageMessage;
 
 /// Name of the link to the directory that an incremental dump builds on.
@@ -31,11 +34,31 @@ pub const PE_LAZY: u32 = 2;
 /// `pagemap_entry.flags`: the page is in the pages file.
 pub const PE_PRESENT: u32 = 4;
 
+/// Images that are no files of a directory, such as those in an archive.
+pub trait ImageStore: std::fmt::Debug + Send + Sync {
+    /// Names of all files.
+    fn names(&self) -> Vec<String>;
+    /// A file other than one of pages, to be read from its beginning; `None` when it is absent.
+    fn open(&self, name: &str) -> io::Result<Option<File>>;
+    /// A file of pages; `None` when it is absent.
+    fn pages(&self, name: &str) -> io::Result<Option<PagesReader>>;
+    /// Length of a file in bytes; `None` when it is absent.
+    fn size(&self, name: &str) -> Option<u64>;
+    /// What these images build on.
+    fn parent(&self) -> Option<ImageDir>;
+}
+
+#[derive(Clone, Debug)]
+enum Backing {
+    Directory(Arc<OwnedFd>),
+    Store(Arc<dyn ImageStore>),
+}
+
 /// An opened images directory; clones share the descriptor.
 #[derive(Clone, Debug)]
 pub struct ImageDir {
     path: PathBuf,
-    fd: Arc<OwnedFd>,
+    backing: Backing,
     /// Device and inode of this directory and of its children in the chain.
     chain: Vec<(u64, u64)>,
 }
@@ -109,9 +132,18 @@ impl ImageDir {
         };
         Ok(ImageDir {
             path,
-            fd: Arc::new(fd),
+            backing: Backing::Directory(Arc::new(fd)),
             chain: vec![id],
         })
+    }
+
+    /// Takes images that are no directory; `path` is for messages only.
+    pub fn from_store(store: Arc<dyn ImageStore>, path: PathBuf) -> ImageDir {
+        ImageDir {
+            path,
+            backing: Backing::Store(store),
+            chain: Vec::new(),
+        }
     }
 
     /// The path that the directory was opened by.
@@ -119,21 +151,18 @@ impl ImageDir {
         &self.path
     }
 
-    /// The directory's descriptor.
-    pub fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-
     /// The directory that this incremental dump builds on, by the link `parent`; `None` without one.
     pub fn parent(&self) -> Result<Option<ImageDir>, ImageError> {
+        let fd = match &self.backing {
+            Backing::Directory(fd) => fd,
+            Backing::Store(store) => return Ok(store.parent()),
+        };
         let path = self.path.join(PARENT_LINK);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = match openat(&self.fd, PARENT_LINK, flags, Mode::empty()) {
+        let fd = match openat(fd, PARENT_LINK, flags, Mode::empty()) {
             Ok(fd) => fd,
             // A link to nowhere is ENOENT too, and no reason to lose pages in silence.
-            Err(Errno::NOENT)
-                if rustix::fs::readlinkat(&self.fd, PARENT_LINK, Vec::new()).is_err() =>
-            {
+            Err(Errno::NOENT) if rustix::fs::readlinkat(fd, PARENT_LINK, Vec::new()).is_err() => {
                 return Ok(None);
             }
             Err(errno) => {
@@ -161,8 +190,7 @@ impl ImageDir {
 
     /// Whether the image is there.
     pub fn has(&self, kind: ImageKind, id: u64) -> bool {
-        let flags = rustix::fs::AtFlags::empty();
-        rustix::fs::statat(&self.fd, kind.file_name(id), flags).is_ok()
+        self.file_size(&kind.file_name(id)).is_some()
     }
 
     /// Numbers of all images of a kind, in rising order (`[0]` for a kind without a number).
@@ -192,8 +220,12 @@ impl ImageDir {
             path: self.path.clone(),
             source: errno.into(),
         };
+        let fd = match &self.backing {
+            Backing::Directory(fd) => fd,
+            Backing::Store(store) => return Ok(store.names()),
+        };
         let mut names = Vec::new();
-        for entry in rustix::fs::Dir::read_from(&self.fd).map_err(error)? {
+        for entry in rustix::fs::Dir::read_from(fd).map_err(error)? {
             let name = entry
                 .map_err(error)?
                 .file_name()
@@ -208,16 +240,54 @@ impl ImageDir {
 
     /// Opens a file of the directory by name; `None` when it is absent.
     pub fn open_file(&self, name: &str) -> Result<Option<File>, ImageError> {
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-        match openat(&self.fd, name, flags, Mode::empty()) {
-            Ok(fd) => Ok(Some(File::from(fd))),
-            Err(Errno::NOENT) => Ok(None),
-            Err(errno) => Err(ImageError::Read {
-                path: self.path.join(name),
-                offset: 0,
-                source: errno.into(),
-            }),
+        let opened = match &self.backing {
+            Backing::Directory(fd) => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                match openat(fd, name, flags, Mode::empty()) {
+                    Ok(fd) => Ok(Some(File::from(fd))),
+                    Err(Errno::NOENT) => Ok(None),
+                    Err(errno) => Err(errno.into()),
+                }
+            }
+            Backing::Store(store) => store.open(name),
+        };
+        opened.map_err(|source| self.unreadable(name, source))
+    }
+
+    fn unreadable(&self, name: &str, source: io::Error) -> ImageError {
+        ImageError::Read {
+            path: self.path.join(name),
+            offset: 0,
+            source,
         }
+    }
+
+    /// Opens `pages-ID`, plain or compressed; absent is an error.
+    pub fn open_pages(&self, id: u64) -> Result<PagesReader, ImageError> {
+        let name = ImageKind::Pages.file_name(id);
+        let plain = match &self.backing {
+            Backing::Directory(_) => self.open_file(&name)?.map(PagesReader::Plain),
+            Backing::Store(store) => store
+                .pages(&name)
+                .map_err(|source| self.unreadable(&name, source))?,
+        };
+        if let Some(plain) = plain {
+            return Ok(plain);
+        }
+        for codec in [Codec::Zstd(0), Codec::Lz4] {
+            let name = format!("{name}{}", codec.suffix());
+            if let Some(file) = self.open_file(&name)? {
+                let frames = FramedReader::open(file);
+                let frames = frames.map_err(|source| self.unreadable(&name, source))?;
+                let len = frames.len();
+                return Ok(PagesReader::Framed {
+                    frames: Arc::new(frames),
+                    start: 0,
+                    len,
+                });
+            }
+        }
+        Err(self.missing(ImageKind::Pages, name))
     }
 
     /// Opens a file without header (`pages-N`, `route-N`, archives of tmpfs); absent is an error.
@@ -262,6 +332,30 @@ impl ImageDir {
         match self.optional_reader(kind, id)? {
             Some(mut reader) => reader.only_message().map(Some),
             None => Ok(None),
+        }
+    }
+
+    /// All entries of an image without number that must be there with at least one.
+    pub fn read_one_or_more<M: ImageMessage>(&self, kind: ImageKind) -> Result<Vec<M>, ImageError> {
+        let path = self.reader(kind, 0)?.path().to_path_buf();
+        let entries = self.read_all(kind, 0)?;
+        if entries.is_empty() {
+            return Err(ImageError::Empty {
+                path,
+                expected: M::NAME,
+            });
+        }
+        Ok(entries)
+    }
+
+    /// Length of a file in bytes; `None` when it is absent.
+    pub fn file_size(&self, name: &str) -> Option<u64> {
+        match &self.backing {
+            Backing::Directory(fd) => {
+                let stat = rustix::fs::statat(fd, name, rustix::fs::AtFlags::empty()).ok()?;
+                u64::try_from(stat.st_size).ok()
+            }
+            Backing::Store(store) => store.size(name),
         }
     }
 

@@ -1,10 +1,9 @@
 //! Copying the content of a segment out of its images, for memory that no task maps yet.
 
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
-use floe_image::{ImageDir, ImageError, ImageKind};
+use floe_image::{ImageDir, ImageError, ImageKind, PagesReader};
 
 use crate::{IndexError, PageIndex};
 
@@ -46,7 +45,7 @@ pub fn copy_segment(
     }
     let pages = PageIndex::read(images, ImageKind::ShmemPagemap, id)?;
     let mut buffer = Vec::new();
-    let mut opened: Option<(u32, File)> = None;
+    let mut opened: Option<(u32, Arc<PagesReader>)> = None;
     for run in pages.runs() {
         if opened
             .as_ref()

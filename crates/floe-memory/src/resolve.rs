@@ -3,14 +3,14 @@
 //! A dump that builds on a parent holds only what changed. The chain is folded once, newest wins, so
 //! that reading a page later does not walk it.
 
-use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
 
 use floe_image::dir::{PE_PARENT, PE_PRESENT};
 use floe_image::messages::PagemapEntry;
-use floe_image::{ImageDir, ImageError, ImageKind};
+use floe_image::{ImageDir, ImageError, ImageKind, PagesReader};
 use floe_kernel::ids::PAGE_SIZE;
 
 /// Consecutive pages whose content is consecutive in one pages file.
@@ -57,6 +57,8 @@ pub struct PageIndex {
 struct PagesFile {
     images: ImageDir,
     id: u64,
+    /// A compressed one, whose table is read once; plain ones would only hold descriptors.
+    framed: OnceLock<Arc<PagesReader>>,
 }
 
 /// Why the pages of a task cannot be found.
@@ -196,10 +198,22 @@ impl PageIndex {
             .filter_map(move |run| run.clipped(&range))
     }
 
-    /// Opens the pages file that runs name by its number; each call opens anew.
-    pub fn open(&self, file: u32) -> Result<File, ImageError> {
+    /// Opens the pages file that runs name by its number.
+    pub fn open(&self, file: u32) -> Result<Arc<PagesReader>, ImageError> {
         let file = &self.files[file as usize];
-        file.images.open_raw(ImageKind::Pages, file.id)
+        if let Some(framed) = file.framed.get() {
+            return Ok(framed.clone());
+        }
+        let opened = Arc::new(file.images.open_pages(file.id)?);
+        Ok(match opened.as_plain() {
+            Some(_) => opened,
+            None => file.framed.get_or_init(|| opened).clone(),
+        })
+    }
+
+    /// The directory in which the pages file of this number lies.
+    pub fn images(&self, file: u32) -> &ImageDir {
+        &self.files[file as usize].images
     }
 
     /// Number of pages files that runs may name.
@@ -212,15 +226,12 @@ impl PagesFile {
     fn checked(images: &ImageDir, id: u64, wanted: u64) -> Result<PagesFile, IndexError> {
         if wanted > 0 {
             let dir = || images.path().to_path_buf();
-            let file = images.open_raw(ImageKind::Pages, id)?;
-            let found = file
-                .metadata()
-                .map_err(|source| IndexError::Stat {
-                    id,
-                    dir: dir(),
-                    source,
-                })?
-                .len();
+            let found = images.open_pages(id)?.len();
+            let found = found.map_err(|source| IndexError::Stat {
+                id,
+                dir: dir(),
+                source,
+            })?;
             if found < wanted {
                 return Err(IndexError::PagesTruncated {
                     id,
@@ -233,6 +244,7 @@ impl PagesFile {
         Ok(PagesFile {
             images: images.clone(),
             id,
+            framed: OnceLock::new(),
         })
     }
 }

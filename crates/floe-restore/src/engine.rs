@@ -4,6 +4,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use floe_archive::check;
 use floe_image::messages::{RestoreStatsEntry, StatsEntry};
 use floe_image::{ImageDir, ImageKind, ImageWriter};
 use floe_kernel::cpu::CpuFacts;
@@ -67,24 +68,36 @@ pub fn plan<'i>(
 
 /// Does all that a restore does before it touches anything; the steps of the plan in their order.
 pub fn dry_run(
+    dir: ImageDir,
     options: &RestoreOptions,
     features: &KernelFeatures,
 ) -> Result<Vec<String>, RestoreError> {
-    let images = TreeImages::load(&options.place.images_dir)?;
-    check_cpu(options)?;
+    let images = load(dir)?;
+    check_cpu(&images.dir, options)?;
     let (plan, _) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
     Ok(plan.steps().iter().map(ToString::to_string).collect())
 }
 
-/// Restores the tree of an images directory.
+/// Reads the images, if nothing of them is missing.
+fn load(dir: ImageDir) -> Result<TreeImages, RestoreError> {
+    let mut rows = check::quick(&dir);
+    rows.retain(|row| row.state == check::State::Bad);
+    if !rows.is_empty() {
+        return Err(RestoreError::NotWhole(rows));
+    }
+    Ok(TreeImages::read(dir)?)
+}
+
+/// Restores the tree of images: of a directory, or of an archive.
 pub fn restore(
+    dir: ImageDir,
     options: &RestoreOptions,
     features: &KernelFeatures,
 ) -> Result<RestoreReport, RestoreError> {
     let start = Instant::now();
-    let images = TreeImages::load(&options.place.images_dir)?;
-    check_cpu(options)?;
+    let images = load(dir)?;
+    check_cpu(&images.dir, options)?;
     let (plan, background) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
     options
@@ -175,12 +188,11 @@ fn abort(world: &mut World<'_>) {
 const ZOMBIE_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Compares this CPU with the one of the dump, if the images name it and the options ask for it.
-fn check_cpu(options: &RestoreOptions) -> Result<(), RestoreError> {
+fn check_cpu(dir: &ImageDir, options: &RestoreOptions) -> Result<(), RestoreError> {
     let wanted = options.cpu_cap;
     if !wanted.fpu && !wanted.instructions && !wanted.exact {
         return Ok(());
     }
-    let dir = ImageDir::open(&options.place.images_dir)?;
     let Some(saved) = dir.read_optional(ImageKind::Cpuinfo, 0)? else {
         return Ok(());
     };

@@ -9,6 +9,12 @@ use floe_resources::restore::{ExecuteError, PlanError};
 /// Why a tree was not restored. Nothing of it is left behind.
 #[derive(Debug, thiserror::Error)]
 pub enum RestoreError {
+    /// Something of the images is missing or cut.
+    #[error("{}", .0.iter().map(|row| match &row.remedy {
+        Some(remedy) => format!("{}: {remedy}", row.text),
+        None => row.text.clone(),
+    }).collect::<Vec<_>>().join("\n"))]
+    NotWhole(Vec<floe_archive::check::Row>),
     #[error(transparent)]
     Plan(#[from] PlanError),
     #[error(transparent)]

@@ -8,6 +8,7 @@ mod births;
 mod descriptors;
 mod engine;
 mod error;
+mod machine;
 pub mod memory;
 mod release;
 mod space;
@@ -16,3 +17,4 @@ mod tree;
 
 pub use engine::{RestoreReport, dry_run, plan, restore};
 pub use error::RestoreError;
+pub use machine::check_machine;

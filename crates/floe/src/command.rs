@@ -14,7 +14,7 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
-use crate::{check, cpuinfo, demo, engine, explain, help, image, logging, statistics};
+use crate::{check, cpuinfo, demo, engine, explain, help, image, logging, statistics, verify};
 
 /// A command of Floe's own: its words stand first and have options of their own.
 pub struct OwnCommand {
@@ -31,6 +31,11 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "image",
         about: "show, decode and encode image files",
         run: image::run,
+    },
+    OwnCommand {
+        name: "verify",
+        about: "check that a checkpoint is whole and can be restored here",
+        run: verify::run,
     },
     OwnCommand {
         name: "explain",

@@ -1,6 +1,7 @@
 //! The call sites of the engine, and what its errors mean for the exit code.
 
 use floe_dump::{DumpError, DumpReport, FreezeError};
+use floe_image::ImageDir;
 use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, RestoreOptions};
@@ -61,10 +62,15 @@ fn log_report(report: &DumpReport) {
 
 /// Restores a tree.
 pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<(), Failure> {
-    let restored = floe_restore::restore(options, features);
+    let restored = floe_restore::restore(images(options)?, options, features);
     restored
         .map(drop)
         .map_err(|error| Failure::new(restore_exit(&error), error))
+}
+
+fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
+    let opened = ImageDir::open(&options.place.images_dir);
+    opened.map_err(|error| Failure::new(Exit::BadImage, error))
 }
 
 /// The steps of a restore, of which none is done.
@@ -72,14 +78,14 @@ pub fn dry_run(
     options: &RestoreOptions,
     features: &KernelFeatures,
 ) -> Result<Vec<String>, Failure> {
-    let steps = floe_restore::dry_run(options, features);
+    let steps = floe_restore::dry_run(images(options)?, options, features);
     steps.map_err(|error| Failure::new(restore_exit(&error), error))
 }
 
 fn restore_exit(error: &RestoreError) -> Exit {
     match error {
         RestoreError::Plan(error) => plan_exit(error),
-        RestoreError::Image(_) => Exit::BadImage,
+        RestoreError::Image(_) | RestoreError::NotWhole(_) => Exit::BadImage,
         RestoreError::Cpu(_) => Exit::Unsupported,
         RestoreError::Step { source, .. } => step_exit(source),
         _ => Exit::Failed,

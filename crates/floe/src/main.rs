@@ -17,6 +17,7 @@ mod logging;
 mod own;
 mod scripts;
 mod statistics;
+mod verify;
 
 use std::process::ExitCode;
 

@@ -4,6 +4,7 @@
 //! Not part of the product. Unsafe code is in `sys` and, for forked children, in
 //! `program::tasks`.
 
+pub mod chain;
 pub mod cross;
 pub mod engine;
 pub mod fixture;

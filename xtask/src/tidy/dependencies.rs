@@ -21,6 +21,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "floe-memory",
         &["floe-image", "floe-kernel", "floe-inject", "floe-options"],
     ),
+    ("floe-archive", &["floe-image", "floe-kernel", "floe-memory"]),
     (
         "floe-resources",
         &[
@@ -47,6 +48,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "floe-restore",
         &[
+            "floe-archive",
             "floe-image",
             "floe-options",
             "floe-plan",
@@ -59,6 +61,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "floe",
         &[
+            "floe-archive",
             "floe-explain",
             "floe-image",
             "floe-options",

@@ -99,7 +99,11 @@ pub struct TreeImages {
 impl TreeImages {
     /// Reads and decodes the images of a directory.
     pub fn load(path: &Path) -> Result<Self, PlanError> {
-        let dir = ImageDir::open(path)?;
+        Self::read(ImageDir::open(path)?)
+    }
+
+    /// Reads and decodes opened images.
+    pub fn read(dir: ImageDir) -> Result<Self, PlanError> {
         let inventory: InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
         let per_id = inventory.fdinfo_per_id.unwrap_or(false);
         let mut tasks = Vec::new();

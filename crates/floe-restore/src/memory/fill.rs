@@ -11,6 +11,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
+use floe_image::PagesReader;
 use floe_inject::Arg;
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr, TaskFd};
 use floe_kernel::pidfd::Pidfd;
@@ -128,7 +129,7 @@ fn drop_pages(ranges: &[Range<u64>], puppet: &mut Puppet<'_>) -> Result<(), Memo
 /// The pages files of an index, opened at most once each.
 struct Pages<'a> {
     index: &'a PageIndex,
-    files: Vec<OnceLock<File>>,
+    files: Vec<OnceLock<Arc<PagesReader>>>,
 }
 
 impl<'a> Pages<'a> {

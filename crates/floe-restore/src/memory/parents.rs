@@ -1,7 +1,6 @@
 //! Content of parents, kept for a while: many children are held against the same pages.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 
 use floe_memory::{PageIndex, StoredRun};
@@ -88,21 +87,13 @@ impl ParentPages {
 
 fn read_block(index: &PageIndex, file: u32, offset: u64) -> Result<Vec<u8>, MemoryError> {
     let pages = index.open(file)?;
-    let mut bytes = vec![0; BLOCK_BYTES as usize];
-    let mut len = 0;
-    while len < bytes.len() {
-        let read = pages
-            .read_at(&mut bytes[len..], offset + len as u64)
-            .map_err(|source| MemoryError::ReadPages {
-                offset,
-                bytes: BLOCK_BYTES as usize,
-                source,
-            })?;
-        if read == 0 {
-            break;
-        }
-        len += read;
-    }
-    bytes.truncate(len);
+    let failed = |source| MemoryError::ReadPages {
+        offset,
+        bytes: BLOCK_BYTES as usize,
+        source,
+    };
+    let left = pages.len().map_err(failed)?.saturating_sub(offset);
+    let mut bytes = vec![0; BLOCK_BYTES.min(left) as usize];
+    pages.read_exact_at(&mut bytes, offset).map_err(failed)?;
     Ok(bytes)
 }

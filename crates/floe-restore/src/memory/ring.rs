@@ -6,7 +6,6 @@
 //! Not kept: requests under way; a dump waits for them or refuses.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 use floe_image::messages::MmEntry;
 use floe_inject::{Arg, Program, read_memory, write_memory};

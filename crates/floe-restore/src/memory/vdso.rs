@@ -104,9 +104,9 @@ impl VdsoPlan {
 fn same_code(code: &Range<u64>, pages: &PageIndex, host: &HostVdso) -> bool {
     pages.runs_in(code.clone()).all(|run| {
         let mut saved = vec![0; run.len as usize];
-        let read = pages.open(run.file).is_ok_and(|file| {
-            std::os::unix::fs::FileExt::read_exact_at(&file, &mut saved, run.offset).is_ok()
-        });
+        let read = pages
+            .open(run.file)
+            .is_ok_and(|file| file.read_exact_at(&mut saved, run.offset).is_ok());
         let at = (run.start - code.start) as usize;
         read && saved == host.code[at..at + saved.len()]
     })

@@ -1,0 +1,102 @@
+//! A chain of generations: a checkpoint and all that it builds on.
+
+use floe_image::manifest::{Manifest, ManifestError};
+use floe_image::{ImageDir, ImageError, ImageKind};
+
+/// One directory of a chain.
+#[derive(Clone, Debug)]
+pub struct Generation {
+    /// Its images.
+    pub dir: ImageDir,
+    /// Its manifest; other engines write none.
+    pub manifest: Option<Manifest>,
+}
+
+/// Generations, oldest first; never empty.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    generations: Vec<Generation>,
+}
+
+/// A chain cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum ChainError {
+    /// A directory or an image of it.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A manifest.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+impl Chain {
+    /// Follows the links `parent` from the newest directory.
+    pub fn open(newest: &ImageDir) -> Result<Chain, ChainError> {
+        let mut generations = Vec::new();
+        let mut next = Some(newest.clone());
+        while let Some(dir) = next {
+            next = dir.parent()?;
+            let manifest = Manifest::read(&dir)?;
+            generations.push(Generation { dir, manifest });
+        }
+        generations.reverse();
+        Ok(Chain { generations })
+    }
+
+    /// All, oldest first.
+    pub fn generations(&self) -> &[Generation] {
+        &self.generations
+    }
+
+    /// The one that a restore begins with.
+    pub fn newest(&self) -> &Generation {
+        self.generations.last().expect("a chain has at least one")
+    }
+
+    /// Number of the newest generation, as its manifest says or as counted.
+    pub fn newest_number(&self) -> u32 {
+        let counted = self.generations.len() as u32 - 1;
+        let noted = self.newest().manifest.as_ref();
+        noted.map_or(counted, |manifest| manifest.generation.max(counted))
+    }
+
+    /// Number of a generation by its index.
+    pub fn number(&self, index: usize) -> u32 {
+        self.newest_number() - (self.generations.len() - 1 - index) as u32
+    }
+}
+
+impl Generation {
+    /// What stands for this generation and no other: a hash of its manifest, or of its small images.
+    pub fn digest(&self) -> Result<String, ChainError> {
+        let mut hasher = blake3::Hasher::new();
+        if let Some(manifest) = &self.manifest {
+            let text = serde_json::to_vec(manifest).expect("a manifest has text keys only");
+            hasher.update(&text);
+        } else {
+            let mut images = self.dir.images()?;
+            images.sort();
+            for (kind, id) in images.into_iter().filter(|(kind, _)| !kind.is_raw()) {
+                let name = kind.file_name(id.unwrap_or(0));
+                hasher.update(name.as_bytes());
+                if let Some(file) = self.dir.open_file(&name)? {
+                    let read = hasher.update_reader(file);
+                    read.map_err(|source| ImageError::Read {
+                        path: self.dir.path().join(&name),
+                        offset: 0,
+                        source,
+                    })?;
+                }
+            }
+        }
+        Ok(hasher.finalize().to_hex().to_string())
+    }
+
+    /// Whether this is memory only, copied while the program ran on.
+    pub fn is_pre_dump(&self) -> bool {
+        match &self.manifest {
+            Some(manifest) => manifest.kind == floe_image::manifest::DumpKind::PreDump,
+            None => !self.dir.has(ImageKind::Pstree, 0) && self.dir.has(ImageKind::Inventory, 0),
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Comparing files with their checksums.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use super::{COPY_AGAIN, Row, sentence};
+use crate::Generation;
+
+/// Bytes that are read at once, and hashed by all threads.
+const CHUNK: usize = 4 << 20;
+
+/// What was hashed.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct HashReport {
+    /// Bytes hashed.
+    pub bytes: u64,
+    /// Time that it took.
+    pub time: Duration,
+}
+
+/// Compares each file of a generation that has a checksum with it.
+pub(super) fn check(
+    generation: &Generation,
+    threads: usize,
+    rows: &mut Vec<Row>,
+    report: &mut HashReport,
+) {
+    let Some(manifest) = &generation.manifest else {
+        return;
+    };
+    let started = Instant::now();
+    let hashed: Vec<_> = manifest
+        .files
+        .iter()
+        .filter_map(|(name, file)| Some((name, file.blake3.as_deref()?)))
+        .collect();
+    let (next, bytes, bad) = (
+        AtomicUsize::new(0),
+        AtomicU64::new(0),
+        Mutex::new(Vec::new()),
+    );
+    let work = || {
+        while let Some((name, wanted)) = hashed.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let path = generation.dir.path().join(name.as_str());
+            let row = match generation.dir.open_file(name) {
+                Ok(Some(file)) => match hash(file, &bytes) {
+                    Ok(found) if found.to_hex().as_str() == *wanted => continue,
+                    Ok(_) => Row::bad(
+                        "checksums",
+                        format!("{} is not as it was when it was made", path.display()),
+                        COPY_AGAIN,
+                    ),
+                    Err(error) => Row::bad(
+                        "checksums",
+                        format!("{} cannot be read: {error}", path.display()),
+                        COPY_AGAIN,
+                    ),
+                },
+                // Its absence has its own row.
+                Ok(None) => continue,
+                Err(error) => Row::bad("checksums", sentence(&error), COPY_AGAIN),
+            };
+            bad.lock()
+                .expect("nobody panics while holding the rows")
+                .push(row);
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..threads.min(hashed.len()) {
+            // Without a thread the others do its part.
+            let _ = std::thread::Builder::new()
+                .name("floe-hash".into())
+                .spawn_scoped(scope, work);
+        }
+        work();
+    });
+    let bad = bad
+        .into_inner()
+        .expect("nobody panics while holding the rows");
+    let without: Vec<_> = manifest
+        .files
+        .iter()
+        .filter(|(_, file)| file.blake3.is_none())
+        .map(|(name, _)| name.as_str())
+        .collect();
+    if bad.is_empty() {
+        rows.push(Row::good(
+            "checksums",
+            format!(
+                "generation {}: {} files are as they were made",
+                manifest.generation,
+                hashed.len()
+            ),
+        ));
+    }
+    if !without.is_empty() {
+        let shown = without
+            .iter()
+            .take(3)
+            .copied()
+            .collect::<Vec<_>>()
+            .join(", ");
+        let more = if without.len() > 3 { ", ..." } else { "" };
+        rows.push(Row::note("checksums", format!("generation {}: {} files have no checksum, their sizes were compared ({shown}{more})", manifest.generation, without.len())));
+    }
+    rows.extend(bad);
+    report.bytes += bytes.into_inner();
+    report.time += started.elapsed();
+}
+
+fn hash(mut file: File, bytes: &AtomicU64) -> io::Result<blake3::Hash> {
+    let size = file.metadata()?.len();
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; CHUNK.min(size as usize + 1)];
+    loop {
+        let mut filled = 0;
+        while filled < buffer.len() {
+            match file.read(&mut buffer[filled..])? {
+                0 => break,
+                read => filled += read,
+            }
+        }
+        if filled == 0 {
+            return Ok(hasher.finalize());
+        }
+        hasher.update_rayon(&buffer[..filled]);
+        bytes.fetch_add(filled as u64, Ordering::Relaxed);
+    }
+}

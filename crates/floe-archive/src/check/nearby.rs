@@ -1,0 +1,82 @@
+//! Where a file that is not in its place seems to be.
+
+use std::path::{Path, PathBuf};
+
+use floe_image::dir::PARENT_LINK;
+
+/// Directories that are looked into, and how deep.
+const MOST: usize = 2000;
+const DEEPEST: usize = 4;
+
+/// The directory below, above or beside `start` that holds a file of this name.
+pub fn find(start: &Path, name: &str) -> Option<PathBuf> {
+    search(start, |directory| directory.join(name).is_file())
+}
+
+/// A directory of this name below, above or beside `start`.
+pub fn directory(start: &Path, name: &str) -> Option<PathBuf> {
+    if name.is_empty() {
+        return None;
+    }
+    search(start, |directory| {
+        directory.file_name().is_some_and(|own| own == name)
+    })
+}
+
+/// The checkpoint whose link `parent` leads to `start`.
+pub fn child_of(start: &Path) -> Option<PathBuf> {
+    let start = start.canonicalize().ok()?;
+    search(&start, |directory| {
+        directory
+            .join(PARENT_LINK)
+            .canonicalize()
+            .is_ok_and(|parent| parent == start)
+            && directory.join("pstree.img").is_file()
+    })
+}
+
+/// The nearest directory that fits: first below, then the one above and what is below that.
+fn search(start: &Path, fits: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let start = start.canonicalize().ok()?;
+    let mut left = MOST;
+    if let Some(found) = below(&start, &fits, &mut left) {
+        return Some(found);
+    }
+    let above = start.parent()?;
+    if above.parent().is_none() {
+        return None;
+    }
+    if fits(above) {
+        return Some(above.to_path_buf());
+    }
+    below(above, &fits, &mut left).filter(|found| *found != start)
+}
+
+/// Breadth first, so that the nearest is found.
+fn below(start: &Path, fits: &impl Fn(&Path) -> bool, left: &mut usize) -> Option<PathBuf> {
+    let mut level = vec![start.to_path_buf()];
+    for _ in 0..DEEPEST {
+        let mut next = Vec::new();
+        for directory in level {
+            let entries = std::fs::read_dir(&directory)
+                .into_iter()
+                .flatten()
+                .flatten();
+            // Links are not followed: `parent` would lead around the chain.
+            let inside = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+            for entry in inside {
+                if *left == 0 {
+                    return None;
+                }
+                *left -= 1;
+                next.push(entry.path());
+            }
+        }
+        next.sort();
+        if let Some(found) = next.iter().find(|directory| fits(directory)) {
+            return Some(found.clone());
+        }
+        level = next;
+    }
+    None
+}

@@ -1,0 +1,154 @@
+//! What `floe verify` and `floe restore` say of a checkpoint that is not whole. No process is made.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use testkit::chain::{Page, Pages, filled, write_chain};
+
+fn floe(command: &str, directory: &Path) -> Output {
+    let words = match command {
+        "verify" => vec!["verify"],
+        _ => vec!["restore", "--no-default-config", "-d", "-D"],
+    };
+    let output = Command::new(env!("CARGO_BIN_EXE_floe"))
+        .args(words)
+        .arg(directory)
+        .output();
+    output.expect("the binary runs")
+}
+
+fn said(output: &Output) -> String {
+    let text = [&output.stdout[..], &output.stderr[..]].concat();
+    String::from_utf8_lossy(&text).into_owned()
+}
+
+/// Two generations of some pages.
+fn chain(root: &Path) -> Vec<PathBuf> {
+    let pages: Vec<u64> = (0..20).map(|number| 0x10000 + number * 4096).collect();
+    let old: Pages = pages.iter().map(|address| (*address, filled(1))).collect();
+    let changed = |address: &u64| match address % 8192 {
+        0 => filled(2),
+        _ => Page::InParent,
+    };
+    let new: Pages = pages
+        .iter()
+        .map(|address| (*address, changed(address)))
+        .collect();
+    write_chain(root, &[old, new]).expect("a chain")
+}
+
+/// Both commands refuse the directory and say all of these.
+fn refused(directory: &Path, wanted: &[&str]) {
+    for command in ["restore", "verify"] {
+        let output = floe(command, directory);
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(5), "{command}: {text}");
+        for part in wanted {
+            assert!(text.contains(part), "{command}: `{part}` is not in: {text}");
+        }
+        assert!(!text.contains("empty-image"), "{text}");
+    }
+}
+
+#[test]
+fn images_one_directory_too_deep_are_found() {
+    let root = tempfile::tempdir().expect("a directory");
+    std::fs::create_dir(root.path().join("copy")).expect("made");
+    chain(&root.path().join("copy"));
+    let meant = root.path().join("copy/1");
+    refused(
+        &root.path().join("copy"),
+        &["inventory.img is missing", "it seems to be in", "copy/0"],
+    );
+    refused(
+        root.path(),
+        &["inventory.img is missing", "it seems to be in"],
+    );
+    assert!(meant.is_dir());
+}
+
+#[test]
+fn an_empty_directory_is_called_so() {
+    let root = tempfile::tempdir().expect("a directory");
+    let inner = root.path().join("a/b");
+    std::fs::create_dir_all(&inner).expect("made");
+    refused(
+        &inner,
+        &["inventory.img is missing in", "the directory is empty"],
+    );
+}
+
+#[test]
+fn half_a_copy_is_named_file_by_file() {
+    let root = tempfile::tempdir().expect("a directory");
+    let newest = chain(root.path()).pop().expect("two");
+    std::fs::remove_file(newest.join("core-7.img")).expect("removed");
+    let pages = std::fs::File::options()
+        .write(true)
+        .open(newest.join("pages-1.img"))
+        .expect("there");
+    pages.set_len(4096).expect("cut");
+    refused(
+        &newest,
+        &[
+            "core-7.img is missing in",
+            "pages-1.img has 4096 bytes, 40960 when it was made",
+        ],
+    );
+}
+
+#[test]
+fn a_file_that_was_left_elsewhere_is_found_there() {
+    let root = tempfile::tempdir().expect("a directory");
+    let newest = chain(root.path()).pop().expect("two");
+    std::fs::create_dir(root.path().join("rest")).expect("made");
+    std::fs::rename(newest.join("mm-7.img"), root.path().join("rest/mm-7.img")).expect("moved");
+    refused(
+        &newest,
+        &["mm-7.img is missing in", "it seems to be in", "/rest"],
+    );
+}
+
+#[test]
+fn a_pre_dump_alone_leads_to_the_dump_that_builds_on_it() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    let newest = chain[1].display().to_string();
+    refused(&chain[0], &["is a pre-dump", "generation 0", &newest]);
+}
+
+#[test]
+fn a_broken_parent_link_is_named_with_the_place_of_the_generation() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    std::fs::create_dir(root.path().join("moved")).expect("made");
+    std::fs::rename(&chain[0], root.path().join("moved/0")).expect("moved");
+    refused(
+        &chain[1],
+        &["the link `parent`", "leads to ../0", "moved/0"],
+    );
+}
+
+#[test]
+fn damage_is_found_by_the_checksums() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    let output = floe("verify", &chain[1]);
+    // The images are whole, although no task can be made of them.
+    assert!(
+        said(&output).contains("generation 1: 7 files are as they were made"),
+        "{}",
+        said(&output)
+    );
+    let path = chain[0].join("pages-1.img");
+    let mut pages = std::fs::read(&path).expect("read");
+    pages[5000] ^= 1;
+    std::fs::write(&path, pages).expect("written");
+    let output = floe("verify", &chain[1]);
+    assert_eq!(output.status.code(), Some(5), "{}", said(&output));
+    assert!(
+        said(&output).contains("pages-1.img is not as it was"),
+        "{}",
+        said(&output)
+    );
+}
