@@ -90,27 +90,26 @@ pub fn dump(
         return Err(DumpError::Cancelled);
     }
     fault::point();
-    if options.after == AfterDump::Kill {
+    if options.after == AfterDump::LeaveRunning {
+        network.release().map_err(DumpError::Connections)?;
+        release::resume(tree)?;
+        report.frozen = stopping.elapsed();
+        report.image_bytes = finish(&writer)?;
+    } else {
         report.image_bytes = finish(&writer)?;
         fault::point();
+        // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
+        // kills them must not end the connections.
         let network = network.persist(&run_id)?;
         fault::point();
-        release::kill(tree)?;
+        match options.after {
+            AfterDump::LeaveStopped => release::stop(tree)?,
+            _ => release::kill(tree)?,
+        }
         network.end();
         links.keep();
-        tracing::info!("ended the tree");
+        tracing::info!("gave up the tree");
         report.frozen = stopping.elapsed();
-    } else {
-        network.release().map_err(DumpError::Connections)?;
-        match options.after {
-            AfterDump::LeaveStopped => {
-                links.keep();
-                release::stop(tree)?;
-            }
-            _ => release::resume(tree)?,
-        }
-        report.frozen = stopping.elapsed();
-        report.image_bytes = finish(&writer)?;
     }
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
