@@ -237,3 +237,24 @@ fn the_vdso_lands_where_the_image_has_it() {
     assert_eq!(maps[0].start.0, BASE);
     assert!(maps.iter().any(|map| map.name == b"[vdso]"), "{maps:?}");
 }
+
+#[test]
+fn the_vdso_of_another_kernel_jumps_to_the_running_one() {
+    let mut layout = Layout::new();
+    let code = layout.other_vdso(BASE);
+    layout.vma(anonymous(BASE + 100 * PAGE, 4, RW));
+    let mut puppet = layout.restore(&with_userfaultfd());
+    let maps = puppet.maps();
+    let current = maps.iter().find(|map| map.name == b"[vdso]").unwrap();
+    assert_ne!(current.start.0, code);
+    let old = maps.iter().find(|map| map.start.0 == code).unwrap();
+    assert!(old.exec && !old.write && old.name.is_empty());
+    // Programs call the functions of the old place, which they found by name.
+    let time = puppets::vdso_function(&puppet.read(code, old.byte_len() as usize), b"__vdso_time");
+    let seconds = puppet.call_function(code + time, BASE + 104 * PAGE);
+    let now = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap()
+        .as_secs();
+    assert!(seconds.abs_diff(now) < 10, "{seconds} is not {now}");
+}

@@ -33,7 +33,7 @@ pub enum PlanError {
     )]
     StrayPages { start: u64 },
     #[error(
-        "The vDSO in the image is another kernel's ({problem}): \
+        "The vDSO in the image is another kernel's: {problem}; \
          restore on the kernel that the checkpoint was made on"
     )]
     ForeignVdso { problem: String },

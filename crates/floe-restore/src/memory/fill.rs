@@ -74,6 +74,11 @@ pub fn fill(
         memory: OnceLock::new(),
         uffd: None,
     };
+    if let Some(vdso) = plan.vdso.as_ref().filter(|_| !plan.keeps_vdso)
+        && let Some(old) = &vdso.old
+    {
+        filler.force(old.code.start, &old.bytes)?;
+    }
     // Some kernels let only the tracer force writes.
     let mut stats = filler.run(&work.forced, 1)?;
     stats.add(filler.run(&work.written, options.workers)?);

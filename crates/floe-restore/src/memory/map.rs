@@ -8,6 +8,7 @@ use floe_kernel::ids::TaskFd;
 use super::error::MemoryError;
 use super::plan::MemoryPlan;
 use super::region::{Backing, Origin, Region, Source};
+use super::vdso::OldVdso;
 
 /// `arch_prctl` code that maps the vDSO at an address (`asm/prctl.h`).
 const ARCH_MAP_VDSO_64: u64 = 0x2003;
@@ -189,6 +190,9 @@ fn map_vdso(plan: &MemoryPlan, steps: &mut Steps<'_, '_>) -> Result<(), MemoryEr
     };
     let Range { start, end } = vdso.range;
     let program = steps.program(0)?;
+    if let Some(old) = &vdso.old {
+        map_old_vdso(old, program);
+    }
     program.call(
         format!("mapping of the vDSO at {start:#x}"),
         libc::SYS_arch_prctl,
@@ -212,6 +216,24 @@ fn map_vdso(plan: &MemoryPlan, steps: &mut Steps<'_, '_>) -> Result<(), MemoryEr
         free_from = piece.end;
     }
     Ok(())
+}
+
+/// The code and data mappings of another kernel's vDSO, as ordinary memory.
+fn map_old_vdso(old: &OldVdso, program: &mut Program) {
+    let data = old.data.iter().map(|range| (range, libc::PROT_READ));
+    let code = (&old.code, libc::PROT_READ | libc::PROT_EXEC);
+    for (range, prot) in data.chain([code]) {
+        let args = [
+            Arg::from(range.start),
+            Arg::from(range.end - range.start),
+            Arg::from(prot),
+            Arg::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED),
+            Arg::from(-1),
+            Arg::from(0),
+        ];
+        let label = format!("mmap of the dump's vDSO at {:#x}", range.start);
+        program.call(label, libc::SYS_mmap, &args);
+    }
 }
 
 fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &mut Program) {

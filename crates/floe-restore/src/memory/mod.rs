@@ -16,6 +16,7 @@ mod finish;
 mod map;
 mod parents;
 mod plan;
+mod redirect;
 mod region;
 mod ring;
 mod segment;

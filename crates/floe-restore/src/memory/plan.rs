@@ -137,7 +137,7 @@ impl MemoryPlan {
         regions.sort_by_key(|region| region.range.start);
         check_disjoint(&regions, request.arena)?;
         let mut plan = MemoryPlan {
-            vdso: VdsoPlan::of(mm, request.pages, &request.host.vdso)?,
+            vdso: VdsoPlan::of(mm, request.pages, &request.host.vdso, request.arena)?,
             keeps_vdso: false,
             rings: ring::plan(mm, request.pages)?,
             regions,
@@ -240,7 +240,7 @@ impl MemoryPlan {
         if self.keeps_vdso
             && let Some(vdso) = &self.vdso
         {
-            kept.push(vdso.range.clone());
+            kept.extend(vdso.places());
         }
         kept.push(self.arena.clone());
         kept.sort_by_key(|range| range.start);
@@ -290,7 +290,7 @@ impl MemoryPlan {
             .iter()
             .map(|region| region.range.clone())
             .collect();
-        places.extend(self.vdso.iter().map(|vdso| vdso.range.clone()));
+        places.extend(self.vdso.iter().flat_map(VdsoPlan::places));
         places.sort_by_key(|range| range.start);
         for run in self.pages.runs() {
             let mut covered = run.start;
@@ -365,11 +365,16 @@ pub fn choose_arena(mms: &[&MmEntry], own: &[Mapping], bytes: u64) -> Result<u64
         }))
         .collect();
     used.sort_unstable();
-    [ARENA_FLOOR, LOWEST]
-        .into_iter()
-        .find_map(|floor| first_hole(&used, floor, wanted))
+    find_hole(&used, wanted)
         .map(|hole| (hole + ARENA_MARGIN).next_multiple_of(PAGE_SIZE))
         .ok_or(PlanError::NoHole { bytes })
+}
+
+/// A hole of `wanted` bytes beside `used`, which is sorted by start.
+pub(super) fn find_hole(used: &[(u64, u64)], wanted: u64) -> Option<u64> {
+    [ARENA_FLOOR, LOWEST]
+        .into_iter()
+        .find_map(|floor| first_hole(used, floor, wanted))
 }
 
 /// The lowest hole of `wanted` bytes at or above `floor`; `used` is sorted by start.

@@ -10,9 +10,11 @@ use floe_image::messages::{MmEntry, PagemapEntry, PagemapHead, VmaEntry};
 use floe_image::{ImageDir, ImageKind, ImageWriter, Sync};
 use floe_inject::{
     ARENA_BYTES, Arena, Arg, Program, RootSpawn, Seized, Stopped, read_memory, spawn_root,
+    write_memory,
 };
 use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::proc::{Mapping, parse_maps};
+use floe_kernel::ptrace;
 use floe_memory::PageIndex;
 use floe_restore::memory::{
     FillOptions, FillStats, HostMemory, MemoryPlan, MemoryRequest, Puppet, Source, choose_arena,
@@ -101,13 +103,17 @@ impl Layout {
         self.opened.insert(source, fd);
     }
 
-    /// Adds this process's vDSO, moved to `start`.
-    pub fn vdso(&mut self, start: u64) {
+    /// Adds this process's vDSO, moved to `start`; returns where its code begins.
+    pub fn vdso(&mut self, start: u64) -> u64 {
         let own = HostMemory::probe().unwrap().maps;
         let mut at = start;
+        let mut code = start;
         for piece in own {
             let status = match piece.name.as_slice() {
-                b"[vdso]" => 8,
+                b"[vdso]" => {
+                    code = at;
+                    8
+                }
                 name if name.starts_with(b"[vvar") => 4096,
                 _ => continue,
             };
@@ -119,6 +125,22 @@ impl Layout {
             });
             at += piece.byte_len();
         }
+        code
+    }
+
+    /// Adds the vDSO of a kernel that differs in the last byte.
+    pub fn other_vdso(&mut self, start: u64) -> u64 {
+        let code = self.vdso(start);
+        let own = HostMemory::probe().unwrap().maps;
+        let vdso = own.iter().find(|piece| piece.name == b"[vdso]").unwrap();
+        let mut bytes = vec![0; vdso.byte_len() as usize];
+        let me = HostPid(std::process::id().cast_signed());
+        read_memory(me, vdso.start.0, &mut bytes).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        for (index, page) in bytes.chunks(PAGE as usize).enumerate() {
+            self.pages.insert(code + index as u64 * PAGE, page.to_vec());
+        }
+        code
     }
 
     fn write(&self, dir: &std::path::Path) -> ImageDir {
@@ -287,6 +309,23 @@ impl Restored {
         outcome.result(call)
     }
 
+    /// Lets it call the function at `address`, whose argument is 0, on a stack that ends at `stack`.
+    pub fn call_function(&mut self, address: u64, stack: u64) -> u64 {
+        const NOWHERE: u64 = 0xdead_0000;
+        let pid = self.pid();
+        let top = stack - 16;
+        write_memory(pid, top, &NOWHERE.to_le_bytes()).unwrap();
+        let mut regs = ptrace::regs(pid).unwrap();
+        (regs.rip, regs.rsp, regs.rdi, regs.orig_rax) = (address, top, 0, u64::MAX);
+        ptrace::set_regs(pid, &regs).unwrap();
+        ptrace::cont(pid, 0).unwrap();
+        let (_, status) = ptrace::wait(pid, 0).unwrap().unwrap();
+        assert_eq!(status, ptrace::WaitStatus::Signal(libc::SIGSEGV));
+        let regs = ptrace::regs(pid).unwrap();
+        assert_eq!(regs.rip, NOWHERE, "it returned");
+        regs.rax
+    }
+
     pub fn try_read(&self, at: u64, len: usize) -> std::io::Result<Vec<u8>> {
         let mut bytes = vec![0; len];
         read_memory(self.pid(), at, &mut bytes).map(|()| bytes)
@@ -342,4 +381,24 @@ impl Restored {
             assert!(found == *wanted, "page {address:#x}");
         }
     }
+}
+
+/// The offset of a function in a vDSO, found by the names of its symbols.
+pub fn vdso_function(elf: &[u8], wanted: &[u8]) -> u64 {
+    let word = |at: usize| u64::from_le_bytes(elf[at..at + 8].try_into().unwrap());
+    let int = |at: usize| u32::from_le_bytes(elf[at..at + 4].try_into().unwrap());
+    let sections = word(40) as usize;
+    let section = |index: usize| sections + index * 64;
+    let count = usize::from(u16::from_le_bytes([elf[60], elf[61]]));
+    let dynsym = (0..count)
+        .map(section)
+        .find(|&at| int(at + 4) == 11)
+        .unwrap();
+    let strings = word(section(int(dynsym + 40) as usize) + 24) as usize;
+    let (start, len) = (word(dynsym + 24) as usize, word(dynsym + 32) as usize);
+    let symbol = (start..start + len).step_by(24).find(|&at| {
+        let name = &elf[strings + int(at) as usize..];
+        name.starts_with(wanted) && name[wanted.len()] == 0
+    });
+    word(symbol.unwrap() + 8)
 }
