@@ -96,6 +96,9 @@ struct Inner {
     files: Mutex<BTreeMap<String, Option<ManifestFile>>>,
 }
 
+/// More files than this are synced with their whole file system.
+const SYNCED_ONE_BY_ONE: usize = 4;
+
 impl ImageWriter {
     /// Opens the directory, or makes it (not the directories above it).
     ///
@@ -256,11 +259,9 @@ impl ImageWriter {
                 Some(noted) => noted.clone(),
                 None => self.measure(name)?,
             };
-            if self.inner.sync == Sync::Durable {
-                self.sync_file(name)?;
-            }
             files.insert(name.clone(), noted);
         }
+        self.sync_files(files.keys())?;
         self.sync_dir()?;
         let manifest = Manifest::new(info, files);
         self.write_manifest(&manifest)?;
@@ -300,6 +301,23 @@ impl ImageWriter {
                 source: errno.into(),
             }),
         }
+    }
+
+    /// One call for many files: each `fsync` commits the file system's journal anew.
+    fn sync_files<'n>(
+        &self,
+        names: impl ExactSizeIterator<Item = &'n String>,
+    ) -> Result<(), WriteError> {
+        if self.inner.sync == Sync::None {
+            return Ok(());
+        }
+        if names.len() <= SYNCED_ONE_BY_ONE {
+            return names.into_iter().try_for_each(|name| self.sync_file(name));
+        }
+        rustix::fs::syncfs(&self.inner.fd).map_err(|errno| WriteError::Sync {
+            path: self.inner.path.clone(),
+            source: errno.into(),
+        })
     }
 
     fn sync_file(&self, name: &str) -> Result<(), WriteError> {
