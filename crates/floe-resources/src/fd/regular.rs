@@ -215,6 +215,15 @@ impl FdRestore for RegularFile {
 /// Flags of `open` that act on the file once, when it is opened first.
 const ONCE: OFlags = OFlags::CREATE.union(OFlags::EXCL).union(OFlags::TRUNC);
 
+/// How to open the file that has this name. The name of a fifo is opened for both, so as not to block.
+pub(crate) fn flags_by_name(entry: &RegFileEntry, planner: &Planner<'_>) -> OFlags {
+    if planner.images.named_by(entry.id).is_empty() {
+        open_flags(entry, planner)
+    } else {
+        OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC
+    }
+}
+
 /// How to open a file: as the descriptor was, or as its mappings need it.
 fn open_flags(entry: &RegFileEntry, planner: &Planner<'_>) -> OFlags {
     let saved = OFlags::from_bits_retain(entry.flags);

@@ -5,16 +5,18 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use floe_image::dir::GhostImage;
 use floe_image::messages::{RegFileEntry, RemapFilePathEntry, RemapType};
 use floe_kernel::ids::HostPid;
 use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
-use rustix::fs::{AtFlags, CWD, FileType};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
 use super::ghost;
 use super::names::TemporaryNames;
+use crate::fd::regular;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when all names that exist for the opening of files are gone again.
@@ -24,68 +26,94 @@ fn ghost_handle(id: u32) -> Handle {
     Handle::Object("ghost", u64::from(id))
 }
 
-/// Names of deleted files that exist for the time being, by the number of their image.
+/// Descriptors of deleted files, by the id of the entry with the name, until their own step takes them.
 #[derive(Default)]
-struct Ghosts {
-    paths: BTreeMap<u32, PathBuf>,
-    names: Option<TemporaryNames>,
-}
+struct Opened(BTreeMap<u32, OwnedFd>);
 
-/// Adds the steps that bring deleted files back and remove them again.
+/// A name of a deleted file, and how it is opened.
+type User<'i> = (&'i RegFileEntry, OFlags);
+
+/// Adds the steps that open deleted files.
+///
+/// One step brings the file back, opens it for all who have it, and removes it again, so that nothing of
+/// it is to be seen between steps.
 pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
-    let mut users: BTreeMap<u32, Vec<&RegFileEntry>> = BTreeMap::new();
+    let mut users: BTreeMap<u32, Vec<User<'_>>> = BTreeMap::new();
     for remap in images.remaps.values() {
         let file = remapped_file(images, remap)?;
         match remap.remap_type() {
-            RemapType::Ghost => users.entry(remap.remap_id).or_default().push(file),
+            RemapType::Ghost => {
+                let user = (file, regular::flags_by_name(file, planner));
+                users.entry(remap.remap_id).or_default().push(user);
+            }
             RemapType::Linked => plan_link(planner, remap)?,
             RemapType::Procfs => {}
         }
     }
-    let mut opened = Vec::new();
-    for (id, files) in users {
+    let gone: Vec<Handle> = users.keys().map(|id| ghost_handle(*id)).collect();
+    for (id, users) in users {
         let image = images.dir.open_ghost(u64::from(id))?;
-        // A directory keeps the name under which it is made: it can have no second one.
-        let is_directory = FileType::from_raw_mode(image.entry.mode) == FileType::Directory;
-        let path = if is_directory {
-            PathBuf::from(&files[0].name)
-        } else {
-            PathBuf::from(format!("{}.cr.{id:x}.ghost", files[0].name))
-        };
-        let name = format!("bring back the deleted {}", files[0].name);
+        let name = format!("open the deleted {}", users[0].0.name);
         planner.step(name, (&[], &[ghost_handle(id)]), move |world| {
-            let names = ghost_names(world);
-            let undo = names.clone();
-            world.on_failure(move || undo.remove_quietly());
-            let made = ghost::make(&names, &path, &image)?;
-            world.state::<Ghosts>().paths.insert(id, made);
-            Ok(())
+            let names = TemporaryNames::default();
+            let opened = open_ghost(id, &users, &image, &names);
+            let removed = names.remove();
+            world.state::<Opened>().0.extend(opened?);
+            removed.during("Removing the name of", || users[0].0.name.clone())
         });
-        opened.extend(files.iter().flat_map(|file| opened_as(images, file.id)));
     }
-    let needs: Vec<Handle> = opened.into_iter().map(Handle::File).collect();
     planner.step(
-        "remove temporary names",
-        (&needs, &[NAMES_GONE]),
-        |world| match &world.state::<Ghosts>().names {
-            Some(names) => names
-                .remove()
-                .during("Removing", || "the names of deleted files".into()),
-            None => Ok(()),
-        },
+        "no temporary names are left",
+        (&gone, &[NAMES_GONE]),
+        |_| Ok(()),
     );
     Ok(())
 }
 
-/// The list of names that deleted files have for the time being.
-fn ghost_names(world: &mut World<'_>) -> TemporaryNames {
-    if let Some(names) = &world.state::<Ghosts>().names {
-        return names.clone();
+fn open_ghost(
+    id: u32,
+    users: &[User<'_>],
+    image: &GhostImage,
+    names: &TemporaryNames,
+) -> Result<Vec<(u32, OwnedFd)>, ExecuteError> {
+    // A directory keeps the name under which it is made: it can have no second one.
+    let is_directory = FileType::from_raw_mode(image.entry.mode) == FileType::Directory;
+    let first = &users[0].0.name;
+    let ghost = if is_directory {
+        ghost::make(names, Path::new(first), image)?
+    } else {
+        ghost::make(names, Path::new(&format!("{first}.cr.{id:x}.ghost")), image)?
+    };
+    let mut opened = Vec::with_capacity(users.len());
+    for (file, flags) in users {
+        let open = |path: &Path| rustix::fs::open(path, *flags, Mode::empty());
+        let descriptor = if is_directory {
+            open(&ghost).during("Opening the deleted directory", || file.name.clone())?
+        } else {
+            open_linked(&ghost, Path::new(&file.name), open)?
+        };
+        opened.push((file.id, descriptor));
     }
-    let names = TemporaryNames::watched(world.janitor());
-    world.state::<Ghosts>().names = Some(names.clone());
-    names
+    Ok(opened)
+}
+
+/// Opens a file under a name that it has for that moment only.
+fn open_linked(
+    source: &Path,
+    path: &Path,
+    open: impl FnOnce(&Path) -> rustix::io::Result<OwnedFd>,
+) -> Result<OwnedFd, ExecuteError> {
+    let what = || path.display().to_string();
+    let names = TemporaryNames::default();
+    let linked = names.make_file(path, |path| {
+        rustix::fs::linkat(CWD, source, CWD, path, AtFlags::empty())
+    });
+    let opened = linked
+        .during("Giving its name back to", what)
+        .and_then(|name| open(&name).during("Opening", what));
+    names.remove().during("Removing the name of", what)?;
+    opened
 }
 
 fn remapped_file<'i>(
@@ -137,13 +165,6 @@ pub fn is_link(images: &TreeImages, id: u32) -> bool {
         .any(|remap| remap.remap_type() == RemapType::Linked && remap.remap_id == id)
 }
 
-fn opened_as(images: &TreeImages, id: u32) -> Vec<u32> {
-    match images.named_by(id) {
-        [] => vec![id],
-        others => others.to_vec(),
-    }
-}
-
 /// What must exist before the file can be opened by its name.
 pub fn needs_of_name(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
     match images.remaps.get(&file.id) {
@@ -186,7 +207,7 @@ fn dead_process(images: &TreeImages, file: &RegFileEntry) -> Option<u32> {
     (dead.contains(&pid) && !is_task(images, pid)).then_some(pid)
 }
 
-/// Runs `open` on the file's name, at which the file can be found meanwhile.
+/// Runs `open` on the file's name, at which the file can be found meanwhile. Deleted files are open already.
 pub fn open_by_name(
     world: &mut World<'_>,
     file: &RegFileEntry,
@@ -195,38 +216,26 @@ pub fn open_by_name(
     let path = Path::new(&file.name);
     let what = || file.name.clone();
     let images = world.images;
-    let source = match images.remaps.get(&file.id) {
+    match images.remaps.get(&file.id) {
         Some(remap) if remap.remap_type() == RemapType::Ghost => {
-            let ghosts = world.state::<Ghosts>();
-            ghosts.paths.get(&remap.remap_id).cloned()
+            let opened = world.state::<Opened>().0.remove(&file.id);
+            return opened
+                .ok_or(rustix::io::Errno::BADF)
+                .during("Finding the deleted", what);
         }
         Some(remap) if remap.remap_type() == RemapType::Linked => {
             let link = link_name(images, remap).map_err(ExecuteError::from_plan)?;
             let names = TemporaryNames::default();
             names.adopt(link);
             world.on_success(move || names.remove_quietly());
-            Some(link.to_path_buf())
+            return open_linked(link, path, open);
         }
-        _ => None,
-    };
-    let Some(source) = source else {
-        let dead = dead_process(images, file).map(|pid| HostPid(pid.cast_signed()));
-        let _process = dead
-            .map(|pid| Placeholder::start(Some(pid)))
-            .transpose()
-            .during("Bringing back the process of", what)?;
-        return open(path).during("Opening", what);
-    };
-    if source.is_dir() && !source.is_symlink() {
-        return open(&source).during("Opening the deleted directory", what);
+        _ => {}
     }
-    let names = TemporaryNames::watched(world.janitor());
-    let linked = names.make_file(path, |path| {
-        rustix::fs::linkat(CWD, &source, CWD, path, AtFlags::empty())
-    });
-    let opened = linked
-        .during("Giving its name back to", what)
-        .and_then(|name| open(&name).during("Opening", what));
-    names.remove().during("Removing the name of", what)?;
-    opened
+    let dead = dead_process(images, file).map(|pid| HostPid(pid.cast_signed()));
+    let _process = dead
+        .map(|pid| Placeholder::start(Some(pid)))
+        .transpose()
+        .during("Bringing back the process of", what)?;
+    open(path).during("Opening", what)
 }
