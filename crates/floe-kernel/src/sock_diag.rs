@@ -1,4 +1,4 @@
-//! What `sock_diag(7)` tells of unix, inet and netlink sockets.
+//! What `sock_diag(7)` tells of unix, internet, netlink and packet sockets.
 //!
 //! Contract relied on: a dump lists every socket of the calling thread's network namespace that is hashed:
 //! all unix sockets, TCP sockets that are not closed, UDP and raw sockets that are bound.
@@ -196,6 +196,127 @@ fn parse_netlink(message: &[u8]) -> Option<NetlinkPeer> {
         peer_port: word(message, 8)?,
         peer_group: word(message, 12)?,
         groups: groups.map(|(_, value)| words(value)).unwrap_or_default(),
+    })
+}
+
+/// A ring of packets that a task may map, as `struct packet_diag_ring` has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PacketRing {
+    pub block_size: u32,
+    pub block_count: u32,
+    pub frame_size: u32,
+    pub frame_count: u32,
+    pub retire_timeout: u32,
+    pub private_size: u32,
+    pub features: u32,
+}
+
+/// An address that a packet socket listens to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketMembership {
+    pub device: u32,
+    /// How often it was joined.
+    pub count: u32,
+    pub kind: u16,
+    pub address: Vec<u8>,
+}
+
+/// One packet socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PacketSocket {
+    pub inode: u32,
+    pub kind: u8,
+    /// Of Ethernet, in the machine's order.
+    pub protocol: u16,
+    /// Number of the device that it is bound to; 0 for all.
+    pub device: u32,
+    pub version: u32,
+    pub reserve: u32,
+    pub copy_threshold: u32,
+    pub timestamp: u32,
+    /// `PDI_*`.
+    pub flags: u32,
+    pub memberships: Vec<PacketMembership>,
+    pub receive_ring: Option<PacketRing>,
+    pub send_ring: Option<PacketRing>,
+    pub fanout: Option<u32>,
+}
+
+/// Every packet socket.
+pub fn packet_sockets() -> io::Result<Vec<PacketSocket>> {
+    const SHOW_INFO_MCLIST_RINGS_FANOUT: u32 = 15;
+    let mut body = [0u8; 20];
+    body[0] = libc::AF_PACKET as u8;
+    body[8..12].copy_from_slice(&SHOW_INFO_MCLIST_RINGS_FANOUT.to_ne_bytes());
+    let mut sockets = Vec::new();
+    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(SOCK_DIAG_BY_FAMILY, &body, |message| {
+        sockets.push(parse_packet(message).ok_or(io::ErrorKind::InvalidData)?);
+        Ok(())
+    })?;
+    Ok(sockets)
+}
+
+fn parse_packet(message: &[u8]) -> Option<PacketSocket> {
+    const MEMBERSHIP: usize = 44;
+    let find = |wanted| {
+        let mut all = attributes(message.get(16..)?);
+        all.find(|(kind, _)| *kind == wanted)
+            .map(|(_, value)| value)
+    };
+    let info = words(find(0)?);
+    let [device, version, reserve, copy_threshold, timestamp, flags] = info[..] else {
+        return None;
+    };
+    let memberships = find(1).unwrap_or_default().chunks_exact(MEMBERSHIP);
+    Some(PacketSocket {
+        inode: word(message, 4)?,
+        kind: *message.get(1)?,
+        protocol: u16::from_ne_bytes(message.get(2..4)?.try_into().ok()?),
+        device,
+        version,
+        reserve,
+        copy_threshold,
+        timestamp,
+        flags,
+        memberships: memberships.map(parse_membership).collect::<Option<_>>()?,
+        receive_ring: find(2).and_then(parse_ring),
+        send_ring: find(3).and_then(parse_ring),
+        fanout: find(4).and_then(|value| word(value, 0)),
+    })
+}
+
+fn parse_membership(bytes: &[u8]) -> Option<PacketMembership> {
+    let short = |at: usize| Some(u16::from_ne_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+    Some(PacketMembership {
+        device: word(bytes, 0)?,
+        count: word(bytes, 4)?,
+        kind: short(8)?,
+        address: bytes.get(12..12 + usize::from(short(10)?))?.to_vec(),
+    })
+}
+
+fn parse_ring(bytes: &[u8]) -> Option<PacketRing> {
+    let fields = words(bytes);
+    let [
+        block_size,
+        block_count,
+        frame_size,
+        frame_count,
+        retire_timeout,
+        private_size,
+        features,
+    ] = fields[..]
+    else {
+        return None;
+    };
+    Some(PacketRing {
+        block_size,
+        block_count,
+        frame_size,
+        frame_count,
+        retire_timeout,
+        private_size,
+        features,
     })
 }
 

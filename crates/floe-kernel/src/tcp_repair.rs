@@ -216,8 +216,25 @@ impl Repair {
         options.extend([TCPOPT_MAXSEG, agreement.mss]);
         let bytes: Vec<u8> = options.into_iter().flat_map(u32::to_ne_bytes).collect();
         set_option_bytes(self.as_fd(), REPAIR_OPTIONS, &bytes)?;
+        self.recompute_segment_size()?;
         if agreement.agreed.has(Agreed::TIMESTAMPS) {
             set_option_number(self.as_fd(), TIMESTAMP, agreement.timestamp.cast_signed())?;
+        }
+        Ok(())
+    }
+
+    /// Connecting has chosen a segment size of 536 bytes without knowing the peer's, and only a change of the
+    /// header options makes the kernel choose again (`icsk_sync_mss`): here from none to none.
+    fn recompute_segment_size(&self) -> io::Result<()> {
+        const NO_OPTIONS4: SocketOption = SocketOption(libc::IPPROTO_IP, libc::IP_OPTIONS);
+        const NO_OPTIONS6: SocketOption = SocketOption(libc::IPPROTO_IPV6, libc::IPV6_RTHDR);
+        set_option_bytes(self.as_fd(), NO_OPTIONS4, &[])?;
+        let family = option_number(
+            self.as_fd(),
+            SocketOption(libc::SOL_SOCKET, libc::SO_DOMAIN),
+        )?;
+        if family == libc::AF_INET6 {
+            set_option_bytes(self.as_fd(), NO_OPTIONS6, &[])?;
         }
         Ok(())
     }

@@ -20,6 +20,8 @@ mod inherit;
 pub mod inotify;
 pub mod memfd;
 pub mod namespace;
+pub mod netlink;
+pub mod packet;
 pub mod pidfd;
 pub mod pipe;
 pub mod regular;
@@ -63,6 +65,8 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &namespace::Namespace,
     &unix::UnixSocket,
     &inet::InetSocket,
+    &netlink::NetlinkSocket,
+    &packet::PacketSocket,
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,
@@ -97,6 +101,8 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &timerfd::TimerFd,
     &unix::UnixSocket,
     &inet::InetSocket,
+    &netlink::NetlinkSocket,
+    &packet::PacketSocket,
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,

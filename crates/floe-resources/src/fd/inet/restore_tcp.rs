@@ -22,8 +22,10 @@ use super::plan::{LISTENERS, LOCKED, Network, bind_to, make_sharing};
 use super::tcp_state::{Ends, SYN_SENT, Sequences, agreement, window};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World};
 
-/// Bytes put into a queue at once: the kernel wants memory of one piece for them.
-const CHUNK: usize = 16 * 1024;
+/// Bytes put into a queue at once; the kernel has more overhead for less.
+const CHUNK: usize = 64 * 1024;
+/// Bytes that the kernel has memory of one piece for.
+const SMALL_CHUNK: usize = 1024;
 /// How long a packet on the loopback device may take.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -174,11 +176,21 @@ fn fill(repair: &Repair, connection: &Connection<'_>) -> Result<(), ExecuteError
         repair
             .select(queue)
             .during("Filling TCP connection", what)?;
-        let mut rest = bytes;
-        while !rest.is_empty() {
-            let some = &rest[..rest.len().min(CHUNK)];
-            let done = repair.append(some).during("Filling TCP connection", what)?;
-            rest = &rest[done..];
+        append_all(repair, bytes).during("Filling TCP connection", what)?;
+    }
+    Ok(())
+}
+
+/// Appends all bytes to the selected queue, in smaller pieces where memory is scattered.
+fn append_all(repair: &Repair, mut rest: &[u8]) -> io::Result<()> {
+    let mut chunk = CHUNK;
+    while !rest.is_empty() {
+        match repair.append(&rest[..rest.len().min(chunk)]) {
+            Ok(done) => rest = &rest[done..],
+            Err(error) if error.kind() == io::ErrorKind::OutOfMemory && chunk > SMALL_CHUNK => {
+                chunk /= 2;
+            }
+            Err(error) => return Err(error),
         }
     }
     Ok(())
