@@ -42,6 +42,8 @@ pub struct Collector<'a> {
     ids: FileIds,
     /// Boxed, as an entry has room for every kind and is large.
     files: Vec<Box<FileEntry>>,
+    /// Pairs of a file and one that the image has to have before it.
+    ordered: Vec<(FileId, FileId)>,
     sides: HashMap<(ImageKind, u64), EntryStream>,
     caches: HashMap<TypeId, Box<dyn Any>>,
     deferred: Vec<Deferred<'a>>,
@@ -63,6 +65,7 @@ impl<'a> Collector<'a> {
             writer,
             ids: FileIds::default(),
             files: Vec::new(),
+            ordered: Vec::new(),
             sides: HashMap::new(),
             caches: HashMap::new(),
             deferred: Vec::new(),
@@ -103,6 +106,11 @@ impl<'a> Collector<'a> {
             .iter_mut()
             .find(|file| file.id == id.0)
             .map(|file| &mut **file)
+    }
+
+    /// Has the entry of `earlier` written before that of `file`, for readers that go through them once.
+    pub(crate) fn write_after(&mut self, file: FileId, earlier: FileId) {
+        self.ordered.push((file, earlier));
     }
 
     /// How many files were collected so far.
@@ -209,13 +217,61 @@ impl<'a> Collector<'a> {
     /// Writes `files.img` and ends the side images.
     pub fn finish(self) -> Result<(), WriteError> {
         let mut files = self.writer.stream(ImageKind::Files, 0)?;
-        for entry in &self.files {
-            files.append(&**entry)?;
+        for entry in order_files(self.files, &self.ordered) {
+            files.append(&*entry)?;
         }
         files.finish()?;
         for (_, stream) in self.sides {
             stream.finish()?;
         }
         Ok(())
+    }
+}
+
+/// Moves files behind those that they are to follow; where two are to follow each other, one does not.
+fn order_files(files: Vec<Box<FileEntry>>, ordered: &[(FileId, FileId)]) -> Vec<Box<FileEntry>> {
+    let mut earlier: HashMap<u32, Vec<u32>> = HashMap::new();
+    for (file, first) in ordered {
+        earlier.entry(file.0).or_default().push(first.0);
+    }
+    let numbers: Vec<u32> = files.iter().map(|file| file.id).collect();
+    let mut left: HashMap<u32, Box<FileEntry>> =
+        files.into_iter().map(|file| (file.id, file)).collect();
+    let mut result = Vec::with_capacity(numbers.len());
+    for number in numbers {
+        // Each is pushed, opened up once, and written when what it follows has been.
+        let mut waiting = vec![number];
+        while let Some(&last) = waiting.last() {
+            match earlier.remove(&last) {
+                Some(first) => waiting.extend(first),
+                None => {
+                    result.extend(left.remove(&last));
+                    waiting.pop();
+                }
+            }
+        }
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_follow_what_they_are_to_follow() {
+        let file = |id| {
+            Box::new(FileEntry {
+                id,
+                ..FileEntry::default()
+            })
+        };
+        let files = (1..=5).map(file).collect();
+        let pairs = [(1, 3), (3, 5), (5, 3), (2, 1)].map(|(a, b)| (FileId(a), FileId(b)));
+        let order: Vec<u32> = order_files(files, &pairs)
+            .iter()
+            .map(|file| file.id)
+            .collect();
+        assert_eq!(order, [3, 5, 1, 2, 4]);
     }
 }

@@ -238,12 +238,13 @@ fn find_listener(
             ))
         };
     };
-    if !table(collector)?.saved.contains_key(&listener) {
+    let Some(listener_id) = table(collector)?.saved.get(&listener).copied() else {
         return Err(at.refuse(
             format!("it waits to be accepted outside of the tree (inode {listener})"),
             "checkpoint the server too, or wait until it accepts",
         ));
-    }
+    };
+    collector.write_after(at.id, listener_id);
     if socket.send_queue != 0 {
         return Err(at.refuse(
             "it has sent data and waits to be accepted",
@@ -269,8 +270,12 @@ fn check_peer(at: At, socket: &Listed, collector: &mut Collector<'_>) -> Result<
             "checkpoint again",
         ));
     };
-    if table.saved.contains_key(&socket.peer) {
+    if let Some(peer_id) = table.saved.get(&socket.peer).copied() {
         return if reachable(&peer) {
+            // CRIU finds only peers that it has read before.
+            if peer.peer != at.inode {
+                collector.write_after(at.id, peer_id);
+            }
             Ok(())
         } else {
             Err(at.refuse(
@@ -306,11 +311,16 @@ fn check_peer(at: At, socket: &Listed, collector: &mut Collector<'_>) -> Result<
             &format!("use --external unix[{inode}] and hand the socket over with --inherit-fd"),
         ));
     }
-    if !table.external.contains_key(&peer.inode) {
-        let id = collector.ids().fresh();
-        self::table(collector)?.external.insert(peer.inode, id);
-        collector.add_file(external_entry(id, &peer));
-    }
+    let outside = match table.external.get(&peer.inode).copied() {
+        Some(id) => id,
+        None => {
+            let id = collector.ids().fresh();
+            self::table(collector)?.external.insert(peer.inode, id);
+            collector.add_file(external_entry(id, &peer));
+            id
+        }
+    };
+    collector.write_after(at.id, outside);
     Ok(())
 }
 
