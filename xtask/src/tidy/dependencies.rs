@@ -21,7 +21,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "floe-memory",
         &["floe-image", "floe-kernel", "floe-inject", "floe-options"],
     ),
-    ("floe-archive", &["floe-image", "floe-kernel", "floe-memory"]),
+    (
+        "floe-archive",
+        &["floe-image", "floe-kernel", "floe-memory"],
+    ),
     (
         "floe-resources",
         &[

@@ -20,6 +20,7 @@ pub struct FdProbe<'a> {
     stat: Stat,
     target: Vec<u8>,
     info: FdInfo,
+    carrier: Option<HostPid>,
 }
 
 impl<'a> FdProbe<'a> {
@@ -45,7 +46,21 @@ impl<'a> FdProbe<'a> {
             stat,
             target,
             info,
+            carrier: None,
         })
+    }
+
+    /// Says that the file is in no table but in a message to task `carrier`; what was opened is our copy.
+    pub fn in_message_to(self, carrier: HostPid) -> Self {
+        FdProbe {
+            carrier: Some(carrier),
+            ..self
+        }
+    }
+
+    /// The task in whose table descriptors that the file refers to are found.
+    pub fn table(&self) -> HostPid {
+        self.carrier.unwrap_or(self.pid())
     }
 
     /// The task whose table it is in.

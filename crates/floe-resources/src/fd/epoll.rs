@@ -9,9 +9,9 @@ use std::collections::HashMap;
 use floe_image::messages::{EventpollFileEntry, EventpollTfdEntry, FdTypes, FileEntry};
 use floe_kernel::ids::TaskFd;
 use floe_kernel::kcmp::is_epoll_target;
+use floe_kernel::proc::ProcDir;
 
-use super::{FdKind, file_entry};
-use super::{FdRestore, payload};
+use super::{FdKind, FdRestore, file_entry, payload, socket_queue};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::restore::{
     Attempt, ExecuteError, Holder, PlanError, Planner, World, plan_owner, set_flags,
@@ -19,7 +19,7 @@ use crate::restore::{
 use floe_inject::{Arg, Program};
 use floe_plan::Handle;
 use rustix::event::epoll::CreateFlags;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// See the module.
 pub struct Epoll;
@@ -85,16 +85,16 @@ fn parse_watch(line: &[u8]) -> Option<EventpollTfdEntry> {
 /// been closed, or mean another file.
 fn find_target(fd: &FdProbe<'_>, tfd: u32, index: u32) -> Result<u32, CollectError> {
     let number = TaskFd(tfd.cast_signed());
-    let is_target = |candidate: TaskFd| {
-        is_epoll_target((fd.pid(), candidate), fd.pid(), fd.fd(), number, index)
-    };
+    let table = fd.table();
+    let is_target =
+        |candidate: TaskFd| is_epoll_target((table, candidate), fd.pid(), fd.fd(), number, index);
     match is_target(number) {
         Ok(true) => return Ok(tfd),
         Ok(false) => {}
         Err(error) if error.raw_os_error() == Some(libc::EBADF) => {}
         Err(error) => return Err(fd.failed("Looking for a target", error)),
     }
-    for candidate in fd.proc().list("fd")? {
+    for candidate in ProcDir::open(table)?.list("fd")? {
         if is_target(TaskFd(candidate)).is_ok_and(|found| found) {
             return Ok(candidate.cast_unsigned());
         }
@@ -123,20 +123,42 @@ impl FdRestore for Epoll {
             Ok(epoll)
         });
         plan_owner(planner, entry.id, &entry.fown);
-        // A target is known by its number in the table of the task that added it.
-        let Some(&holder) = planner.images.holders(entry.id).first() else {
+        if entry.tfd.is_empty() {
             return Ok(());
+        }
+        // A target is known by its number in the table of the task that added it.
+        let holder = planner.images.holders(entry.id).first().copied();
+        let pid = match holder {
+            Some(holder) => Some(holder.pid),
+            None => socket_queue::carrier(planner.images, entry.id)?,
+        };
+        let Some(pid) = pid else {
+            let what = format!("epoll {:#x} is nobody's", entry.id);
+            return Err(PlanError::damaged("files.img", what));
         };
         let done = Handle::Object("epoll", u64::from(entry.id));
+        let needs = [Handle::Descriptors(pid), Handle::File(entry.id)];
         let name = format!("watch {} descriptors", entry.tfd.len());
-        planner.task_step(
-            holder.pid,
-            name,
-            (&[Handle::Descriptors(holder.pid)], &[done]),
-            move |world| watch(world, holder, entry),
-        );
+        planner.task_step(pid, name, (&needs, &[done]), move |world| match holder {
+            Some(holder) => watch(world, holder, entry),
+            None => watch_from_outside(world, pid, entry),
+        });
         Ok(())
     }
+}
+
+/// An epoll in a message gets its watches by a copy that its receiver has for a moment.
+fn watch_from_outside(
+    world: &mut World<'_>,
+    pid: u32,
+    entry: &EventpollFileEntry,
+) -> Result<(), ExecuteError> {
+    let number = world.file(entry.id)?.as_raw_fd();
+    let fd = world.hand_over(pid, number)?.cast_unsigned();
+    watch(world, Holder { pid, fd }, entry)?;
+    let mut program = Program::new();
+    program.call("close of the epoll", libc::SYS_close, &[Arg::from(fd)]);
+    world.run(pid, &program).map(drop)
 }
 
 fn watch(

@@ -4,7 +4,7 @@
 //! Rebuilt:  sent again, through the peer or a socket made for it. Needs: the descriptors that they carry.
 //! Not kept: who sent a datagram to a socket that its sender was not connected to.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
@@ -18,7 +18,7 @@ use floe_kernel::sockopt::{SocketOption, option_number, set_option_number};
 
 use super::socket_options::{general, open_buffers};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle, collect_description};
-use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 const PEEK_OFFSET: SocketOption = general(libc::SO_PEEK_OFF);
 /// `scm_entry.type`: descriptors.
@@ -119,7 +119,7 @@ fn save_message(
         scm: Vec::new(),
     };
     if !message.rights.is_empty() {
-        let rights = collect_rights(message.rights, collector)?;
+        let rights = collect_rights(owner.pid, message.rights, collector)?;
         entry.scm.push(ScmEntry {
             r#type: SCM_RIGHTS,
             rights,
@@ -131,6 +131,7 @@ fn save_message(
 
 /// Collects files that are in no table but in a message: through our own copies of them.
 fn collect_rights(
+    carrier: HostPid,
     files: Vec<OwnedFd>,
     collector: &mut Collector<'_>,
 ) -> Result<Vec<u32>, CollectError> {
@@ -143,12 +144,36 @@ fn collect_rights(
     })?;
     let mut ids = Vec::with_capacity(files.len());
     for file in files {
-        let probe = FdProbe::open(&proc, &pidfd, TaskFd(file.as_raw_fd()))?;
+        let probe = FdProbe::open(&proc, &pidfd, TaskFd(file.as_raw_fd()))?.in_message_to(carrier);
         let (id, _) = collect_description(&probe, collector)?;
         ids.push(id.0);
         collector.cache(InFlight::default).0.push(file);
     }
     Ok(ids)
+}
+
+/// The task that gets the message in which a file is, where it is in one.
+pub(super) fn carrier(images: &TreeImages, file: u32) -> Result<Option<u32>, PlanError> {
+    let kind = ImageKind::SkQueues;
+    let messages = images.dir.read_with_extra::<SkPacketEntry>(kind, 0)?;
+    let mut wanted = BTreeSet::from([file]);
+    loop {
+        let carries = |message: &SkPacketEntry| {
+            let mut rights = message.scm.iter().flat_map(|part| &part.rights);
+            rights.any(|id| wanted.contains(id))
+        };
+        let sockets = messages.iter().filter(|(message, _)| carries(message));
+        let sockets: Vec<u32> = sockets.map(|(message, _)| message.id_for).collect();
+        if let Some(holder) = sockets.iter().flat_map(|id| images.holders(*id)).next() {
+            return Ok(Some(holder.pid));
+        }
+        // The socket may be in a message itself.
+        let known = wanted.len();
+        wanted.extend(sockets);
+        if wanted.len() == known {
+            return Ok(None);
+        }
+    }
 }
 
 /// A message in the images.
