@@ -13,6 +13,7 @@ mod memory;
 mod release;
 mod remote;
 mod report;
+mod reserve;
 mod task;
 mod write;
 
@@ -59,6 +60,7 @@ pub fn dump(
         durability(&options.place.images_dir),
     )?;
     write::write_cpu(&writer, options)?;
+    let mut memory = MemoryDump::prepare(&writer, root)?;
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
     if let Some(watch) = watch {
@@ -81,7 +83,7 @@ pub fn dump(
         &mut tree,
         options,
         (features, &run_id),
-        &writer,
+        &mut memory,
         &mut report,
     )?;
     hook(Action::PostDump)?;
@@ -136,9 +138,10 @@ fn save(
     tree: &mut FrozenTree,
     options: &DumpOptions,
     (features, run_id): (&KernelFeatures, &str),
-    writer: &ImageWriter,
+    memory: &mut MemoryDump<'_>,
     report: &mut DumpReport,
 ) -> Result<(HeldConnections, HeldNames), DumpError> {
+    let writer = memory.writer();
     let mut collector = Collector::new(options, features, writer);
     collector.set_tree(tree.tasks.iter().map(|task| task.pid));
     let mut shared = Shared {
@@ -157,7 +160,6 @@ fn save(
         files = collector.file_count(),
         "collected what can be seen from outside"
     );
-    let mut memory = MemoryDump::new(writer);
     let mut guards = Vec::with_capacity(drafts.len());
     for (task, draft) in tree.tasks.iter().zip(&drafts) {
         guards.push(match draft {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use floe_image::messages::VmaEntry;
 use floe_image::{ImageKind, ImageWriter};
-use floe_kernel::ids::PAGE_SIZE;
+use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
     FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
@@ -17,6 +17,7 @@ use rustix::fs::OFlags;
 
 use crate::error::DumpError;
 use crate::freeze::FrozenTask;
+use crate::reserve::Reserved;
 
 /// Threads that copy pages: reading and writing overlap, and more would take the cores from others.
 const WORKERS: usize = 2;
@@ -35,18 +36,27 @@ pub struct MemoryDump<'a> {
     writer: &'a ImageWriter,
     pump: PagePump,
     pages_id: u32,
+    reserved: Reserved,
     pub counts: MemoryCounts,
 }
 
 impl<'a> MemoryDump<'a> {
-    /// Nothing is started before there is a page to copy.
-    pub fn new(writer: &'a ImageWriter) -> Self {
-        MemoryDump {
+    /// Makes room for the pages of the running tree under `root`. No thread is started before there is a
+    /// page to copy.
+    pub fn prepare(writer: &'a ImageWriter, root: HostPid) -> Result<Self, DumpError> {
+        let reserved = Reserved::make(writer, root)?;
+        Ok(MemoryDump {
             writer,
             pump: PagePump::new(WORKERS),
-            pages_id: 0,
+            pages_id: reserved.last_id(),
+            reserved,
             counts: MemoryCounts::default(),
-        }
+        })
+    }
+
+    /// Where images go.
+    pub fn writer(&self) -> &'a ImageWriter {
+        self.writer
     }
 
     /// Finds a task's own pages and begins to copy them; returns its guard regions.
@@ -57,7 +67,10 @@ impl<'a> MemoryDump<'a> {
     ) -> Result<Vec<VmaEntry>, DumpError> {
         let pagemap = Pagemap::new(task.proc.open_file("pagemap", OFlags::RDONLY)?);
         let mut scanner = PageScanner::new(task.pid, pagemap);
-        let mut builder = self.begin(ImageKind::Pagemap, task.pid.0 as u64)?;
+        let mut builder = match self.reserved.take(task.pid) {
+            Some(file) => PagemapBuilder::with_file(ImageKind::Pagemap, task.pid.0 as u64, file),
+            None => self.begin(ImageKind::Pagemap, task.pid.0 as u64)?,
+        };
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
         // One question for neighbours: a program with many threads has thousands of small mappings.

@@ -1,5 +1,6 @@
 //! The pagemap image: the index of a `pages` file.
 
+use std::fs::File;
 use std::sync::Arc;
 
 use floe_image::messages::{PagemapEntry, PagemapHead};
@@ -29,6 +30,7 @@ pub struct PagemapBuilder {
     id: u64,
     pages_id: u32,
     sink: Arc<dyn PageSink>,
+    file: Arc<File>,
     offset: u64,
     runs: PresentPages,
 }
@@ -42,14 +44,21 @@ impl PagemapBuilder {
         pages_id: u32,
     ) -> Result<Self, WriteError> {
         let file = writer.create_raw(ImageKind::Pages, u64::from(pages_id))?;
-        Ok(PagemapBuilder {
+        Ok(Self::with_file(kind, id, (pages_id, file)))
+    }
+
+    /// As [`PagemapBuilder::create`], with a pages file that was made before and may be too long.
+    pub fn with_file(kind: ImageKind, id: u64, (pages_id, file): (u32, File)) -> Self {
+        let file = Arc::new(file);
+        PagemapBuilder {
             kind,
             id,
             pages_id,
-            sink: Arc::new(file),
+            sink: file.clone(),
+            file,
             offset: 0,
             runs: Vec::new(),
-        })
+        }
     }
 
     /// Queues pages, which must come in the order of their addresses.
@@ -66,6 +75,7 @@ impl PagemapBuilder {
 
     /// Writes the index; the content may still be on its way.
     pub fn finish(self, writer: &ImageWriter) -> Result<PagemapStats, WriteError> {
+        self.cut_off(writer)?;
         let mut stream = writer.stream(self.kind, self.id)?;
         stream.append(&PagemapHead {
             pages_id: self.pages_id,
@@ -84,5 +94,27 @@ impl PagemapBuilder {
         }
         stream.finish()?;
         Ok(stats)
+    }
+
+    /// Gives back room that turned out to be too much.
+    fn cut_off(&self, writer: &ImageWriter) -> Result<(), WriteError> {
+        let path = || {
+            writer
+                .path()
+                .join(ImageKind::Pages.file_name(u64::from(self.pages_id)))
+        };
+        let too_long = self.file.metadata().map(|found| found.len() > self.offset);
+        too_long
+            .and_then(|too_long| {
+                if too_long {
+                    self.file.set_len(self.offset)
+                } else {
+                    Ok(())
+                }
+            })
+            .map_err(|source| WriteError::Write {
+                path: path(),
+                source,
+            })
     }
 }

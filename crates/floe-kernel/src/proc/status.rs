@@ -1,7 +1,7 @@
 //! `/proc/<pid>/status`: credentials, masks and what has no other home.
 
 use super::text::{ParseError, decimal, hex, lines, octal, signed, words};
-use crate::ids::{HostPid, NsPid};
+use crate::ids::{ByteCount, HostPid, NsPid};
 
 /// What a dump needs of `/proc/<pid>/status` (proc_pid_status(5)).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub struct Status {
     pub umask: Option<u32>,
     /// Real, effective, saved, file system.
     pub uids: [u32; 4],
+    /// Resident anonymous memory (`RssAnon`); absent for zombies.
+    pub anonymous: Option<ByteCount>,
     /// Real, effective, saved, file system.
     pub gids: [u32; 4],
     pub groups: Vec<u32>,
@@ -66,6 +68,10 @@ fn read_line(status: &mut Status, key: &[u8], value: &[u8]) -> Option<()> {
         b"Tgid" => status.tgid = Some(pid(value)?),
         b"PPid" => status.ppid = Some(pid(value)?),
         b"TracerPid" => status.tracer = Some(pid(value)?).filter(|tracer| tracer.0 != 0),
+        b"RssAnon" => {
+            let kibibytes = words(value).next().and_then(decimal)?;
+            status.anonymous = Some(ByteCount(kibibytes.checked_mul(1024)?));
+        }
         b"Umask" => status.umask = Some(u32::try_from(octal(value)?).ok()?),
         b"Uid" => status.uids = four(value)?,
         b"Gid" => status.gids = four(value)?,

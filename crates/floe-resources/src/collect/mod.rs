@@ -40,7 +40,10 @@ pub struct Collector<'a> {
     pub features: &'a KernelFeatures,
     writer: &'a ImageWriter,
     ids: FileIds,
-    /// Boxed, as an entry has room for every kind and is large.
+    #[expect(
+        clippy::vec_box,
+        reason = "an entry has room for every kind and is large to move"
+    )]
     files: Vec<Box<FileEntry>>,
     /// Pairs of a file and one that the image has to have before it.
     ordered: Vec<(FileId, FileId)>,
