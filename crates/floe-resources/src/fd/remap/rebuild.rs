@@ -207,6 +207,20 @@ fn dead_process(images: &TreeImages, file: &RegFileEntry) -> Option<u32> {
     (dead.contains(&pid) && !is_task(images, pid)).then_some(pid)
 }
 
+/// Processes that have ended and exist again while files are opened in their directories.
+#[derive(Default)]
+struct BroughtBack(BTreeSet<u32>);
+
+/// Lets a process stand for one that has ended, until the end of the restore: a task whose working
+/// directory this is can enter it only as long as the process lives.
+fn bring_back(world: &mut World<'_>, pid: u32) -> std::io::Result<()> {
+    if world.state::<BroughtBack>().0.insert(pid) {
+        let process = Placeholder::start(Some(HostPid(pid.cast_signed())))?;
+        world.on_success(move || drop(process));
+    }
+    Ok(())
+}
+
 /// Runs `open` on the file's name, at which the file can be found meanwhile. Deleted files are open already.
 pub fn open_by_name(
     world: &mut World<'_>,
@@ -232,10 +246,8 @@ pub fn open_by_name(
         }
         _ => {}
     }
-    let dead = dead_process(images, file).map(|pid| HostPid(pid.cast_signed()));
-    let _process = dead
-        .map(|pid| Placeholder::start(Some(pid)))
-        .transpose()
-        .during("Bringing back the process of", what)?;
+    if let Some(pid) = dead_process(images, file) {
+        bring_back(world, pid).during("Bringing back the process of", what)?;
+    }
     open(path).during("Opening", what)
 }
