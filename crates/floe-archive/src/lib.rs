@@ -3,7 +3,12 @@
 //! Works on images alone; no task is looked at or made.
 #![forbid(unsafe_code)]
 
+pub mod archive;
 mod chain;
 pub mod check;
+pub mod merged;
+pub mod pack;
+pub mod squash;
+pub mod unpack;
 
 pub use chain::{Chain, ChainError, Generation};

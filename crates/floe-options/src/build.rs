@@ -236,6 +236,7 @@ impl Settings {
             external: self.external.clone(),
             inherit_fds: self.inherit_fds.clone(),
             join_ns: self.join_ns.clone(),
+            archives: self.archives.clone(),
             empty_net: self.empty_net,
             veth_pairs: self.veth_pairs.clone(),
             lsm_profile: self.lsm_profile.clone(),

@@ -98,6 +98,8 @@ pub struct RestoreOptions {
     pub inherit_fds: Vec<InheritFd>,
     /// Namespaces to join.
     pub join_ns: Vec<JoinNamespace>,
+    /// Archives that hold the images, instead of the directory (`-i`).
+    pub archives: Vec<PathBuf>,
     /// The network namespace is left empty (`--empty-ns net`).
     pub empty_net: bool,
     /// Names of veth pairs.
@@ -142,6 +144,7 @@ impl RestoreOptions {
             external: Vec::new(),
             inherit_fds: Vec::new(),
             join_ns: Vec::new(),
+            archives: Vec::new(),
             empty_net: false,
             veth_pairs: Vec::new(),
             lsm_profile: None,

@@ -14,7 +14,10 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
-use crate::{check, cpuinfo, demo, engine, explain, help, image, logging, statistics, verify};
+use crate::{
+    check, cpuinfo, demo, engine, explain, help, image, logging, pack, squash, statistics, unpack,
+    verify,
+};
 
 /// A command of Floe's own: its words stand first and have options of their own.
 pub struct OwnCommand {
@@ -31,6 +34,21 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "image",
         about: "show, decode and encode image files",
         run: image::run,
+    },
+    OwnCommand {
+        name: "pack",
+        about: "put a checkpoint and its chain into one archive",
+        run: pack::run,
+    },
+    OwnCommand {
+        name: "unpack",
+        about: "take archives apart into a directory",
+        run: unpack::run,
+    },
+    OwnCommand {
+        name: "squash",
+        about: "make one full checkpoint of a chain",
+        run: squash::run,
     },
     OwnCommand {
         name: "verify",

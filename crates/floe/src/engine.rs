@@ -69,6 +69,10 @@ pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<()
 }
 
 fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
+    if !options.archives.is_empty() {
+        let opened = floe_archive::archive::open_set(&options.archives);
+        return opened.map_err(|error| Failure::new(Exit::BadImage, error));
+    }
     let opened = ImageDir::open(&options.place.images_dir);
     opened.map_err(|error| Failure::new(Exit::BadImage, error))
 }

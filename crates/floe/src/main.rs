@@ -15,8 +15,11 @@ mod help;
 mod image;
 mod logging;
 mod own;
+mod pack;
 mod scripts;
+mod squash;
 mod statistics;
+mod unpack;
 mod verify;
 
 use std::process::ExitCode;

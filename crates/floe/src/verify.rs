@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use floe_archive::check::{self, HashReport, Row, State};
-use floe_image::ImageDir;
 use floe_kernel::features::KernelFeatures;
 use floe_options::{Place, RestoreOptions};
 
@@ -17,7 +16,7 @@ use crate::own;
 #[derive(Parser)]
 #[command(name = "floe verify", after_help = Exit::HELP, disable_version_flag = true)]
 struct Verify {
-    /// A directory of images (the newest of a chain).
+    /// A directory of images (the newest of a chain), or an archive.
     path: PathBuf,
     /// Look at names and sizes only, as a restore does first.
     #[arg(long)]
@@ -36,11 +35,10 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(parsed) => parsed,
         Err(exit) => return Ok(exit),
     };
-    let dir = ImageDir::open(&verify.path).map_err(|error| Failure::new(Exit::BadImage, error))?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let dir = own::open_images(&verify.path)?;
     let (mut rows, hashed) = match verify.quick {
         true => (check::quick(&dir), HashReport::default()),
-        false => check::full(&dir, threads),
+        false => check::full(&dir, own::processors()),
     };
     let is_bad = |rows: &[Row]| rows.iter().any(|row| row.state == State::Bad);
     let mut exit = if is_bad(&rows) {

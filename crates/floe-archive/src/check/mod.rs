@@ -314,7 +314,7 @@ fn generations(chain: &Chain, rows: &mut Vec<Row>) {
         let (Some(older), Some(newer)) = (&pair[0].manifest, &pair[1].manifest) else {
             continue;
         };
-        if newer.generation != older.generation + 1 {
+        if newer.generation <= older.generation {
             rows.push(Row::bad(
                 "chain",
                 format!(

@@ -14,12 +14,21 @@ const ZSTD_MAGIC: u32 = 0xFD2F_B528;
 const LZ4_MAGIC: u32 = 0x184D_2204;
 
 /// A file of frames; threads may read at once.
-#[derive(Debug)]
 pub struct FramedReader {
     file: File,
     frames: Vec<Frame>,
     kept: Mutex<VecDeque<(usize, Arc<Vec<u8>>)>>,
     scratch: Mutex<Vec<Vec<u8>>>,
+}
+
+impl std::fmt::Debug for FramedReader {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let frames = self.frames.len();
+        f.debug_struct("FramedReader")
+            .field("file", &self.file)
+            .field("frames", &frames)
+            .finish_non_exhaustive()
+    }
 }
 
 impl FramedReader {

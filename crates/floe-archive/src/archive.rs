@@ -1,0 +1,392 @@
+//! The form of an archive, and reading one without unpacking it.
+//!
+//! An archive is a tar of `checkpoint/*` in independent zstd frames. Its last member,
+//! `floe-archive.json`, is the index and lies in the last frame; see `docs/archive.md`.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use floe_image::catalogue::ImageKind;
+use floe_image::dir::PARENT_LINK;
+use floe_image::frames::FramedReader;
+use floe_image::manifest::DumpKind;
+use floe_image::{ImageDir, ImageStore, PagesReader};
+use rustix::fs::MemfdFlags;
+use serde::{Deserialize, Serialize};
+
+/// Name of the index.
+pub const INDEX_NAME: &str = "floe-archive.json";
+/// Directory of the images in the archive.
+pub const IMAGES: &str = "checkpoint/";
+/// Version of the index that is written, and the newest that is read.
+pub const INDEX_FORMAT: u32 = 1;
+/// Largest index, in bytes.
+pub const MAX_INDEX: u64 = 128 << 20;
+/// Largest file other than pages that is read from an archive, in bytes: it is held in memory.
+const MAX_SMALL: u64 = 8 << 30;
+/// Bytes of a tar header, and what members are padded to.
+pub const BLOCK: u64 = 512;
+
+/// A member of an archive.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// Size in bytes.
+    pub size: u64,
+    /// BLAKE3 of the content in hex.
+    pub blake3: String,
+    /// Offset of the content in the tar, in bytes.
+    pub offset: u64,
+}
+
+/// The generation that an increment builds on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Base {
+    /// Its number.
+    pub generation: u32,
+    /// What stands for it and no other.
+    pub digest: String,
+}
+
+/// The content of `floe-archive.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// See [`INDEX_FORMAT`].
+    pub format: u32,
+    /// Whether the newest generation can be restored.
+    pub kind: DumpKind,
+    /// Number of the oldest generation in it.
+    pub first: u32,
+    /// Number of the newest.
+    pub last: u32,
+    /// What an increment builds on.
+    pub base: Option<Base>,
+    /// What stands for each generation from `first` to `last`.
+    pub digests: Vec<String>,
+    /// Every file by its name without the directory.
+    pub members: BTreeMap<String, Member>,
+}
+
+/// Why an archive cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    /// The file.
+    #[error("Reading the archive {}", path.display())]
+    Read {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// It is no archive of ours, or damaged.
+    #[error("{} is no whole archive of Floe: {what}", path.display())]
+    Damaged { path: PathBuf, what: String },
+    /// It is newer than this program.
+    #[error("{} has format {format}; this version of Floe knows formats up to {INDEX_FORMAT}: use a newer one", path.display())]
+    Format { path: PathBuf, format: u32 },
+    /// A generation is in none of the archives.
+    #[error("Generation {generation} is missing: {} builds on it, and none of the archives given has it ({have}). \
+             Give the archive that has it, or make one with `floe pack{}`", path.display(), .since.map(|since| format!(" --since {since}")).unwrap_or_default())]
+    Hole {
+        path: PathBuf,
+        generation: u32,
+        have: String,
+        since: Option<u32>,
+    },
+    /// The generation with that number is another one.
+    #[error("{} builds on generation {generation} of another chain than {} holds: they were made of different dumps", path.display(), base.display())]
+    OtherChain {
+        path: PathBuf,
+        base: PathBuf,
+        generation: u32,
+    },
+    /// Only memory of a running program.
+    #[error("The newest generation in {} is a pre-dump: it holds memory only. Add the archive of the final dump, made with `floe pack --since {last}`", path.display())]
+    PreDump { path: PathBuf, last: u32 },
+}
+
+/// An opened archive.
+#[derive(Debug)]
+pub struct Archive {
+    path: PathBuf,
+    frames: Arc<FramedReader>,
+    index: Index,
+}
+
+impl Archive {
+    /// Opens an archive; `-` is standard input.
+    pub fn open(path: &Path) -> Result<Archive, ArchiveError> {
+        let failed = |source| ArchiveError::Read {
+            path: path.to_path_buf(),
+            source,
+        };
+        let file = match path == Path::new("-") {
+            true => standard_input().map_err(failed)?,
+            false => File::open(path).map_err(failed)?,
+        };
+        Archive::from_file(file, path)
+    }
+
+    /// Reads table and index of a file that can be read at any place.
+    pub fn from_file(file: File, path: &Path) -> Result<Archive, ArchiveError> {
+        let damaged = |what: String| ArchiveError::Damaged {
+            path: path.to_path_buf(),
+            what,
+        };
+        let frames = FramedReader::open(file).map_err(|error| damaged(error.to_string()))?;
+        let text = index_text(&frames).map_err(|error| damaged(error.to_string()))?;
+        let index = parse_index(&text, path)?;
+        for (name, member) in &index.members {
+            let end = member.offset.checked_add(member.size);
+            if !is_plain_name(name) || end.is_none_or(|end| end > frames.len()) {
+                return Err(damaged(format!(
+                    "its index has the impossible member {name:?}"
+                )));
+            }
+        }
+        Ok(Archive {
+            path: path.to_path_buf(),
+            frames: Arc::new(frames),
+            index,
+        })
+    }
+
+    /// The index.
+    pub fn index(&self) -> &Index {
+        &self.index
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn into_images(self, base: Option<ImageDir>) -> ImageDir {
+        let path = self.path.clone();
+        ImageDir::from_store(
+            Arc::new(ArchivedImages {
+                archive: self,
+                base,
+            }),
+            path,
+        )
+    }
+}
+
+/// Standard input as a file that can be read at any place. What comes through a pipe is held in memory,
+/// compressed as it is.
+fn standard_input() -> io::Result<File> {
+    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+    if input.metadata()?.is_file() && input.seek(SeekFrom::Start(0)).is_ok() {
+        return Ok(input);
+    }
+    let mut held = memory_file("floe-archive")?;
+    io::copy(&mut input, &mut held)?;
+    Ok(held)
+}
+
+fn memory_file(name: &str) -> io::Result<File> {
+    Ok(File::from(rustix::fs::memfd_create(
+        name,
+        MemfdFlags::CLOEXEC,
+    )?))
+}
+
+/// Reads an index; the format first, as a newer one may lack what this one must have.
+pub(crate) fn parse_index(text: &[u8], path: &Path) -> Result<Index, ArchiveError> {
+    let path = path.to_path_buf();
+    #[derive(Deserialize)]
+    struct Versioned {
+        format: u32,
+    }
+    let damaged = |error: serde_json::Error| ArchiveError::Damaged {
+        path: path.clone(),
+        what: format!("its index is damaged: {error}"),
+    };
+    let Versioned { format } = serde_json::from_slice(text).map_err(damaged)?;
+    if format > INDEX_FORMAT {
+        return Err(ArchiveError::Format { path, format });
+    }
+    let index: Index = serde_json::from_slice(text).map_err(damaged)?;
+    let count = index
+        .last
+        .checked_sub(index.first)
+        .map(|count| count as usize + 1);
+    if count != Some(index.digests.len()) {
+        return Err(ArchiveError::Damaged {
+            path,
+            what: "its index does not fit its generations".into(),
+        });
+    }
+    Ok(index)
+}
+
+/// The text of the index, which is the first member of the last frame.
+fn index_text(frames: &FramedReader) -> io::Result<Vec<u8>> {
+    let bad = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    let last = frames.frames().last().ok_or_else(|| bad("it is empty"))?;
+    if u64::from(last.len) > MAX_INDEX {
+        return Err(bad("its index is larger than any that is written"));
+    }
+    let mut content = vec![0; last.len as usize];
+    frames.decode(last, &mut content)?;
+    let mut tar = tar::Archive::new(content.as_slice());
+    let mut entry = tar
+        .entries()?
+        .next()
+        .ok_or_else(|| bad("its last frame holds no index"))??;
+    if entry.path_bytes().as_ref() != INDEX_NAME.as_bytes() {
+        return Err(bad("its last frame holds no index"));
+    }
+    let mut text = Vec::new();
+    entry.read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// A name of a file directly in the directory.
+pub(crate) fn is_plain_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.contains(['/', '\0'])
+        && ![".", "..", PARENT_LINK].contains(&name)
+}
+
+/// The images of archives that make one chain: base and increments in any order.
+pub fn open_set(paths: &[PathBuf]) -> Result<ImageDir, ArchiveError> {
+    let ordered = order_set(paths)?;
+    let newest = ordered.last().expect("a set is never empty");
+    if newest.index.kind == DumpKind::PreDump {
+        return Err(ArchiveError::PreDump {
+            path: newest.path.clone(),
+            last: newest.index.last,
+        });
+    }
+    let images = ordered
+        .into_iter()
+        .fold(None, |base, archive| Some(archive.into_images(base)));
+    Ok(images.expect("a set is never empty"))
+}
+
+/// The images of one archive, whatever they are.
+pub fn open_images(path: &Path) -> Result<ImageDir, ArchiveError> {
+    Ok(Archive::open(path)?.into_images(None))
+}
+
+/// The archives that the newest one needs, oldest first.
+pub fn order_set(paths: &[PathBuf]) -> Result<Vec<Archive>, ArchiveError> {
+    let mut left = paths
+        .iter()
+        .map(|path| Archive::open(path))
+        .collect::<Result<Vec<_>, _>>()?;
+    // With equal ends the one that reaches further back is wanted.
+    left.sort_by_key(|archive| (archive.index.last, std::cmp::Reverse(archive.index.first)));
+    let have: Vec<String> = left
+        .iter()
+        .map(|archive| format!("{} to {}", archive.index.first, archive.index.last))
+        .collect();
+    let have = have.join(", ");
+    let mut ordered: Vec<Archive> = left.pop().into_iter().collect();
+    while let Some((base, path)) = ordered
+        .first()
+        .and_then(|first| Some((first.index.base.clone()?, first.path.clone())))
+    {
+        let number = base.generation;
+        let holds =
+            |archive: &Archive| (archive.index.first..=archive.index.last).contains(&number);
+        let Some(found) = left.iter().rposition(holds) else {
+            let since = left
+                .iter()
+                .map(|archive| archive.index.last)
+                .filter(|last| *last < number)
+                .max();
+            return Err(ArchiveError::Hole {
+                path,
+                generation: number,
+                have,
+                since,
+            });
+        };
+        let found = left.remove(found);
+        if found.index.digests[(number - found.index.first) as usize] != base.digest {
+            return Err(ArchiveError::OtherChain {
+                path,
+                base: found.path,
+                generation: number,
+            });
+        }
+        ordered.insert(0, found);
+    }
+    Ok(ordered)
+}
+
+/// Images that stay in their archive.
+#[derive(Debug)]
+struct ArchivedImages {
+    archive: Archive,
+    base: Option<ImageDir>,
+}
+
+impl ImageStore for ArchivedImages {
+    fn names(&self) -> Vec<String> {
+        self.archive.index.members.keys().cloned().collect()
+    }
+
+    fn open(&self, name: &str) -> io::Result<Option<File>> {
+        let Some(member) = self.archive.index.members.get(name) else {
+            return Ok(None);
+        };
+        let is_pages = matches!(ImageKind::of_file_name(name), Some((ImageKind::Pages, _)));
+        let mut file = memory_file("floe-image")?;
+        if is_pages {
+            // Pages are read where they are; a file of this size suffices to look at.
+            file.set_len(member.size)?;
+            return Ok(Some(file));
+        }
+        if member.size > MAX_SMALL {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; (256 << 10).min(member.size as usize)];
+        let mut done = 0;
+        while done < member.size {
+            let part = (member.size - done).min(buffer.len() as u64) as usize;
+            self.archive
+                .frames
+                .read_exact_at(&mut buffer[..part], member.offset + done)?;
+            hasher.update(&buffer[..part]);
+            file.write_all(&buffer[..part])?;
+            done += part as u64;
+        }
+        if hasher.finalize().to_hex().as_str() != member.blake3 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "it differs from its checksum: the archive is damaged",
+            ));
+        }
+        file.seek(SeekFrom::Start(0))?;
+        Ok(Some(file))
+    }
+
+    fn pages(&self, name: &str) -> io::Result<Option<PagesReader>> {
+        let member = self.archive.index.members.get(name);
+        Ok(member.map(|member| PagesReader::Framed {
+            frames: self.archive.frames.clone(),
+            start: member.offset,
+            len: member.size,
+        }))
+    }
+
+    fn size(&self, name: &str) -> Option<u64> {
+        self.archive
+            .index
+            .members
+            .get(name)
+            .map(|member| member.size)
+    }
+
+    fn parent(&self) -> Option<ImageDir> {
+        self.base.clone()
+    }
+}

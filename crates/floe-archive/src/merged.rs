@@ -1,0 +1,231 @@
+//! A chain seen as one checkpoint: each page where it is newest.
+
+use floe_image::catalogue::ImageKind;
+use floe_image::dir::{PARENT_LINK, PE_PARENT, PE_PRESENT};
+use floe_image::manifest::MANIFEST_NAME;
+use floe_image::messages::{PagemapEntry, PagemapHead};
+use floe_image::schema::ImageMessage;
+use floe_image::{ImageDir, ImageError};
+use floe_kernel::ids::PAGE_SIZE;
+use floe_memory::{IndexError, PageIndex, StoredRun};
+
+use crate::{Chain, ChainError};
+
+/// Consecutive pages of the merged checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MergedRun {
+    /// In a pages file of the chain.
+    Stored(StoredRun),
+    /// Older than what was asked for: the base has them.
+    InBase { start: u64, len: u64 },
+}
+
+/// One address space or segment.
+#[derive(Debug)]
+pub struct MergedPages {
+    /// Kind of its pagemap.
+    pub kind: ImageKind,
+    /// Number of its pagemap.
+    pub id: u64,
+    /// Number of its pages file.
+    pub pages_id: u32,
+    /// The pages in the order of their addresses.
+    pub runs: Vec<MergedRun>,
+    /// Opens the files that the runs name.
+    pub index: PageIndex,
+}
+
+/// A chain, or its newer part.
+#[derive(Debug)]
+pub struct Merged {
+    /// The chain.
+    pub chain: Chain,
+    /// Number of the oldest generation in it.
+    pub first: u32,
+    /// Number of the newest.
+    pub last: u32,
+    /// All memory.
+    pub memory: Vec<MergedPages>,
+    /// Names of the files that are taken as they are.
+    pub files: Vec<String>,
+}
+
+/// A chain cannot be seen as one.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// The chain cannot be followed.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A page is not where it should be.
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    /// The generation is none of the chain, or the newest.
+    #[error(
+        "There is nothing after generation {since}: the chain has generations {first} to {last}"
+    )]
+    NoSuchGeneration { since: u32, first: u32, last: u32 },
+}
+
+impl Merged {
+    /// Reads the chain of `newest`; with `since`, only what is newer than that generation.
+    pub fn read(newest: &ImageDir, since: Option<u32>) -> Result<Merged, MergeError> {
+        let chain = Chain::open(newest)?;
+        let (oldest, last) = (chain.number(0), chain.newest_number());
+        if let Some(since) = since.filter(|since| *since < oldest || *since >= last) {
+            return Err(MergeError::NoSuchGeneration {
+                since,
+                first: oldest,
+                last,
+            });
+        }
+        let mut images = newest.images()?;
+        images.sort_by_key(|(kind, id)| (kind.name(), *id));
+        let mut memory = Vec::new();
+        for (kind, id) in images {
+            if matches!(kind, ImageKind::Pagemap | ImageKind::ShmemPagemap) {
+                memory.push(merged_pages(&chain, (kind, id.unwrap_or(0)), since)?);
+            }
+        }
+        let mut files = newest.file_names()?;
+        files.retain(|name| is_taken(newest, name));
+        files.sort();
+        Ok(Merged {
+            first: since.map_or(oldest, |since| since + 1),
+            chain,
+            last,
+            memory,
+            files,
+        })
+    }
+}
+
+/// Images and statistics are taken; memory is merged, links and other directories are left.
+fn is_taken(dir: &ImageDir, name: &str) -> bool {
+    if [PARENT_LINK, MANIFEST_NAME].contains(&name) {
+        return false;
+    }
+    let memory = [
+        ImageKind::Pagemap,
+        ImageKind::ShmemPagemap,
+        ImageKind::Pages,
+    ];
+    let plain = name.trim_end_matches(".zst").trim_end_matches(".lz4");
+    let is_image = match ImageKind::of_file_name(plain) {
+        Some((kind, _)) => !memory.contains(&kind),
+        None => name.ends_with(".img") || name.ends_with(".tar.gz"),
+    };
+    let is_file = || {
+        dir.open_file(name)
+            .ok()
+            .flatten()
+            .and_then(|file| file.metadata().ok())
+            .is_some_and(|found| found.is_file())
+    };
+    is_image && is_file()
+}
+
+fn merged_pages(
+    chain: &Chain,
+    (kind, id): (ImageKind, u64),
+    since: Option<u32>,
+) -> Result<MergedPages, MergeError> {
+    let newest = &chain.newest().dir;
+    let (head, _) = newest.read_pagemap(kind, id)?;
+    let index = PageIndex::read(newest, kind, id)?;
+    let number_of = |file: u32| {
+        let path = index.images(file).path();
+        let found = chain
+            .generations()
+            .iter()
+            .position(|generation| generation.dir.path() == path);
+        found.map_or(chain.newest_number(), |found| chain.number(found))
+    };
+    let in_base: Vec<bool> = (0..index.file_count())
+        .map(|file| since.is_some_and(|since| number_of(file) <= since))
+        .collect();
+    let mut runs: Vec<MergedRun> = Vec::new();
+    for run in index.runs() {
+        if !in_base[run.file as usize] {
+            runs.push(MergedRun::Stored(*run));
+            continue;
+        }
+        match runs.last_mut() {
+            Some(MergedRun::InBase { start, len }) if *start + *len == run.start => *len += run.len,
+            _ => runs.push(MergedRun::InBase {
+                start: run.start,
+                len: run.len,
+            }),
+        }
+    }
+    Ok(MergedPages {
+        kind,
+        id,
+        pages_id: head.pages_id,
+        runs,
+        index,
+    })
+}
+
+impl MergedPages {
+    /// Bytes in the pages file.
+    pub fn stored_bytes(&self) -> u64 {
+        self.stored().map(|run| run.len).sum()
+    }
+
+    /// What the pages file consists of, in its order.
+    pub fn stored(&self) -> impl Iterator<Item = StoredRun> + '_ {
+        self.runs.iter().filter_map(|run| match run {
+            MergedRun::Stored(run) => Some(*run),
+            MergedRun::InBase { .. } => None,
+        })
+    }
+
+    /// The pagemap image.
+    pub fn pagemap(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for magic in self
+            .kind
+            .first_magic()
+            .into_iter()
+            .chain([self.kind.magic()])
+        {
+            bytes.extend_from_slice(&magic.to_le_bytes());
+        }
+        append(
+            &mut bytes,
+            &PagemapHead {
+                pages_id: self.pages_id,
+            },
+        );
+        // Neighbours that lie in different files are neighbours in the merged one.
+        let mut joined: Vec<(u64, u64, u32)> = Vec::new();
+        for run in &self.runs {
+            let (start, len, flags) = match run {
+                MergedRun::Stored(run) => (run.start, run.len, PE_PRESENT),
+                MergedRun::InBase { start, len } => (*start, *len, PE_PARENT),
+            };
+            match joined.last_mut() {
+                Some(last) if last.0 + last.1 == start && last.2 == flags => last.1 += len,
+                _ => joined.push((start, len, flags)),
+            }
+        }
+        for (vaddr, len, flags) in joined {
+            let entry = PagemapEntry {
+                vaddr,
+                flags: Some(flags),
+                nr_pages: Some(len / PAGE_SIZE),
+                ..PagemapEntry::default()
+            };
+            append(&mut bytes, &entry);
+        }
+        bytes
+    }
+}
+
+fn append<M: ImageMessage>(bytes: &mut Vec<u8>, message: &M) {
+    bytes.extend_from_slice(&(message.encoded_len() as u32).to_le_bytes());
+    message.encode_raw(bytes);
+}

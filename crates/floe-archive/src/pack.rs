@@ -1,0 +1,304 @@
+//! Packing a chain into one archive, in a stream.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::time::{Duration, UNIX_EPOCH};
+
+use floe_image::catalogue::ImageKind;
+use floe_image::frames::{Codec, FRAME_BYTES, FrameWriter};
+use floe_image::manifest::{DumpKind, MANIFEST_NAME, Manifest, ManifestFile, ManifestInfo};
+use floe_image::{ImageDir, ImageError};
+
+use crate::archive::{BLOCK, Base, IMAGES, INDEX_FORMAT, INDEX_NAME, Index, Member};
+use crate::merged::{MergeError, Merged, MergedPages};
+use crate::{Chain, ChainError};
+
+/// How to pack.
+#[derive(Clone, Copy, Debug)]
+pub struct PackOptions {
+    /// Only what is newer than this generation.
+    pub since: Option<u32>,
+    /// Level of zstd.
+    pub level: i32,
+    /// Threads that compress.
+    pub threads: usize,
+}
+
+/// What was packed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackReport {
+    /// Generations, from and to.
+    pub generations: (u32, u32),
+    /// Bytes of files before compression.
+    pub content: u64,
+    /// Bytes of the archive.
+    pub written: u64,
+}
+
+/// Packing failed.
+#[derive(Debug, thiserror::Error)]
+pub enum PackError {
+    /// The chain is not whole.
+    #[error(transparent)]
+    Merge(#[from] MergeError),
+    /// The chain cannot be followed.
+    #[error(transparent)]
+    Chain(#[from] ChainError),
+    /// An image.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// A file of the checkpoint cannot be read.
+    #[error("Reading {name} of the checkpoint")]
+    Read {
+        name: String,
+        #[source]
+        source: io::Error,
+    },
+    /// The archive cannot be written: often the file system is full.
+    #[error("Writing the archive")]
+    Write(#[source] io::Error),
+}
+
+/// Packs the chain of `newest`.
+pub fn pack(
+    newest: &ImageDir,
+    out: impl Write,
+    options: &PackOptions,
+) -> Result<PackReport, PackError> {
+    let merged = Merged::read(newest, options.since)?;
+    let frames = FrameWriter::new(out, Codec::Zstd(options.level), options.threads);
+    let mut packer = Packer {
+        frames: frames.map_err(PackError::Write)?,
+        members: BTreeMap::new(),
+        modified: created(&merged.chain),
+    };
+    for name in &merged.files {
+        packer.file(newest, name)?;
+    }
+    for space in &merged.memory {
+        packer.bytes(&space.kind.file_name(space.id), &space.pagemap())?;
+    }
+    for space in &merged.memory {
+        packer.pages(space)?;
+    }
+    let kind = if merged.chain.newest().is_pre_dump() {
+        DumpKind::PreDump
+    } else {
+        DumpKind::Full
+    };
+    let manifest = packer.manifest(&merged, kind, options.since);
+    packer.bytes(MANIFEST_NAME, manifest.as_bytes())?;
+    let content = packer.members.values().map(|member| member.size).sum();
+    let written = packer.finish(index(&merged, kind, options.since)?)?;
+    Ok(PackReport {
+        generations: (merged.first, merged.last),
+        content,
+        written,
+    })
+}
+
+fn created(chain: &Chain) -> u64 {
+    let noted = chain
+        .newest()
+        .manifest
+        .as_ref()
+        .map(|manifest| manifest.created);
+    noted.unwrap_or_else(|| UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()))
+}
+
+/// The index, still without members.
+fn index(merged: &Merged, kind: DumpKind, since: Option<u32>) -> Result<Index, PackError> {
+    let (chain, mut base, mut digests) = (&merged.chain, None, Vec::new());
+    for (number, generation) in chain.generations().iter().enumerate() {
+        let number = chain.number(number);
+        if Some(number) == since {
+            base = Some(Base {
+                generation: number,
+                digest: generation.digest()?,
+            });
+        }
+        if number >= merged.first {
+            digests.push(generation.digest()?);
+        }
+    }
+    Ok(Index {
+        format: INDEX_FORMAT,
+        kind,
+        first: merged.first,
+        last: merged.last,
+        base,
+        digests,
+        members: BTreeMap::new(),
+    })
+}
+
+struct Packer<W: Write> {
+    frames: FrameWriter<W>,
+    members: BTreeMap<String, Member>,
+    modified: u64,
+}
+
+impl<W: Write> Packer<W> {
+    fn header(&mut self, name: &str, size: u64) -> Result<u64, PackError> {
+        let header = header(name, size, self.modified).map_err(PackError::Write)?;
+        self.frames
+            .write_all(header.as_bytes())
+            .map_err(PackError::Write)?;
+        Ok(self.frames.position())
+    }
+
+    /// Ends a member: padding, and its row in the index.
+    fn end(&mut self, name: &str, member: Member) -> Result<(), PackError> {
+        let padding = member.size.next_multiple_of(BLOCK) - member.size;
+        let written = self
+            .frames
+            .write_all(&[0; BLOCK as usize][..padding as usize]);
+        written.map_err(PackError::Write)?;
+        self.members.insert(name.to_owned(), member);
+        Ok(())
+    }
+
+    fn bytes(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
+        let size = content.len() as u64;
+        let offset = self.header(&format!("{IMAGES}{name}"), size)?;
+        self.frames.write_all(content).map_err(PackError::Write)?;
+        let blake3 = blake3::hash(content).to_hex().to_string();
+        self.end(
+            name,
+            Member {
+                size,
+                blake3,
+                offset,
+            },
+        )
+    }
+
+    fn file(&mut self, dir: &ImageDir, name: &str) -> Result<(), PackError> {
+        let failed = |source| PackError::Read {
+            name: name.to_owned(),
+            source,
+        };
+        let Some(file) = dir.open_file(name)? else {
+            return Err(failed(io::ErrorKind::NotFound.into()));
+        };
+        let size = file.metadata().map_err(failed)?.len();
+        let offset = self.header(&format!("{IMAGES}{name}"), size)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut file = file.take(size);
+        let mut buffer = vec![0; FRAME_BYTES.min(size as usize + 1)];
+        let mut done = 0;
+        while done < size {
+            let read = file.read(&mut buffer).map_err(failed)?;
+            if read == 0 {
+                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+            }
+            hasher.update(&buffer[..read]);
+            self.frames
+                .write_all(&buffer[..read])
+                .map_err(PackError::Write)?;
+            done += read as u64;
+        }
+        let blake3 = hasher.finalize().to_hex().to_string();
+        self.end(
+            name,
+            Member {
+                size,
+                blake3,
+                offset,
+            },
+        )
+    }
+
+    /// The pages of an address space; they begin a frame, so that a reader decodes nothing in vain.
+    fn pages(&mut self, space: &MergedPages) -> Result<(), PackError> {
+        let name = ImageKind::Pages.file_name(space.pages_id.into());
+        let size = space.stored_bytes();
+        let offset = self.header(&format!("{IMAGES}{name}"), size)?;
+        self.frames.cut().map_err(PackError::Write)?;
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; FRAME_BYTES];
+        let mut opened = None;
+        for run in space.stored() {
+            if opened.as_ref().is_none_or(|(file, _)| *file != run.file) {
+                opened = Some((run.file, space.index.open(run.file)?));
+            }
+            let (_, pages) = opened.as_ref().expect("opened above");
+            let mut done = 0;
+            while done < run.len {
+                let part = &mut buffer[..(run.len - done).min(FRAME_BYTES as u64) as usize];
+                let read = pages.read_exact_at(part, run.offset + done);
+                read.map_err(|source| PackError::Read {
+                    name: name.clone(),
+                    source,
+                })?;
+                hasher.update(part);
+                self.frames.write_all(part).map_err(PackError::Write)?;
+                done += part.len() as u64;
+            }
+        }
+        let blake3 = hasher.finalize().to_hex().to_string();
+        self.end(
+            &name,
+            Member {
+                size,
+                blake3,
+                offset,
+            },
+        )
+    }
+
+    /// The manifest of the merged checkpoint.
+    fn manifest(&self, merged: &Merged, kind: DumpKind, since: Option<u32>) -> String {
+        let files = self.members.iter().map(|(name, member)| {
+            let file = ManifestFile {
+                size: member.size,
+                blake3: Some(member.blake3.clone()),
+            };
+            (name.clone(), file)
+        });
+        let newest = merged.chain.newest().manifest.as_ref();
+        let text = |of: fn(&Manifest) -> &String| {
+            newest.map_or_else(String::new, |manifest| of(manifest).clone())
+        };
+        let info = ManifestInfo {
+            kind,
+            generation: merged.last,
+            parent: since.map(|since| format!("{}/{since}", crate::unpack::EARLIER)),
+            tracker: newest.and_then(|manifest| manifest.tracker.clone()),
+            floe: text(|manifest| &manifest.floe),
+            kernel: text(|manifest| &manifest.kernel),
+            machine: text(|manifest| &manifest.machine),
+            cpu: newest.and_then(|manifest| manifest.cpu.clone()),
+            created: UNIX_EPOCH + Duration::from_secs(self.modified),
+        };
+        let manifest = Manifest::new(info, files.collect());
+        serde_json::to_string_pretty(&manifest).expect("a manifest has text keys only") + "\n"
+    }
+
+    /// The index and the end of the tar, in a frame of their own.
+    fn finish(mut self, mut index: Index) -> Result<u64, PackError> {
+        index.members = self.members;
+        let text = serde_json::to_vec(&index).expect("an index has text keys only");
+        let header =
+            header(INDEX_NAME, text.len() as u64, self.modified).map_err(PackError::Write)?;
+        let mut last = header.as_bytes().to_vec();
+        last.extend_from_slice(&text);
+        last.resize(
+            last.len().next_multiple_of(BLOCK as usize) + 2 * BLOCK as usize,
+            0,
+        );
+        self.frames.write_frame(&last).map_err(PackError::Write)?;
+        let (_, written) = self.frames.finish().map_err(PackError::Write)?;
+        Ok(written)
+    }
+}
+
+fn header(name: &str, size: u64, modified: u64) -> io::Result<tar::Header> {
+    let mut header = tar::Header::new_gnu();
+    header.set_path(name)?;
+    header.set_size(size);
+    header.set_mode(0o600);
+    header.set_mtime(modified);
+    header.set_cksum();
+    Ok(header)
+}

@@ -1,0 +1,384 @@
+//! Unpacking an archive: trusts nothing in it.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, BufReader, Read, Write};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+
+use floe_image::dir::PARENT_LINK;
+use floe_image::manifest::MANIFEST_NAME;
+use rustix::fs::{AtFlags, Mode, OFlags, openat};
+
+use crate::archive::{
+    ArchiveError, IMAGES, INDEX_NAME, Index, MAX_INDEX, is_plain_name, order_set, parse_index,
+};
+
+/// Directory in which the older archives of a set are unpacked.
+pub const EARLIER: &str = "earlier";
+/// Most files in an archive.
+const MAX_MEMBERS: usize = 4_000_000;
+/// Bytes that go from the decoder to the writer at once, and how many such parts may wait.
+const PART: usize = 1 << 20;
+const WAITING: usize = 8;
+
+/// How much may be unpacked.
+#[derive(Clone, Copy, Debug)]
+pub struct UnpackLimits {
+    /// Bytes of all files: an archive of zeros is small.
+    pub bytes: u64,
+}
+
+/// What was unpacked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UnpackReport {
+    /// Files.
+    pub files: usize,
+    /// Their bytes.
+    pub bytes: u64,
+}
+
+/// Unpacking failed; what was made is removed again.
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    /// An archive cannot be read, or the set has a hole.
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    /// The directory is not empty, or cannot be made.
+    #[error("The directory {} must be new or empty", path.display())]
+    Directory {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// A member that no archive of ours has.
+    #[error("The archive has the member {name:?}, {what}: refused, nothing of ours looks so")]
+    Refused { name: String, what: &'static str },
+    /// It is larger than allowed.
+    #[error(
+        "The archive holds more than {limit} bytes or {MAX_MEMBERS} files: refused (raise --limit if you trust it)"
+    )]
+    TooLarge { limit: u64 },
+    /// It cannot be decoded.
+    #[error("Decoding the archive: it is damaged or was cut")]
+    Decode(#[source] io::Error),
+    /// A file cannot be written.
+    #[error("Writing {}", path.display())]
+    Write {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// A file is not what the index says.
+    #[error("{name} in the archive is damaged: it differs from its checksum")]
+    Checksum { name: String },
+    /// A file of the index is not there, or there is no index.
+    #[error("{name} is missing in the archive: it was cut")]
+    Missing { name: String },
+}
+
+/// Unpacks a set of archives into `into`; older ones go to `earlier/` in it.
+pub fn unpack_set(
+    paths: &[PathBuf],
+    into: &Path,
+    limits: UnpackLimits,
+) -> Result<UnpackReport, UnpackError> {
+    if let [path] = paths {
+        if path == Path::new("-") {
+            return unpack(io::stdin().lock(), into, limits);
+        }
+    }
+    let ordered = order_set(paths)?;
+    let mut report = UnpackReport::default();
+    let mut parent: Option<u32> = None;
+    for (number, archive) in ordered.iter().enumerate() {
+        let newest = number + 1 == ordered.len();
+        let target = if newest {
+            into.to_path_buf()
+        } else {
+            into.join(EARLIER).join(archive.index().last.to_string())
+        };
+        let opened = File::open(archive.path());
+        let file = opened.map_err(|source| ArchiveError::Read {
+            path: archive.path().to_path_buf(),
+            source,
+        })?;
+        let failed = |source| UnpackError::Directory {
+            path: target.clone(),
+            source,
+        };
+        if !newest {
+            std::fs::create_dir_all(into.join(EARLIER)).map_err(failed)?;
+        }
+        let one = unpack_beside(file, &target, limits, newest && number > 0)?;
+        report.files += one.files;
+        report.bytes += one.bytes;
+        if let Some(parent) = parent {
+            let to = if newest {
+                format!("{EARLIER}/{parent}")
+            } else {
+                format!("../{parent}")
+            };
+            std::os::unix::fs::symlink(to, target.join(PARENT_LINK)).map_err(failed)?;
+        }
+        parent = Some(archive.index().last);
+    }
+    Ok(report)
+}
+
+/// Unpacks one archive from a stream.
+pub fn unpack(
+    source: impl Read,
+    into: &Path,
+    limits: UnpackLimits,
+) -> Result<UnpackReport, UnpackError> {
+    unpack_beside(source, into, limits, false)
+}
+
+fn unpack_beside(
+    source: impl Read,
+    into: &Path,
+    limits: UnpackLimits,
+    has_earlier: bool,
+) -> Result<UnpackReport, UnpackError> {
+    let directory = new_directory(into, has_earlier).map_err(|source| UnpackError::Directory {
+        path: into.to_path_buf(),
+        source,
+    })?;
+    let (sender, receiver) = sync_channel(WAITING);
+    std::thread::scope(|scope| {
+        let writer = scope.spawn(|| write_files(&directory, into, receiver));
+        let decoded = decode(source, &sender, limits);
+        drop(sender);
+        let mut written = writer.join().expect("the writer does not panic");
+        let outcome = match (decoded, written.failed.take()) {
+            // The decoder also fails when the writer has gone.
+            (_, Some(error)) => Err(error),
+            (Err(error), None) => Err(error),
+            (Ok(index), None) => finish(&directory, into, &written, &index),
+        };
+        if outcome.is_err() {
+            for name in written.hashes.keys().chain([&MANIFEST_NAME.to_owned()]) {
+                // What cannot be removed lacks its manifest all the same.
+                let _ = rustix::fs::unlinkat(&directory, name.as_str(), AtFlags::empty());
+            }
+        }
+        outcome
+    })
+}
+
+fn new_directory(path: &Path, has_earlier: bool) -> io::Result<rustix::fd::OwnedFd> {
+    match std::fs::create_dir(path) {
+        Ok(()) => {}
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(error) => return Err(error),
+    }
+    let mut inside = std::fs::read_dir(path)?.flatten();
+    if inside.any(|entry| !(has_earlier && entry.file_name() == EARLIER)) {
+        return Err(io::ErrorKind::DirectoryNotEmpty.into());
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::open(path, flags, Mode::empty())?)
+}
+
+/// What the decoder tells the writer.
+enum Piece {
+    Begin(String),
+    Content(Vec<u8>),
+}
+
+/// Takes the tar apart; gives the index.
+fn decode(
+    source: impl Read,
+    sender: &SyncSender<Piece>,
+    limits: UnpackLimits,
+) -> Result<Vec<u8>, UnpackError> {
+    let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(PART, source));
+    let mut tar = tar::Archive::new(decoder.map_err(UnpackError::Decode)?);
+    let (mut bytes, mut count, mut index) = (0u64, 0usize, None);
+    for entry in tar.entries().map_err(UnpackError::Decode)?.raw(true) {
+        let mut entry = entry.map_err(UnpackError::Decode)?;
+        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
+        let refused = |what| UnpackError::Refused {
+            name: name.clone(),
+            what,
+        };
+        if entry.header().entry_type() != tar::EntryType::Regular {
+            return Err(refused("which is no regular file"));
+        }
+        let size = entry.size();
+        (bytes, count) = (bytes.saturating_add(size), count + 1);
+        if bytes > limits.bytes || count > MAX_MEMBERS {
+            return Err(UnpackError::TooLarge {
+                limit: limits.bytes,
+            });
+        }
+        if name == INDEX_NAME && size <= MAX_INDEX {
+            let mut text = Vec::new();
+            entry.read_to_end(&mut text).map_err(UnpackError::Decode)?;
+            index = Some(text);
+            continue;
+        }
+        let plain = name
+            .strip_prefix(IMAGES)
+            .filter(|name| is_plain_name(name) && *name != EARLIER);
+        let plain = plain.ok_or_else(|| refused("whose name leads elsewhere"))?;
+        // A send fails when the writer has failed, which says more.
+        let gone = |_| UnpackError::Decode(io::ErrorKind::BrokenPipe.into());
+        sender.send(Piece::Begin(plain.to_owned())).map_err(gone)?;
+        let mut left = size;
+        while left > 0 {
+            let mut part = vec![0; left.min(PART as u64) as usize];
+            entry.read_exact(&mut part).map_err(UnpackError::Decode)?;
+            left -= part.len() as u64;
+            sender.send(Piece::Content(part)).map_err(gone)?;
+        }
+    }
+    index.ok_or_else(|| UnpackError::Missing {
+        name: INDEX_NAME.into(),
+    })
+}
+
+/// What the writer has done.
+#[derive(Default)]
+struct Written {
+    hashes: BTreeMap<String, (u64, blake3::Hash)>,
+    /// Content of the manifest, which is written when all is checked.
+    manifest: Vec<u8>,
+    failed: Option<UnpackError>,
+}
+
+/// A file that is being written.
+struct Open {
+    name: String,
+    /// None for the manifest, which is kept back.
+    file: Option<File>,
+    hasher: blake3::Hasher,
+    size: u64,
+}
+
+fn write_files(directory: &rustix::fd::OwnedFd, into: &Path, pieces: Receiver<Piece>) -> Written {
+    let mut written = Written::default();
+    let mut open: Option<Open> = None;
+    for piece in pieces {
+        let outcome = match piece {
+            Piece::Begin(name) => {
+                written.close(open.take());
+                begin(directory, name, &written).map(|begun| open = Some(begun))
+            }
+            Piece::Content(content) => match &mut open {
+                Some(open) => written.append(open, &content, into),
+                None => Ok(()),
+            },
+        };
+        if let Err(error) = outcome {
+            written.close(open.take());
+            written.failed = Some(error);
+            return written;
+        }
+    }
+    written.close(open.take());
+    written
+}
+
+fn begin(
+    directory: &rustix::fd::OwnedFd,
+    name: String,
+    written: &Written,
+) -> Result<Open, UnpackError> {
+    if written.hashes.contains_key(&name) {
+        return Err(UnpackError::Refused {
+            name,
+            what: "which is there twice",
+        });
+    }
+    let file = match name == MANIFEST_NAME {
+        true => None,
+        false => {
+            let flags =
+                OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let opened = openat(directory, name.as_str(), flags, Mode::RUSR | Mode::WUSR);
+            let opened = opened.map_err(|errno| UnpackError::Write {
+                path: PathBuf::from(&name),
+                source: errno.into(),
+            })?;
+            Some(File::from(opened))
+        }
+    };
+    Ok(Open {
+        name,
+        file,
+        hasher: blake3::Hasher::new(),
+        size: 0,
+    })
+}
+
+impl Written {
+    fn append(&mut self, open: &mut Open, content: &[u8], into: &Path) -> Result<(), UnpackError> {
+        open.hasher.update(content);
+        open.size += content.len() as u64;
+        match &mut open.file {
+            None if open.size > floe_image::manifest::MAX_MANIFEST => Err(UnpackError::Refused {
+                name: open.name.clone(),
+                what: "which is too large",
+            }),
+            None => {
+                self.manifest.extend_from_slice(content);
+                Ok(())
+            }
+            Some(file) => file
+                .write_all(content)
+                .map_err(|source| UnpackError::Write {
+                    path: into.join(&open.name),
+                    source,
+                }),
+        }
+    }
+
+    fn close(&mut self, open: Option<Open>) {
+        if let Some(open) = open {
+            self.hashes
+                .insert(open.name, (open.size, open.hasher.finalize()));
+        }
+    }
+}
+
+/// Compares all with the index; only then the manifest is written, by which the checkpoint is whole.
+fn finish(
+    directory: &rustix::fd::OwnedFd,
+    into: &Path,
+    written: &Written,
+    index: &[u8],
+) -> Result<UnpackReport, UnpackError> {
+    let index: Index = parse_index(index, into)?;
+    for (name, member) in &index.members {
+        let Some((size, hash)) = written.hashes.get(name) else {
+            return Err(UnpackError::Missing { name: name.clone() });
+        };
+        if *size != member.size || hash.to_hex().as_str() != member.blake3 {
+            return Err(UnpackError::Checksum { name: name.clone() });
+        }
+    }
+    if let Some(name) = written
+        .hashes
+        .keys()
+        .find(|name| !index.members.contains_key(*name))
+    {
+        return Err(UnpackError::Refused {
+            name: name.clone(),
+            what: "which its index does not list",
+        });
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let opened =
+        openat(directory, MANIFEST_NAME, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from);
+    let saved = opened.and_then(|fd| File::from(fd).write_all(&written.manifest));
+    saved.map_err(|source| UnpackError::Write {
+        path: into.join(MANIFEST_NAME),
+        source,
+    })?;
+    Ok(UnpackReport {
+        files: written.hashes.len(),
+        bytes: written.hashes.values().map(|(size, _)| size).sum(),
+    })
+}
