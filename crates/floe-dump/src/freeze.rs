@@ -8,6 +8,7 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use floe_inject::{InjectError, Seized, Stopped};
+use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
 use floe_kernel::ptrace::options;
@@ -238,6 +239,7 @@ enum Seizing {
 }
 
 fn seize(proc: &ProcDir, tid: HostPid) -> Result<Seizing, FreezeError> {
+    fault::point();
     let thread = match Seized::new(tid, OPTIONS) {
         Ok(thread) => thread,
         Err(source) => return why_not(proc, tid, source),

@@ -414,7 +414,9 @@ pub fn spawn_root(spawn: &RootSpawn) -> Result<(Arena, Stopped), InjectError> {
             source: io::Error::from_raw_os_error(-pid as i32),
         });
     }
+    // Not covered: killed before this, we leave a puppet that has not run its first call yet.
     let seized = Seized::puppet(HostPid(pid as i32), puppet_options())?;
+    fault::point();
     seized.interrupt()?;
     Ok((arena, seized.wait_stopped()?))
 }

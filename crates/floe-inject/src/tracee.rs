@@ -35,7 +35,6 @@ enum OnDrop {
 impl Seized {
     /// Becomes the tracer of a thread; `options` are those of [`ptrace::options`].
     pub fn new(pid: HostPid, options: u32) -> Result<Self, InjectError> {
-        fault::point();
         ptrace::seize(pid, options).on(pid, "seize")?;
         Ok(Self {
             pid,

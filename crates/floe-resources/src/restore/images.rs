@@ -238,14 +238,19 @@ fn load_task(
 ) -> Result<TaskImages, PlanError> {
     let pid = u64::from(entry.pid);
     let core = dir.read_core(pid)?;
-    let mut threads = BTreeMap::new();
-    for &tid in entry.threads.iter().filter(|tid| **tid != entry.pid) {
-        threads.insert(tid, dir.read_core(u64::from(tid))?);
-    }
     let dead = core
         .tc
         .as_ref()
         .is_some_and(|task| matches!(task.task_state, 2 | 6));
+    let mut threads = BTreeMap::new();
+    // CRIU leaves the only thread of a zombie unset: the number is anything.
+    let others = entry
+        .threads
+        .iter()
+        .filter(|tid| **tid != entry.pid && !dead);
+    for &tid in others {
+        threads.insert(tid, dir.read_core(u64::from(tid))?);
+    }
     let ids = dir.read_ids(pid)?;
     let table = match &ids {
         Some(ids) if fdinfo_per_id => u64::from(ids.files_id),
