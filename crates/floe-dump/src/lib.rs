@@ -18,10 +18,11 @@ mod task;
 mod write;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use floe_image::{ImageKind, ImageWriter, Sync};
-use floe_inject::Watch;
+use floe_inject::{Journal, Watch};
 use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
@@ -82,7 +83,7 @@ pub fn dump(
     let (network, links) = save(
         &mut tree,
         options,
-        (features, &run_id),
+        (features, &run_id, watch.map(Watch::journal)),
         &mut memory,
         &mut report,
     )?;
@@ -137,7 +138,7 @@ fn finish(writer: &ImageWriter) -> Result<u64, DumpError> {
 fn save(
     tree: &mut FrozenTree,
     options: &DumpOptions,
-    (features, run_id): (&KernelFeatures, &str),
+    (features, run_id, journal): (&KernelFeatures, &str, Option<Arc<Journal>>),
     memory: &mut MemoryDump<'_>,
     report: &mut DumpReport,
 ) -> Result<(HeldConnections, HeldNames), DumpError> {
@@ -153,7 +154,7 @@ fn save(
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
     fault::point();
-    let network = hold_connections(&mut collector)?;
+    let network = hold_connections(&mut collector, journal.as_ref())?;
     fault::point();
 
     tracing::info!(

@@ -15,7 +15,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI32, AtomicU32, Ordering};
@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::options;
+use floe_kernel::tcp_repair;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
@@ -44,7 +45,7 @@ enum Note {
         arena: Option<(u64, u64)>,
     },
     /// A socket of the thread that is in repair mode.
-    Repair { fd: i32 },
+    Repair { fd: i32, reuse_address: bool },
 }
 
 #[repr(C)]
@@ -104,10 +105,12 @@ impl Journal {
         self.write(tid, Note::Thread { saved, arena: None })
     }
 
-    /// Notes a socket that is put into repair mode. The note ends when the guard is dropped.
-    pub fn note_repair(self: &Arc<Self>, pid: HostPid, fd: i32) -> RepairNote {
+    /// Notes a socket that is to be put into repair mode, and its `SO_REUSEADDR`, which that changes. The
+    /// note ends when the guard is dropped.
+    pub fn note_repair(self: &Arc<Self>, pid: HostPid, fd: i32, reuse_address: bool) -> RepairNote {
+        let note = Note::Repair { fd, reuse_address };
         RepairNote {
-            slot: self.write(pid, Note::Repair { fd }),
+            slot: self.write(pid, note),
             journal: self.clone(),
         }
     }
@@ -300,7 +303,7 @@ fn put_right(notes: Vec<(HostPid, Note)>) {
     let mut stopped = Vec::new();
     for (tid, note) in notes {
         match note {
-            Note::Repair { fd } => end_repair(tid, fd),
+            Note::Repair { fd, reuse_address } => end_repair(tid, fd, reuse_address),
             Note::Thread { saved, arena } => {
                 let thread = take_over(tid).and_then(Seized::wait_stopped);
                 stopped.extend(thread.map(|thread| (thread, saved, arena)));
@@ -335,25 +338,21 @@ fn take_over(tid: HostPid) -> Result<Seized, InjectError> {
     }
 }
 
-/// Takes a TCP socket of a task out of repair mode, without a probe to its peer.
-fn end_repair(pid: HostPid, fd: i32) {
-    const TCP_REPAIR_OFF_NO_WP: libc::c_int = -1;
-    // SAFETY: integers, and one integer that setsockopt reads.
-    unsafe {
+/// Takes a TCP socket of a task out of repair mode.
+fn end_repair(pid: HostPid, fd: i32, reuse_address: bool) {
+    // SAFETY: integers; a descriptor that comes back is new and nobody else's.
+    let socket = unsafe {
         let pidfd = libc::syscall(libc::SYS_pidfd_open, pid.0, 0) as i32;
-        let socket = libc::syscall(libc::SYS_pidfd_getfd, pidfd, fd, 0) as i32;
+        if pidfd < 0 {
+            return;
+        }
+        let pidfd = OwnedFd::from_raw_fd(pidfd);
+        let socket = libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) as i32;
         if socket < 0 {
             return;
         }
-        let socket = OwnedFd::from_raw_fd(socket);
-        let off = TCP_REPAIR_OFF_NO_WP;
-        let len = size_of::<libc::c_int>() as u32;
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_REPAIR,
-            (&raw const off).cast(),
-            len,
-        );
-    }
+        OwnedFd::from_raw_fd(socket)
+    };
+    // A socket that the engine did not come to is refused, and stays what it is.
+    let _ = tcp_repair::leave(socket.as_fd(), i32::from(reuse_address));
 }

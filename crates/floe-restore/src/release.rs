@@ -40,6 +40,13 @@ pub fn release(world: &mut World<'_>, background: &Background<'_>) -> Result<(),
         }
     }
     tracing::debug!("executors are gone");
+    // From here on the tree is whole: should we die now, it runs on instead of dying with us.
+    for puppet in world.puppets.values() {
+        for thread in std::iter::once(&puppet.leader).chain(puppet.threads.values()) {
+            let pid = thread.pid();
+            ptrace::set_options(pid, 0).during("Making independent", || pid.to_string())?;
+        }
+    }
     let all_stopped = world.options.after == AfterRestore::LeaveStopped;
     for (
         pid,

@@ -255,21 +255,20 @@ fn tasks(dir: &ImageDir, rows: &mut Vec<Row>) {
     for task in &tree {
         let pid = u64::from(task.pid);
         wanted.insert(ImageKind::Core.file_name(pid));
-        wanted.extend(
-            task.threads
-                .iter()
-                .map(|tid| ImageKind::Core.file_name(u64::from(*tid))),
-        );
+        let threads = task.threads.iter();
+        let threads = threads.map(|tid| ImageKind::Core.file_name(u64::from(*tid)));
         match dir.read_optional::<CoreEntry>(ImageKind::Core, pid) {
-            // Zombies have nothing else.
+            // Zombies have nothing else; CRIU leaves the number of their only thread unset.
             Ok(Some(core))
                 if core
                     .tc
                     .as_ref()
                     .is_some_and(|task| matches!(task.task_state, 2 | 6)) => {}
-            Ok(_) => wanted.extend(
-                [ImageKind::Mm, ImageKind::Pagemap, ImageKind::Fs].map(|kind| kind.file_name(pid)),
-            ),
+            Ok(_) => {
+                wanted.extend(threads);
+                let own = [ImageKind::Mm, ImageKind::Pagemap, ImageKind::Fs];
+                wanted.extend(own.map(|kind| kind.file_name(pid)));
+            }
             Err(error) => rows.push(Row::bad("tasks", sentence(&error), COPY_AGAIN)),
         }
     }

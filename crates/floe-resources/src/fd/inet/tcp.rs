@@ -9,9 +9,11 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{InetSkEntry, TcpStreamEntry};
+use floe_inject::{Journal, RepairNote};
 use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::nftables::Flow;
 use floe_kernel::socket::{unacknowledged_bytes, unread_bytes, unsent_bytes};
@@ -56,7 +58,9 @@ struct Connections(Vec<Connection>);
 /// Connections that stand still: locked, their sockets in repair mode. Dropping it lets them go on.
 #[derive(Debug)]
 pub struct HeldConnections {
+    // Dropped, and so let go, before their notes end.
     sockets: Vec<Repair>,
+    notes: Vec<RepairNote>,
     lock: Lock,
     method: NetworkLock,
 }
@@ -64,12 +68,18 @@ pub struct HeldConnections {
 impl HeldConnections {
     /// Lets the connections go on. Their peers are not to notice anything.
     pub fn release(self) -> Result<(), std::io::Error> {
-        let HeldConnections { sockets, lock, .. } = self;
+        let HeldConnections {
+            sockets,
+            lock,
+            notes,
+            ..
+        } = self;
         drop(lock);
         let mut result = Ok(());
         for socket in sockets {
             result = result.and(socket.leave());
         }
+        drop(notes);
         result
     }
 
@@ -78,12 +88,14 @@ impl HeldConnections {
     pub fn persist(self, run_id: &str) -> Result<SilencedConnections, LockError> {
         let HeldConnections {
             sockets,
+            notes,
             lock,
             method,
         } = self;
         lock.persist(run_id)?;
         Ok(SilencedConnections {
             sockets,
+            _notes: notes,
             run_id: run_id.to_string(),
             method,
         })
@@ -94,6 +106,7 @@ impl HeldConnections {
 #[derive(Debug)]
 pub struct SilencedConnections {
     sockets: Vec<Repair>,
+    _notes: Vec<RepairNote>,
     run_id: String,
     method: NetworkLock,
 }
@@ -147,13 +160,18 @@ pub(super) fn with_outside_peers(flows: &[Flow]) -> Vec<Flow> {
 }
 
 /// Stops all connections that were found and saves them. To be called when nothing else is in the way.
-pub fn hold_connections(collector: &mut Collector<'_>) -> Result<HeldConnections, CollectError> {
+/// With a `journal`, they go on even when this process is killed meanwhile.
+pub fn hold_connections(
+    collector: &mut Collector<'_>,
+    journal: Option<&Arc<Journal>>,
+) -> Result<HeldConnections, CollectError> {
     let connections = std::mem::take(&mut collector.cache(Connections::default).0);
     let flows: Vec<Flow> = connections.iter().map(|one| one.flow.clone()).collect();
     let method = collector.options.sockets.network_lock;
     let mut held = HeldConnections {
         lock: Lock::new(method, with_outside_peers(&flows))?,
         sockets: Vec::with_capacity(connections.len()),
+        notes: Vec::with_capacity(connections.len()),
         method,
     };
     for connection in &connections {
@@ -161,6 +179,12 @@ pub fn hold_connections(collector: &mut Collector<'_>) -> Result<HeldConnections
             .socket
             .try_clone()
             .map_err(connection.failed("Duplicating"))?;
+        if let Some(journal) = journal {
+            let reuse = rustix::net::sockopt::socket_reuseaddr(&copy);
+            let reuse = reuse.map_err(|error| connection.failed("Asking")(error.into()))?;
+            let (pid, fd) = (connection.pid, connection.fd.0);
+            held.notes.push(journal.note_repair(pid, fd, reuse));
+        }
         let repair = Repair::enter(copy).map_err(connection.failed("Switching TCP repair on"))?;
         held.sockets.push(repair);
     }
