@@ -292,6 +292,12 @@ impl Filler<'_> {
             let (to, rest) = (start + at as u64, &bytes[at..]);
             match uffd.copy(TaskAddr(to), rest) {
                 Ok(done) => at += done,
+                // Someone looked at the page first, as `ps` does at command lines.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {
+                    let page = &rest[..rest.len().min(PAGE_SIZE as usize)];
+                    self.force(to, page)?;
+                    at += page.len();
+                }
                 Err(source) => return Err(self.failed("UFFDIO_COPY", to, rest, source)),
             }
         }
