@@ -8,7 +8,7 @@ use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
     FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
-    TaskPages, data_runs,
+    Selection, TaskPages, data_runs,
 };
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
@@ -74,7 +74,11 @@ impl<'a> MemoryDump<'a> {
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
         // One question for neighbours: a program with many threads has thousands of small mappings.
-        for vmas in space.vmas.chunk_by(|one, next| one.pages == next.pages) {
+        // Where everything is taken, nobody would see the gaps between them.
+        let alike = |one: &Vma, next: &Vma| {
+            one.pages == next.pages && one.pages != Some(Selection::Everything)
+        };
+        for vmas in space.vmas.chunk_by(alike) {
             let (Some(first), Some(last)) = (vmas.first(), vmas.last()) else {
                 continue;
             };

@@ -149,7 +149,11 @@ impl PageScanner {
                             region.end,
                         );
                     }
-                    at = found.walked_to.max(TaskAddr(at.0 + PAGE_SIZE));
+                    // Where a walk ended may lie before its last region: the kernel leaves it as an inner
+                    // buffer of 512 regions had it when `regions` got full without that one (6.18).
+                    let seen = self.regions[..found.regions].last();
+                    let seen = seen.map_or(at.0 + PAGE_SIZE, |region| region.end);
+                    at = found.walked_to.max(TaskAddr(seen));
                 }
                 Err(error) => self.method = fall_back(self.method, error)?,
             }
@@ -315,6 +319,32 @@ mod tests {
                 .expect("own memory");
             assert_eq!(runs, expected, "{method:?}");
         }
+        std::hint::black_box(&memory);
+    }
+
+    #[test]
+    fn more_regions_than_one_answer_holds_come_once_and_in_order() {
+        // Every other page of a good two answers, so that each answer fills up in its own way.
+        let count = 2 * REGIONS + 700;
+        let memory = vec![0u8; (2 * count + 2) * 4096];
+        let base = (memory.as_ptr() as u64).next_multiple_of(4096);
+        let skew = (base - memory.as_ptr() as u64) as usize;
+        let mut memory = memory;
+        for index in 0..count {
+            memory[skew + 2 * index * 4096] = 1;
+        }
+        let range = TaskAddr(base)..TaskAddr(base + 2 * count as u64 * 4096);
+        let mut runs = Vec::new();
+        own_scanner(ScanMethod::IoctlWithGuards)
+            .select(range, Selection::Anonymous, &mut runs, &mut Vec::new())
+            .expect("own memory");
+        assert!(runs.is_sorted_by(|one, next| one.end() <= next.start));
+        let selected = |page: &u64| {
+            runs.iter()
+                .any(|run| run.start <= *page && *page < run.end())
+        };
+        let last = base + 2 * (count as u64 - 1) * 4096;
+        assert!([base, last].iter().all(selected));
         std::hint::black_box(&memory);
     }
 
