@@ -9,6 +9,7 @@ pub mod check;
 pub mod merged;
 pub mod pack;
 pub mod squash;
+pub mod summary;
 pub mod unpack;
 
 pub use chain::{Chain, ChainError, Generation};

@@ -15,8 +15,8 @@ use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, logging, pack, squash, statistics, unpack,
-    verify,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, logging, pack, squash, statistics,
+    unpack, verify,
 };
 
 /// A command of Floe's own: its words stand first and have options of their own.
@@ -49,6 +49,11 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "squash",
         about: "make one full checkpoint of a chain",
         run: squash::run,
+    },
+    OwnCommand {
+        name: "inspect",
+        about: "show what is in a checkpoint",
+        run: inspect::run,
     },
     OwnCommand {
         name: "verify",

@@ -13,6 +13,7 @@ mod exit;
 mod explain;
 mod help;
 mod image;
+mod inspect;
 mod logging;
 mod own;
 mod pack;

@@ -1,0 +1,228 @@
+//! `floe inspect`: what is in a checkpoint.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+
+use clap::Parser;
+use floe_archive::summary::{FileSummary, GenerationSummary, MappingSummary, Summary, TaskSummary};
+
+use crate::exit::{Exit, Failure};
+use crate::own;
+
+/// Largest mappings shown without `--all`.
+const MAPPINGS: usize = 20;
+/// Open files shown without `--all`.
+const FILES: usize = 40;
+
+/// Shows what is in a checkpoint: tasks, memory, files, sockets, generations.
+#[derive(Parser)]
+#[command(name = "floe inspect", after_help = Exit::HELP, disable_version_flag = true)]
+struct Inspect {
+    /// A directory of images (the newest of a chain), or an archive.
+    path: PathBuf,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+    /// Show every mapping and file.
+    #[arg(long)]
+    all: bool,
+}
+
+/// Runs `floe inspect`.
+pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
+    let line: Inspect = match own::parse("floe inspect", args) {
+        Ok(parsed) => parsed,
+        Err(exit) => return Ok(exit),
+    };
+    let dir = own::open_images(&line.path)?;
+    let summary = Summary::read(&dir).map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let text = match line.json {
+        true => {
+            let value = serde_json::to_value(&summary).map_err(anyhow::Error::from)?;
+            format!("{value:#}\n")
+        }
+        false => text(&summary, line.all),
+    };
+    own::print(&text)?;
+    Ok(Exit::Done)
+}
+
+fn text(summary: &Summary, all: bool) -> String {
+    let mut out = String::new();
+    let unknown = || "unknown".to_owned();
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        out,
+        "{}: {}, {} tasks, {} of pages, {} generations",
+        summary.path,
+        summary.kind,
+        summary.tasks.len(),
+        size(summary.stored()),
+        summary.generations.len()
+    );
+    let engine = summary.floe.as_ref().map_or_else(
+        || "another engine (no floe.json)".to_owned(),
+        |version| format!("Floe {version}"),
+    );
+    let _ = writeln!(
+        out,
+        "made by {engine}, kernel {} {}, {}",
+        summary.kernel.clone().unwrap_or_else(unknown),
+        summary.machine.clone().unwrap_or_default(),
+        summary.created.map_or_else(unknown, own::utc)
+    );
+    if summary.generations.len() > 1 {
+        table(
+            &mut out,
+            "Generations",
+            &[
+                "number",
+                "kind",
+                "tracker",
+                "copied",
+                "unchanged",
+                "size",
+                "frozen",
+                "made",
+            ],
+            summary.generations.iter().map(generation),
+        );
+    } else if let Some(only) = summary.generations.first() {
+        let frozen = only.frozen_us.map_or_else(unknown, milliseconds);
+        let _ = writeln!(out, "size {}, frozen for {frozen}", size(only.size));
+    }
+    table(
+        &mut out,
+        "Tasks",
+        &[
+            "pid", "pgid", "sid", "state", "threads", "fds", "mapped", "stored", "name",
+        ],
+        summary.tasks.iter().map(task),
+    );
+    mappings(&mut out, summary, all);
+    files(&mut out, "Files", &summary.files, all);
+    files(&mut out, "Sockets", &summary.sockets, all);
+    out
+}
+
+fn generation(row: &GenerationSummary) -> Vec<String> {
+    vec![
+        row.number.to_string(),
+        row.kind.into(),
+        row.tracker.clone().unwrap_or_else(|| "-".into()),
+        size(row.copied),
+        size(row.unchanged),
+        size(row.size),
+        row.frozen_us.map_or_else(|| "-".into(), milliseconds),
+        row.created.map_or_else(|| "-".into(), own::utc),
+    ]
+}
+
+fn task(row: &TaskSummary) -> Vec<String> {
+    vec![
+        row.pid.to_string(),
+        row.pgid.to_string(),
+        row.sid.to_string(),
+        row.state.into(),
+        row.threads.to_string(),
+        row.descriptors.to_string(),
+        size(row.mapped),
+        size(row.stored),
+        format!("{:indent$}{}", "", row.comm, indent = 2 * row.depth),
+    ]
+}
+
+fn mappings(out: &mut String, summary: &Summary, all: bool) {
+    let stored = |mapping: &MappingSummary| mapping.stored.iter().sum::<u64>();
+    let mut rows: Vec<&MappingSummary> = summary.mappings.iter().collect();
+    let mut title = "Memory".to_owned();
+    if !all {
+        rows.retain(|mapping| stored(mapping) > 0);
+        rows.sort_by_key(|mapping| std::cmp::Reverse(stored(mapping)));
+        if rows.len() > MAPPINGS {
+            title = format!(
+                "Memory: the largest {MAPPINGS} of {} (--all shows all)",
+                summary.mappings.len()
+            );
+            rows.truncate(MAPPINGS);
+        }
+    }
+    let row = |mapping: &&MappingSummary| {
+        vec![
+            mapping.pid.to_string(),
+            format!("{:012x}-{:012x}", mapping.start, mapping.end),
+            mapping.protection.clone(),
+            size(mapping.end - mapping.start),
+            size(stored(mapping)),
+            mapping.object.clone(),
+        ]
+    };
+    table(
+        out,
+        &title,
+        &["pid", "range", "prot", "size", "stored", "object"],
+        rows.iter().map(row),
+    );
+}
+
+fn files(out: &mut String, title: &str, files: &[FileSummary], all: bool) {
+    let shown = if all {
+        files.len()
+    } else {
+        files.len().min(FILES)
+    };
+    let title = match shown < files.len() {
+        true => format!("{title}: {shown} of {} (--all shows all)", files.len()),
+        false => title.to_owned(),
+    };
+    let row = |file: &FileSummary| vec![file.kind.clone(), holders(file), file.text.clone()];
+    table(
+        out,
+        &title,
+        &["kind", "pid:fd", "what"],
+        files[..shown].iter().map(row),
+    );
+}
+
+fn holders(file: &FileSummary) -> String {
+    match file.holders.is_empty() {
+        true => "(no fd)".into(),
+        false => file.holders.join(" "),
+    }
+}
+
+/// A table with its title; the last column takes what is left.
+fn table(out: &mut String, title: &str, heads: &[&str], rows: impl Iterator<Item = Vec<String>>) {
+    let rows: Vec<Vec<String>> = rows.collect();
+    if rows.is_empty() {
+        return;
+    }
+    let heads: Vec<String> = heads.iter().map(ToString::to_string).collect();
+    let width = |column: usize| {
+        let cells = rows
+            .iter()
+            .chain([&heads])
+            .map(|row| row[column].chars().count());
+        cells.max().unwrap_or(0).min(60)
+    };
+    let widths: Vec<usize> = (0..heads.len()).map(width).collect();
+    out.push_str(&format!("\n{title}\n"));
+    for row in [&heads].into_iter().chain(&rows) {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line.push_str(&format!("  {cell:width$}"));
+        }
+        out.push_str(line.trim_end());
+        out.push('\n');
+    }
+}
+
+fn milliseconds(us: u32) -> String {
+    format!("{:.1} ms", f64::from(us) / 1000.0)
+}
+
+/// Bytes for people.
+fn size(bytes: u64) -> String {
+    own::size(bytes)
+}

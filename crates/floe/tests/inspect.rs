@@ -1,0 +1,60 @@
+//! `floe inspect` and `floe report` of a chain.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use testkit::chain::{Page, Pages, filled, write_chain};
+
+fn floe(words: &[&str], path: &Path) -> Output {
+    let output = Command::new(env!("CARGO_BIN_EXE_floe"))
+        .args(words)
+        .arg(path)
+        .output();
+    let output = output.expect("the binary runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{text}");
+    output
+}
+
+/// Ten pages, of which three change in the second generation.
+fn chain(root: &Path) -> PathBuf {
+    let old: Pages = (0..10).map(|number| (number * 4096, filled(1))).collect();
+    let new = |number: u64| {
+        if number < 3 {
+            filled(2)
+        } else {
+            Page::InParent
+        }
+    };
+    let new: Pages = (0..10).map(|number| (number * 4096, new(number))).collect();
+    write_chain(root, &[old, new]).expect("a chain").remove(1)
+}
+
+#[test]
+fn json_says_what_each_generation_copied() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = floe(&["inspect", "--json"], &chain(root.path()));
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["kind"], "full");
+    assert_eq!(value["generations"][0]["copied"], 40960);
+    assert_eq!(value["generations"][1]["copied"], 3 * 4096);
+    assert_eq!(value["generations"][1]["unchanged"], 7 * 4096);
+    assert_eq!(value["tasks"][0]["comm"], "example");
+}
+
+#[test]
+fn the_tables_name_tasks_and_generations() {
+    let root = tempfile::tempdir().expect("a directory");
+    let output = floe(&["inspect"], &chain(root.path()));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    for part in [
+        "2 generations",
+        "pre-dump",
+        "12.0 KiB",
+        "28.0 KiB",
+        "example",
+        "running",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in: {text}");
+    }
+}
