@@ -131,9 +131,16 @@ impl Pagemap {
         if result < 0 {
             return Err(io::Error::last_os_error());
         }
+        let found = result as usize;
+        // The kernel's own `walk_end` is that of the last time its buffer of 512 regions was full when
+        // the walk then comes to its end, so it may lie before regions that were given already.
+        let walked_to = match regions.get(found.wrapping_sub(1)) {
+            Some(last) if found == regions.len() => TaskAddr(last.end),
+            _ => end,
+        };
         Ok(Scanned {
-            regions: result as usize,
-            walked_to: TaskAddr(argument.walk_end),
+            regions: found,
+            walked_to,
         })
     }
 

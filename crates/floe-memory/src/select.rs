@@ -149,11 +149,7 @@ impl PageScanner {
                             region.end,
                         );
                     }
-                    // Where a walk ended may lie before its last region: the kernel leaves it as an inner
-                    // buffer of 512 regions had it when `regions` got full without that one (6.18).
-                    let seen = self.regions[..found.regions].last();
-                    let seen = seen.map_or(at.0 + PAGE_SIZE, |region| region.end);
-                    at = found.walked_to.max(TaskAddr(seen));
+                    at = found.walked_to.max(TaskAddr(at.0 + PAGE_SIZE));
                 }
                 Err(error) => self.method = fall_back(self.method, error)?,
             }

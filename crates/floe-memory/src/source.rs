@@ -49,7 +49,8 @@ fn read_part(pid: HostPid, ranges: &[RemoteRange], buffer: &mut [u8]) -> io::Res
         if end > read {
             let inside = read.saturating_sub(at);
             let start = TaskAddr(range.start.0 + inside as u64);
-            vm::read_exact(pid, start, &mut buffer[at + inside..end])?;
+            vm::read_exact(pid, start, &mut buffer[at + inside..end])
+                .map_err(|error| io::Error::new(error.kind(), format!("at {start}: {error}")))?;
         }
         at = end;
     }
