@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 
 use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, MemfdFileEntry, MemfdInodeEntry};
-use floe_kernel::ids::HostPid;
+use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
 use std::fs::File;
@@ -256,7 +256,13 @@ fn make_anonymous(inode: &MemfdInodeEntry) -> std::io::Result<OwnedFd> {
         Some(flags) => libc::MAP_HUGETLB | (flags & !MFD_HUGETLB).cast_signed(),
         None => 0,
     };
-    SharedAnonymous::new(inode.size as usize, page_flags).map(SharedAnonymous::into_fd)
+    // A mapping has whole pages; what was cut off of the file is cut off again.
+    let whole = inode.size.max(1).next_multiple_of(PAGE_SIZE);
+    let file = SharedAnonymous::new(whole as usize, page_flags)?.into_fd();
+    if inode.size != whole {
+        rustix::fs::ftruncate(&file, inode.size)?;
+    }
+    Ok(file)
 }
 
 fn make_memfd(inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
@@ -273,7 +279,12 @@ fn make_memfd(inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
 
 fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteError> {
     let what = || inode.name.clone();
-    let nameless = matches!(inode.name.as_str(), "/dev/zero" | "/anon_hugepage");
+    let nameless = match inode.name.as_str() {
+        "/dev/zero" => true,
+        // One of no pages cannot be mapped.
+        "/anon_hugepage" => inode.size > 0,
+        _ => false,
+    };
     let anonymous = (nameless && inode.seals == UNSEALABLE).then(|| make_anonymous(inode));
     let file = match anonymous {
         // Without the capability for map_files a memfd of that name is the same but for its name.

@@ -238,11 +238,16 @@ pub(super) fn take_over(
 ) -> Result<OwnedFd, ExecuteError> {
     let file = reopen(fd, end)?;
     settings::apply(file.as_fd(), &end.info)?;
+    note_control(world, end);
+    Ok(file)
+}
+
+/// Notes the session that a terminal controls by itself, for its leader to take it.
+pub(super) fn note_control(world: &mut World<'_>, end: &End<'_>) {
     if end.info.sid != 0 {
         let file = Controls::Itself(end.entry.id);
         world.state::<Controlling>().0.insert(end.info.sid, file);
     }
-    Ok(file)
 }
 
 /// Another description, so that flags of the caller's are left alone.

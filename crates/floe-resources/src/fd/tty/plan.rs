@@ -77,7 +77,10 @@ impl FdRestore for Tty {
             TtyType::Console | TtyType::Vt | TtyType::Serial => {
                 plan_session(planner, &end.info, entry.id)?;
                 let name = format!("open {}", end.path);
-                planner.open(entry.id, name, &[], move |_| execute::open_device(&end));
+                planner.open(entry.id, name, &[], move |world| {
+                    execute::note_control(world, &end);
+                    execute::open_device(&end)
+                });
                 Ok(())
             }
             TtyType::ExtTty | TtyType::Unknown => Err(PlanError::Unsupported {
