@@ -3,13 +3,16 @@
 use std::fmt;
 use std::io;
 
-use floe_image::WriteError;
+use floe_image::manifest::ManifestError;
+use floe_image::{ImageError, WriteError};
 use floe_inject::InjectError;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcError;
-use floe_memory::{CopyError, ScanError};
+use floe_memory::{CopyError, IndexError, ScanError, TrackError};
 use floe_options::HookError;
 use floe_resources::{CollectError, Obstacle};
+
+use crate::keeper::KeeperError;
 
 /// Why a dump failed. In every case the tasks run on as before, except after [`DumpError::Kill`].
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +39,34 @@ pub enum DumpError {
     /// The pages to save could not be found.
     #[error("Saving memory")]
     Scan(#[from] ScanError),
+    /// Changed pages could not be told from others.
+    #[error("Finding the changed pages")]
+    Track(#[from] TrackError),
+    /// This kernel does not have the tracker that was asked for.
+    #[error(
+        "This kernel has no `{tracker}` tracker: leave out --tracker, or use `--tracker content`"
+    )]
+    Tracker { tracker: &'static str },
+    /// A userfaultfd could not be made in a task.
+    #[error("Making a userfaultfd in a task")]
+    Uffd(#[source] io::Error),
+    /// The keeper of the tree's userfaultfds could not be used.
+    #[error(transparent)]
+    Keeper(#[from] KeeperError),
+    /// The generation to build on cannot be read.
+    #[error("Reading the parent generation (--prev-images-dir, relative to the images directory)")]
+    Parent(#[from] ImageError),
+    /// The index of the generation to build on cannot be read.
+    #[error("Reading the parent generation")]
+    ParentIndex(#[from] IndexError),
+    /// The manifest of the generation to build on cannot be read.
+    #[error("Reading the parent generation")]
+    ParentManifest(#[from] ManifestError),
+    /// The program ended while its memory was copied.
+    #[error(
+        "Task {pid} ended while its memory was copied: there is nothing to checkpoint any more"
+    )]
+    Ended { pid: HostPid },
     /// Pages could not be saved.
     #[error("Saving memory")]
     Copy(#[from] CopyError),

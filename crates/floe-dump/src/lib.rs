@@ -8,19 +8,23 @@
 
 mod error;
 mod freeze;
+pub mod keeper;
 mod kinship;
 mod memory;
+mod predump;
 mod release;
 mod remote;
 mod report;
 mod reserve;
 mod task;
+mod track;
 mod write;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
+use floe_image::manifest::DumpKind;
 use floe_image::{ImageKind, ImageWriter, Sync};
 use floe_inject::{Journal, Watch};
 use floe_kernel::fault;
@@ -36,12 +40,14 @@ use floe_resources::{Collector, Obstacle};
 
 pub use error::{DumpError, FreezeError, Obstacles};
 pub use memory::MemoryCounts;
+pub use predump::pre_dump;
 pub use report::DumpReport;
 
 use freeze::FrozenTree;
 use kinship::Kinship;
 use memory::MemoryDump;
 use task::{Draft, Shared};
+use track::{Round, Tracking};
 
 /// Checkpoints the tree `options.tree` into `options.place`.
 ///
@@ -61,7 +67,13 @@ pub fn dump(
         durability(&options.place.images_dir),
     )?;
     write::write_cpu(&writer, options)?;
-    let mut memory = MemoryDump::prepare(&writer, root)?;
+    let mut memory = match track(options, features, root)? {
+        Some(tracking) => {
+            tracking.lineage().write_link(&writer)?;
+            MemoryDump::incremental(&writer, tracking)
+        }
+        None => MemoryDump::prepare(&writer, root)?,
+    };
     let stopping = Instant::now();
     let mut tree = freeze::freeze(root, options.freeze_timeout)?;
     if let Some(watch) = watch {
@@ -79,6 +91,9 @@ pub fn dump(
         "the tree is stopped"
     );
     fault::point();
+    if let Some(tracking) = &mut memory.tracking {
+        tracking.begin_round(&mut tree)?;
+    }
     let run_id = run_id();
     let (network, links) = save(
         &mut tree,
@@ -97,9 +112,15 @@ pub fn dump(
         network.release().map_err(DumpError::Connections)?;
         release::resume(tree)?;
         report.frozen = stopping.elapsed();
-        report.image_bytes = finish(&writer)?;
+        report.image_bytes = finish(&writer, memory.tracking.as_ref())?;
+        if let Some(tracking) = memory.tracking.take() {
+            tracking.commit(&run_id, &[])?;
+        }
     } else {
-        report.image_bytes = finish(&writer)?;
+        report.image_bytes = finish(&writer, memory.tracking.as_ref())?;
+        if let Some(tracking) = memory.tracking.take() {
+            tracking.commit(&run_id, &[])?;
+        }
         fault::point();
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
@@ -119,6 +140,24 @@ pub fn dump(
     Ok(report)
 }
 
+/// What this dump can build on; `None` for one that copies everything and leaves no trace.
+fn track(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    root: HostPid,
+) -> Result<Option<Tracking>, DumpError> {
+    let round = match (options.track_mem, options.after) {
+        (true, AfterDump::LeaveRunning | AfterDump::LeaveStopped) => Round::New,
+        _ => Round::Final,
+    };
+    let wanted = options.place.prev_images_dir.is_some() || round == Round::New;
+    // A tree that is tracked has registered memory, which is to be told from the program's own.
+    if !wanted && !track::is_tracked(root)? {
+        return Ok(None);
+    }
+    Tracking::open(options, features, round).map(Some)
+}
+
 /// A file system in memory does not outlive a power failure, so there is nothing to wait for.
 fn durability(images: &Path) -> Sync {
     const TMPFS_MAGIC: i64 = 0x0102_1994;
@@ -129,8 +168,8 @@ fn durability(images: &Path) -> Sync {
 }
 
 /// Ends the images: only now does the directory pass for a dump.
-fn finish(writer: &ImageWriter) -> Result<u64, DumpError> {
-    let manifest = writer.finish(write::manifest_info())?;
+fn finish(writer: &ImageWriter, tracking: Option<&Tracking>) -> Result<u64, DumpError> {
+    let manifest = writer.finish(write::manifest_info(DumpKind::Full, tracking))?;
     Ok(manifest.files.values().map(|file| file.size).sum())
 }
 
@@ -145,6 +184,9 @@ fn save(
     let writer = memory.writer();
     let mut collector = Collector::new(options, features, writer);
     collector.set_tree(tree.tasks.iter().map(|task| task.pid));
+    if let Some(tracking) = &memory.tracking {
+        collector.cache(|| tracking.registered());
+    }
     let mut shared = Shared {
         kinship: Kinship::new()?,
         cgroups: CgroupSets::default(),

@@ -1,5 +1,7 @@
 //! Pages of tasks and of shared memory.
 
+use std::ops::Range;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use floe_image::messages::VmaEntry;
@@ -7,8 +9,8 @@ use floe_image::{ImageKind, ImageWriter};
 use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
-    FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
-    Selection, TaskPages, data_runs,
+    Area, FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
+    Selection, TaskPages, data_runs, difference, intersection,
 };
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
@@ -18,6 +20,7 @@ use rustix::fs::OFlags;
 use crate::error::DumpError;
 use crate::freeze::FrozenTask;
 use crate::reserve::Reserved;
+use crate::track::Tracking;
 
 /// Threads that copy pages: reading and writing overlap, and more would take the cores from others.
 const WORKERS: usize = 2;
@@ -27,8 +30,11 @@ const WORKERS: usize = 2;
 pub struct MemoryCounts {
     pub pages_scanned: u64,
     pub pages_written: u64,
+    /// Pages that the parent has.
+    pub pages_in_parent: u64,
     pub shared_scanned: u64,
     pub shared_written: u64,
+    pub shared_in_parent: u64,
 }
 
 /// Saves memory while the caller goes on with other things.
@@ -37,6 +43,8 @@ pub struct MemoryDump<'a> {
     pump: PagePump,
     pages_id: u32,
     reserved: Reserved,
+    /// Tells what the parent has; without it everything is copied.
+    pub tracking: Option<Tracking>,
     pub counts: MemoryCounts,
 }
 
@@ -44,14 +52,26 @@ impl<'a> MemoryDump<'a> {
     /// Makes room for the pages of the running tree under `root`. No thread is started before there is a
     /// page to copy.
     pub fn prepare(writer: &'a ImageWriter, root: HostPid) -> Result<Self, DumpError> {
-        let reserved = Reserved::make(writer, root)?;
-        Ok(MemoryDump {
+        Ok(Self::with_room(writer, Reserved::make(writer, root)?))
+    }
+
+    /// A dump that copies what `tracking` does not leave to the parent.
+    pub fn incremental(writer: &'a ImageWriter, tracking: Tracking) -> Self {
+        MemoryDump {
+            tracking: Some(tracking),
+            ..Self::with_room(writer, Reserved::default())
+        }
+    }
+
+    fn with_room(writer: &'a ImageWriter, reserved: Reserved) -> Self {
+        MemoryDump {
             writer,
             pump: PagePump::new(WORKERS),
             pages_id: reserved.last_id(),
             reserved,
+            tracking: None,
             counts: MemoryCounts::default(),
-        })
+        }
     }
 
     /// Where images go.
@@ -74,11 +94,7 @@ impl<'a> MemoryDump<'a> {
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
         // One question for neighbours: a program with many threads has thousands of small mappings.
-        // Where everything is taken, nobody would see the gaps between them.
-        let alike = |one: &Vma, next: &Vma| {
-            one.pages == next.pages && one.pages != Some(Selection::Everything)
-        };
-        for vmas in space.vmas.chunk_by(alike) {
+        for vmas in space.vmas.chunk_by(|one, next| one.pages == next.pages) {
             let (Some(first), Some(last)) = (vmas.first(), vmas.last()) else {
                 continue;
             };
@@ -92,6 +108,9 @@ impl<'a> MemoryDump<'a> {
                 &mut runs,
                 &mut guards,
             )?;
+            if self.tracking.is_some() {
+                runs = self.leave_to_parent((&mut builder, &mut sources), vmas, &runs)?;
+            }
             for part in by_mapping(&runs, vmas) {
                 if part.readable != batch.readable {
                     self.send(&mut builder, &mut sources, &mut batch)?;
@@ -102,11 +121,67 @@ impl<'a> MemoryDump<'a> {
         }
         self.send(&mut builder, &mut sources, &mut batch)?;
         self.counts.pages_scanned += scanner.pages_scanned();
-        self.counts.pages_written += builder.finish(self.writer)?.pages;
+        self.finish_task(builder)?;
         Ok(guards
             .iter()
             .map(|run: &PageRun| guard_entry(run.start..run.end()))
             .collect())
+    }
+
+    fn finish_task(&mut self, builder: PagemapBuilder) -> Result<(), DumpError> {
+        let stats = builder.finish(self.writer)?;
+        self.counts.pages_written += stats.pages;
+        self.counts.pages_in_parent += stats.in_parent;
+        Ok(())
+    }
+
+    /// Notes the pages that the parent has, and returns the others.
+    fn leave_to_parent(
+        &mut self,
+        (builder, sources): (&mut PagemapBuilder, &mut Sources<'_>),
+        vmas: &[Vma],
+        runs: &[PageRun],
+    ) -> Result<Vec<PageRun>, DumpError> {
+        let Some(tracking) = &mut self.tracking else {
+            return Ok(runs.to_vec());
+        };
+        let mut unchanged = Vec::new();
+        for vma in vmas {
+            let Some(selection @ (Selection::Anonymous | Selection::CopiedOnWrite)) = vma.pages
+            else {
+                continue;
+            };
+            let area = Area {
+                range: vma.range(),
+                selection,
+            };
+            let source = sources.of(vma.readable)?;
+            let present = pages_inside(runs, vma.entry.start..vma.entry.end);
+            unchanged.extend(tracking.unchanged(sources.task.pid, &area, &present, &source)?);
+        }
+        builder.leave_in_parent(&unchanged);
+        Ok(difference(runs, &unchanged))
+    }
+
+    /// Copies a task's memory while it runs: what cannot be read any more is noted in `unsure`.
+    pub fn send_live(&mut self, live: &LiveTask) -> Result<(), DumpError> {
+        let pagemap = Pagemap::new(live.pagemap.try_clone().map_err(DumpError::Uffd)?);
+        let mut scanner = PageScanner::new(live.pid, pagemap);
+        let mut builder = self.begin(ImageKind::Pagemap, live.pid.0 as u64)?;
+        let mut runs = Vec::new();
+        for area in &live.areas {
+            runs.clear();
+            let range = area.range.clone();
+            scanner.select(range, area.selection, &mut runs, &mut Vec::new())?;
+            if let Some(tracking) = &mut self.tracking {
+                let unchanged = tracking.unchanged(live.pid, area, &runs, &live.source)?;
+                builder.leave_in_parent(&unchanged);
+                runs = difference(&runs, &unchanged);
+            }
+            builder.send(&mut self.pump, &live.source, &runs)?;
+        }
+        self.counts.pages_scanned += scanner.pages_scanned();
+        self.finish_task(builder)
     }
 
     fn send(
@@ -132,9 +207,17 @@ impl<'a> MemoryDump<'a> {
         let runs = data_runs(&segment.file, segment.size).map_err(failed)?;
         let mut builder = self.begin(ImageKind::ShmemPagemap, segment.id)?;
         let source: Arc<dyn PageSource> = Arc::new(FilePages(segment.file));
-        builder.send(&mut self.pump, &source, &runs)?;
+        let mut changed = runs;
+        if let Some(tracking) = &self.tracking {
+            let unchanged = tracking.unchanged_of_segment(segment.id, &changed, &source)?;
+            builder.leave_in_parent(&unchanged);
+            changed = difference(&changed, &unchanged);
+        }
+        builder.send(&mut self.pump, &source, &changed)?;
         self.counts.shared_scanned += segment.size.div_ceil(PAGE_SIZE);
-        self.counts.shared_written += builder.finish(self.writer)?.pages;
+        let stats = builder.finish(self.writer)?;
+        self.counts.shared_written += stats.pages;
+        self.counts.shared_in_parent += stats.in_parent;
         Ok(())
     }
 
@@ -152,6 +235,25 @@ impl<'a> MemoryDump<'a> {
     pub fn drain(&mut self) -> Result<floe_memory::Copied, DumpError> {
         Ok(self.pump.drain()?)
     }
+}
+
+/// What is needed to copy a task's memory while it runs.
+#[derive(Debug)]
+pub struct LiveTask {
+    pub pid: HostPid,
+    pub pagemap: OwnedFd,
+    pub source: Arc<dyn PageSource>,
+    pub areas: Vec<Area>,
+}
+
+/// The part of a set that lies in `range`.
+fn pages_inside(runs: &[PageRun], range: Range<u64>) -> Vec<PageRun> {
+    let all = PageRun {
+        start: range.start,
+        pages: (range.end - range.start) / PAGE_SIZE,
+    };
+    let first = runs.partition_point(|run| run.end() <= range.start);
+    intersection(&runs[first..], &[all])
 }
 
 /// Pages that are read in one way.

@@ -45,14 +45,14 @@ impl DumpReport {
             memdump_time: micros(self.memory_reading),
             memwrite_time: micros(self.memory_writing),
             pages_scanned: self.memory.pages_scanned,
-            pages_skipped_parent: 0,
+            pages_skipped_parent: self.memory.pages_in_parent,
             pages_written: self.memory.pages_written,
             irmap_resolve: Some(0),
             pages_lazy: 0,
             page_pipes: Some(0),
             page_pipe_bufs: Some(0),
             shpages_scanned: Some(self.memory.shared_scanned),
-            shpages_skipped_parent: Some(0),
+            shpages_skipped_parent: Some(self.memory.shared_in_parent),
             shpages_written: Some(self.memory.shared_written),
         };
         StatsEntry {

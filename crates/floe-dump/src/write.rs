@@ -6,13 +6,14 @@ use floe_image::manifest::{DumpKind, ManifestInfo};
 use floe_image::messages::{InventoryEntry, Lsmtype, VmaEntry};
 use floe_image::{ImageKind, ImageWriter, WriteError};
 use floe_kernel::cpu::CpuFacts;
-use floe_options::{DumpOptions, NetworkLock};
+use floe_options::{DumpOptions, NetworkLock, PreDumpMode};
 use floe_resources::cpu;
 use floe_resources::vma::AddressSpace;
 
 use crate::freeze::FrozenTask;
 use crate::kinship::host_namespaces;
 use crate::task::{Draft, TaskDraft};
+use crate::track::{Lineage, Tracking};
 
 /// Version 2 of the format: images with two magics.
 const IMAGE_VERSION: u32 = 2;
@@ -87,20 +88,39 @@ pub fn write_inventory(
     writer.write_one(ImageKind::Inventory, 0, &entry)
 }
 
-/// What the manifest says about a full dump.
-pub fn manifest_info() -> ManifestInfo {
+/// What the manifest says about a dump.
+pub fn manifest_info(kind: DumpKind, tracking: Option<&Tracking>) -> ManifestInfo {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let lineage = tracking.map(Tracking::lineage);
     ManifestInfo {
-        kind: DumpKind::Full,
-        generation: 0,
-        parent: None,
-        tracker: None,
+        kind,
+        generation: lineage.map_or(0, |lineage| lineage.generation),
+        parent: lineage.and_then(Lineage::link),
+        tracker: tracking.map(|tracking| tracking.kind().name().to_string()),
         floe: env!("CARGO_PKG_VERSION").to_string(),
         kernel: release.trim_end().to_string(),
         machine: std::env::consts::ARCH.to_string(),
         cpu: None,
         created: SystemTime::now(),
     }
+}
+
+/// The inventory of a pre-dump: by its id the next round knows that it follows.
+pub fn write_round(writer: &ImageWriter, mode: PreDumpMode, id: &str) -> Result<(), WriteError> {
+    let entry = InventoryEntry {
+        img_version: IMAGE_VERSION,
+        fdinfo_per_id: Some(true),
+        ns_per_id: Some(true),
+        root_ids: Some(host_namespaces()),
+        lsmtype: Some(Lsmtype::NoLsm as i32),
+        pre_dump_mode: Some(match mode {
+            PreDumpMode::Splice => 1,
+            PreDumpMode::Read => 2,
+        }),
+        dump_criu_run_id: Some(id.to_string()),
+        ..InventoryEntry::default()
+    };
+    writer.write_one(ImageKind::Inventory, 0, &entry)
 }
 
 /// What the tasks may have found out about this CPU; `--cpu-cap=none` leaves it out.

@@ -4,6 +4,7 @@
 //! its argument (Documentation/admin-guide/mm/pagemap.rst).
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use crate::ids::{PAGE_SIZE, TaskAddr};
@@ -107,10 +108,37 @@ impl Pagemap {
         query: &Query,
         regions: &mut [PageRegion],
     ) -> io::Result<Scanned> {
+        self.walk(start..end, query, 0, regions)
+    }
+
+    /// As [`Pagemap::scan`], and write-protects what it returns in the same step, so that the next
+    /// write to such a page makes it [`category::WRITTEN`]. `EPERM` where the range is not registered
+    /// with a userfaultfd for asynchronous write protection.
+    pub fn scan_and_protect(
+        &self,
+        start: TaskAddr,
+        end: TaskAddr,
+        query: &Query,
+        regions: &mut [PageRegion],
+    ) -> io::Result<Scanned> {
+        const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
+        const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
+        let flags = PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC;
+        self.walk(start..end, query, flags, regions)
+    }
+
+    fn walk(
+        &self,
+        range: Range<TaskAddr>,
+        query: &Query,
+        flags: u64,
+        regions: &mut [PageRegion],
+    ) -> io::Result<Scanned> {
         let mut argument = ScanArgument {
             size: size_of::<ScanArgument>() as u64,
-            start: start.0,
-            end: end.0,
+            flags,
+            start: range.start.0,
+            end: range.end.0,
             vec: regions.as_mut_ptr() as u64,
             vec_len: regions.len() as u64,
             category_inverted: query.inverted,
@@ -136,7 +164,7 @@ impl Pagemap {
         // the walk then comes to its end, so it may lie before regions that were given already.
         let walked_to = match regions.get(found.wrapping_sub(1)) {
             Some(last) if found == regions.len() => TaskAddr(last.end),
-            _ => end,
+            _ => range.end,
         };
         Ok(Scanned {
             regions: found,

@@ -1,4 +1,4 @@
-//! Userfaultfd: filling the missing pages of another address space.
+//! Userfaultfd: filling the missing pages of another address space, and noticing writes to it.
 //!
 //! Contract relied on: a descriptor acts on the address space of the task that made it, whoever holds
 //! it; the ioctls read and write only their own argument, and `UFFDIO_COPY` reads the source range that
@@ -14,6 +14,15 @@ const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const REGISTER_MODE_MISSING: u64 = 1;
+const REGISTER_MODE_WP: u64 = 2;
+
+/// `UFFD_FEATURE_*` by which writes are noticed without anybody waiting for them (Linux 6.7+):
+/// PAGEFAULT_FLAG_WP, WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC.
+pub const TRACKING_FEATURES: u64 = 1 | 1 << 12 | 1 << 13 | 1 << 15;
+/// Flag of `userfaultfd(2)`: only faults from user mode wait, so no privilege is needed. Asynchronous
+/// write protection makes nobody wait at all.
+pub const USER_MODE_ONLY: i32 = 1;
+
 /// Nobody waits for the page: the task is stopped.
 const COPY_MODE_DONTWAKE: u64 = 1;
 
@@ -27,6 +36,23 @@ impl Uffd {
         let uffd = Uffd(fd);
         uffd.ioctl(UFFDIO_API, &mut [UFFD_API, features, 0])?;
         Ok(uffd)
+    }
+
+    /// Takes a descriptor whose interface was agreed on before.
+    pub fn adopt(fd: OwnedFd) -> Uffd {
+        Uffd(fd)
+    }
+
+    /// The descriptor, to be handed on.
+    pub fn into_fd(self) -> OwnedFd {
+        self.0
+    }
+
+    /// Has writes to a range noticed, once its pages are protected; nothing changes where this
+    /// descriptor has the range already. `EBUSY` where another one has it, `ESRCH` once the address
+    /// space is gone (its program ended or became another).
+    pub fn register_write_protect(&self, start: TaskAddr, len: u64) -> io::Result<()> {
+        self.ioctl(UFFDIO_REGISTER, &mut [start.0, len, REGISTER_MODE_WP, 0])
     }
 
     /// Makes missing pages of a range wait for us instead of becoming zero.

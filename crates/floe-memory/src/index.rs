@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::sync::Arc;
 
+use floe_image::dir::{PE_PARENT, PE_PRESENT};
 use floe_image::messages::{PagemapEntry, PagemapHead};
 use floe_image::{ImageKind, ImageWriter, WriteError};
 
@@ -10,14 +11,13 @@ use crate::pump::{CopyError, PagePump, PageSink};
 use crate::select::PageRun;
 use crate::source::PageSource;
 
-/// `PE_PRESENT`: the page's content is in the pages file.
-const PRESENT: u32 = 4;
-
 /// Counts for `stats-dump`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PagemapStats {
     /// Pages written.
     pub pages: u64,
+    /// Pages that the parent has.
+    pub in_parent: u64,
 }
 
 /// Runs of pages that are in a pages file, in file order.
@@ -33,6 +33,7 @@ pub struct PagemapBuilder {
     file: Arc<File>,
     offset: u64,
     runs: PresentPages,
+    in_parent: Vec<PageRun>,
 }
 
 impl PagemapBuilder {
@@ -58,6 +59,7 @@ impl PagemapBuilder {
             file,
             offset: 0,
             runs: Vec::new(),
+            in_parent: Vec::new(),
         }
     }
 
@@ -73,6 +75,11 @@ impl PagemapBuilder {
         Ok(())
     }
 
+    /// Notes pages whose content the parent has.
+    pub fn leave_in_parent(&mut self, runs: &[PageRun]) {
+        self.in_parent.extend_from_slice(runs);
+    }
+
     /// Writes the index; the content may still be on its way.
     pub fn finish(self, writer: &ImageWriter) -> Result<PagemapStats, WriteError> {
         self.cut_off(writer)?;
@@ -81,16 +88,18 @@ impl PagemapBuilder {
             pages_id: self.pages_id,
         })?;
         let mut stats = PagemapStats::default();
+        let mut parent = self.in_parent.iter().peekable();
         for run in &self.runs {
             stats.pages += run.pages;
-            stream.append(&PagemapEntry {
-                vaddr: run.start,
-                // Only read when `nr_pages` is absent.
-                compat_nr_pages: 0,
-                in_parent: None,
-                flags: Some(PRESENT),
-                nr_pages: Some(run.pages),
-            })?;
+            while let Some(before) = parent.next_if(|before| before.start < run.start) {
+                stats.in_parent += before.pages;
+                stream.append(&entry(before, PE_PARENT))?;
+            }
+            stream.append(&entry(run, PE_PRESENT))?;
+        }
+        for rest in parent {
+            stats.in_parent += rest.pages;
+            stream.append(&entry(rest, PE_PARENT))?;
         }
         stream.finish()?;
         Ok(stats)
@@ -116,5 +125,16 @@ impl PagemapBuilder {
                 path: path(),
                 source,
             })
+    }
+}
+
+fn entry(run: &PageRun, flags: u32) -> PagemapEntry {
+    PagemapEntry {
+        vaddr: run.start,
+        // Only read when `nr_pages` is absent.
+        compat_nr_pages: 0,
+        in_parent: None,
+        flags: Some(flags),
+        nr_pages: Some(run.pages),
     }
 }

@@ -8,12 +8,19 @@ mod copy_out;
 mod index;
 mod pump;
 mod resolve;
+mod runs;
 mod select;
 mod source;
+mod tracker;
 
 pub use copy_out::{CopyOutError, copy_segment};
 pub use index::{PagemapBuilder, PagemapStats, PresentPages};
 pub use pump::{Copied, CopyError, PagePump, PageSink};
 pub use resolve::{IndexError, PageIndex, StoredRun};
+pub use runs::{difference, intersection, normalised, page_count, push_run};
 pub use select::{PageRun, PageScanner, ScanError, Selection, data_runs};
-pub use source::{FilePages, ForcedTaskPages, PageSource, TaskPages};
+pub use source::{FilePages, ForcedTaskPages, LivePages, PageSource, TaskPages};
+pub use tracker::{
+    Area, ContentTracker, DirtyTracker, NoTracker, SoftDirtyTracker, TrackError, TrackerKind,
+    UffdTracker,
+};

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr};
 use floe_kernel::vm::{self, RemoteRange};
@@ -64,6 +65,59 @@ pub struct ForcedTaskPages(pub OwnedFd);
 impl PageSource for ForcedTaskPages {
     fn read(&self, runs: &[PageRun], buffer: &mut [u8]) -> io::Result<()> {
         read_file(&self.0, runs, buffer)
+    }
+}
+
+/// Memory of a task that runs: what it unmaps on the way reads as zeros, and is noted as unsure.
+#[derive(Debug)]
+pub struct LivePages {
+    plain: TaskPages,
+    forced: ForcedTaskPages,
+    unsure: Arc<Mutex<Vec<PageRun>>>,
+}
+
+impl LivePages {
+    /// The task's memory, also through its open `/proc/<pid>/mem`; pages that could not be read are
+    /// added to `unsure`.
+    pub fn new(pid: HostPid, memory: OwnedFd, unsure: Arc<Mutex<Vec<PageRun>>>) -> Self {
+        LivePages {
+            plain: TaskPages(pid),
+            forced: ForcedTaskPages(memory),
+            unsure,
+        }
+    }
+
+    fn read_page(&self, page: PageRun, buffer: &mut [u8]) {
+        // A page that the program hid from itself is still there, and is read past its protection.
+        if matches!(rustix::io::pread(&self.forced.0, &mut *buffer, page.start), Ok(read) if read == buffer.len())
+        {
+            return;
+        }
+        buffer.fill(0);
+        self.unsure
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(page);
+    }
+}
+
+impl PageSource for LivePages {
+    fn read(&self, runs: &[PageRun], buffer: &mut [u8]) -> io::Result<()> {
+        if self.plain.read(runs, buffer).is_ok() {
+            return Ok(());
+        }
+        let mut rest = buffer;
+        for run in runs {
+            let (part, after) = rest.split_at_mut((run.pages * PAGE_SIZE) as usize);
+            if self.plain.read(&[*run], part).is_err() {
+                for (index, page) in part.chunks_mut(PAGE_SIZE as usize).enumerate() {
+                    let start = run.start + index as u64 * PAGE_SIZE;
+                    self.read_page(PageRun { start, pages: 1 }, page);
+                }
+            }
+            rest = after;
+        }
+        Ok(())
     }
 }
 

@@ -104,16 +104,6 @@ impl Settings {
         let restore = command == Command::Restore;
         let rows = [
             (
-                self.track_mem && dump,
-                "--track-mem",
-                "leave it out: every dump is a full one",
-            ),
-            (
-                self.prev_images_dir.is_some() && dump,
-                "--prev-images-dir",
-                "leave it out: every dump is a full one",
-            ),
-            (
                 self.lazy_pages && (dump || restore),
                 "--lazy-pages",
                 "leave it out: memory is filled before the start",
@@ -197,6 +187,7 @@ impl Settings {
             cgroups: self.cgroups_in(&self.place()),
             external: self.external.clone(),
             track_mem: self.track_mem,
+            tracker: self.tracker,
             auto_dedup: self.auto_dedup,
             pre_dump_mode: self.pre_dump_mode,
             lazy_pages: self.lazy_pages,

@@ -29,6 +29,22 @@ pub enum PreDumpMode {
     Read,
 }
 
+/// How changed pages are found (`--tracker`); ours only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum TrackerChoice {
+    /// The best that the kernel has.
+    #[default]
+    Auto,
+    /// Write protection by userfaultfd.
+    Uffd,
+    /// Soft-dirty bits.
+    SoftDirty,
+    /// Comparing with the parent.
+    Content,
+    /// Not at all: everything is copied.
+    None,
+}
+
 /// Everything that one dump is asked to do.
 #[derive(Clone)]
 pub struct DumpOptions {
@@ -70,6 +86,8 @@ pub struct DumpOptions {
     pub external: Vec<External>,
     /// Changes are tracked from now on (`--track-mem`).
     pub track_mem: bool,
+    /// How changed pages are found (`--tracker`).
+    pub tracker: TrackerChoice,
     /// Pages that this generation replaces are punched out of the parent (`--auto-dedup`).
     pub auto_dedup: bool,
     /// How a pre-dump reads.
@@ -111,6 +129,7 @@ impl DumpOptions {
             cgroups: CgroupOptions::default(),
             external: Vec::new(),
             track_mem: false,
+            tracker: TrackerChoice::default(),
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
             lazy_pages: false,

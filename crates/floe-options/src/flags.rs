@@ -222,6 +222,8 @@ pub const FLAGS: &[Flag] = &[
         "label to use: apparmor:NAME, selinux:LABEL"),
     value("lsm-mount-context", "CTX", Restore, store!(lsm_mount_context), "mount context to use"),
     // Memory
+    value("tracker", "NAME", Dump, read!(tracker, values::tracker),
+        "how changes are found: auto, uffd, soft-dirty, content, none (not in CRIU)"),
     switch("track-mem", Dump, |s| &mut s.track_mem, "track changes from now on"),
     value("prev-images-dir", "DIR", Dump, store!(prev_images_dir), "the generation before, relative to -D"),
     switch("auto-dedup", Both, |s| &mut s.auto_dedup, "punch out pages that are not needed any more"),

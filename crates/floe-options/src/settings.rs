@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::{
     ByteLimit, CgroupOptions, CpuCapabilities, External, FileValidation, InheritFd, JoinNamespace,
-    LsmProfile, MountOptions, PreDumpMode, SocketOptions, TreePid, VethPair,
+    LsmProfile, MountOptions, PreDumpMode, SocketOptions, TrackerChoice, TreePid, VethPair,
 };
 
 /// What `-s` and `-R` ask for; the last one wins, as in CRIU.
@@ -128,6 +128,7 @@ pub struct Settings {
     pub lsm_profile: Option<LsmProfile>,
     pub lsm_mount_context: Option<String>,
     pub track_mem: bool,
+    pub tracker: TrackerChoice,
     pub auto_dedup: bool,
     pub pre_dump_mode: PreDumpMode,
     pub lazy_pages: bool,
@@ -187,6 +188,7 @@ impl Default for Settings {
             lsm_profile: None,
             lsm_mount_context: None,
             track_mem: false,
+            tracker: TrackerChoice::default(),
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
             lazy_pages: false,

@@ -2,7 +2,7 @@
 
 use crate::{
     ByteLimit, CgroupRoot, CpuCapabilities, FileValidation, JoinNamespace, LsmProfile,
-    ManageCgroups, NetworkLock, PreDumpMode, TreePid, ValueError, VethPair,
+    ManageCgroups, NetworkLock, PreDumpMode, TrackerChoice, TreePid, ValueError, VethPair,
 };
 
 pub(crate) fn number<T: std::str::FromStr>(
@@ -137,6 +137,20 @@ pub(crate) fn pre_dump_mode(text: &str) -> Result<PreDumpMode, ValueError> {
         "splice" => PreDumpMode::Splice,
         "read" => PreDumpMode::Read,
         other => return Err(ValueError::choice(other, &["splice", "read"])),
+    })
+}
+
+pub(crate) fn tracker(text: &str) -> Result<TrackerChoice, ValueError> {
+    Ok(match text {
+        "auto" => TrackerChoice::Auto,
+        "uffd" => TrackerChoice::Uffd,
+        "soft-dirty" => TrackerChoice::SoftDirty,
+        "content" => TrackerChoice::Content,
+        "none" => TrackerChoice::None,
+        other => {
+            let names = &["auto", "uffd", "soft-dirty", "content", "none"];
+            return Err(ValueError::choice(other, names));
+        }
     })
 }
 

@@ -16,7 +16,7 @@ use crate::logging::Target;
 use crate::scripts::Scripts;
 use crate::{
     check, cpuinfo, demo, engine, explain, help, image, inspect, logging, pack, squash, statistics,
-    unpack, verify,
+    track, unpack, verify,
 };
 
 /// A command of Floe's own: its words stand first and have options of their own.
@@ -64,6 +64,16 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "explain",
         about: "say what a log or an error message means",
         run: explain::run,
+    },
+    OwnCommand {
+        name: "track",
+        about: "show or end the tracking of a tree's memory",
+        run: track::run,
+    },
+    OwnCommand {
+        name: "keeper",
+        about: "",
+        run: track::keep,
     },
     OwnCommand {
         name: "demo",
@@ -229,7 +239,7 @@ fn execute(
     floe_kernel::fault::arm(wanted_fault()?);
     match command {
         Command::Check => check::run(&settings.check),
-        Command::Dump => dump(&settings),
+        Command::Dump | Command::PreDump => dump(&settings, command),
         Command::Restore => restore(&settings, rest),
         Command::CpuinfoDump => cpuinfo::dump(&settings.place()),
         Command::CpuinfoCheck => cpuinfo::check(&settings.place(), settings.cpu_cap),
@@ -291,9 +301,9 @@ fn hooks(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
 }
 
 /// The process that the caller knows watches over a child that does the work.
-fn dump(settings: &Settings) -> Result<Exit, Failure> {
+fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
     let supervisor = match floe_inject::split() {
-        Ok(Split::Engine(watch)) => return dump_watched(settings, &watch),
+        Ok(Split::Engine(watch)) => return dump_watched(settings, command, &watch),
         Ok(Split::Supervisor(supervisor)) => supervisor,
         Err(error) => return Err(anyhow::anyhow!("starting the engine: {error}").into()),
     };
@@ -308,9 +318,13 @@ fn dump(settings: &Settings) -> Result<Exit, Failure> {
     }
 }
 
-fn dump_watched(settings: &Settings, watch: &Watch) -> Result<Exit, Failure> {
+fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<Exit, Failure> {
     let options = settings.dump_options(hooks(settings)?)?;
-    engine::dump(&options, &KernelFeatures::probe(), watch)?;
+    let features = KernelFeatures::probe();
+    match command {
+        Command::PreDump => engine::pre_dump(&options, &features, watch)?,
+        _ => engine::dump(&options, &features, watch)?,
+    }
     if settings.display_stats {
         let stats = statistics::of_dump(&options.place.work_dir);
         let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;

@@ -25,6 +25,21 @@ pub fn dump(
     }
 }
 
+/// Copies the memory of a tree while it runs.
+pub fn pre_dump(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    watch: &Watch,
+) -> Result<(), Failure> {
+    match floe_dump::pre_dump(options, features, Some(watch)) {
+        Ok(report) => {
+            log_report(&report);
+            Ok(())
+        }
+        Err(error) => Err(Failure::new(dump_exit(&error), error)),
+    }
+}
+
 fn dump_exit(error: &DumpError) -> Exit {
     match error {
         DumpError::Preflight(_) => Exit::Unsupported,
@@ -32,7 +47,13 @@ fn dump_exit(error: &DumpError) -> Exit {
         DumpError::Inject(_)
         | DumpError::Collect(_)
         | DumpError::Scan(_)
+        | DumpError::Track(_)
+        | DumpError::Tracker { .. }
+        | DumpError::Uffd(_)
         | DumpError::Kill { .. } => Exit::Kernel,
+        DumpError::Parent(_) | DumpError::ParentIndex(_) | DumpError::ParentManifest(_) => {
+            Exit::BadImage
+        }
         _ => Exit::Failed,
     }
 }
@@ -50,10 +71,13 @@ fn freeze_exit(error: &FreezeError) -> Exit {
 
 fn log_report(report: &DumpReport) {
     tracing::info!(
-        "{} tasks, {} threads, {} files; frozen for {} us, {} us in all, {} bytes",
+        "{} tasks, {} threads, {} files; {} pages written, {} left to the parent; frozen for {} us, \
+         {} us in all, {} bytes",
         report.tasks,
         report.threads,
         report.files,
+        report.memory.pages_written + report.memory.shared_written,
+        report.memory.pages_in_parent + report.memory.shared_in_parent,
         report.frozen.as_micros(),
         report.total.as_micros(),
         report.image_bytes

@@ -20,6 +20,7 @@ mod pack;
 mod scripts;
 mod squash;
 mod statistics;
+mod track;
 mod unpack;
 mod verify;
 

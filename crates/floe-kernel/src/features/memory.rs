@@ -157,9 +157,10 @@ pub(super) fn soft_dirty(_: &ProbeContext) -> bool {
     pagemap.read_exact_at(&mut entry, offset).is_ok() && u64::from_le_bytes(entry) & (1 << 55) != 0
 }
 
-/// What `mem_dirty_track` asks: whether incremental dumps are right here. Floe makes none yet.
+/// What `mem_dirty_track` asks: whether incremental dumps are right here. They are on any kernel: where
+/// nothing tracks writes, content is compared with the parent's.
 pub(super) fn incremental_dumps(_: &ProbeContext) -> bool {
-    false
+    true
 }
 
 fn memfd_with(flags: u32) -> bool {

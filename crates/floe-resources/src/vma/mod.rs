@@ -8,6 +8,7 @@
 mod backing;
 mod flags;
 
+use std::collections::HashSet;
 use std::ops::Range;
 
 use floe_image::messages::{AioRingEntry, VmaEntry};
@@ -63,6 +64,10 @@ pub struct AddressSpace {
     /// Code in which a system call instruction for the first remote call may be found.
     pub executable: Vec<Range<u64>>,
 }
+
+/// Tasks whose memory a userfaultfd of our own tracks, put into the collector's cache by the dump.
+#[derive(Clone, Debug, Default)]
+pub struct TrackedTasks(pub HashSet<HostPid>);
 
 /// Collects the mappings of a stopped task; those that cannot be saved become obstacles.
 pub fn collect_address_space(
@@ -126,7 +131,9 @@ fn collect_mapping(
             "it maps device memory; close the device first",
         ));
     }
-    if mapping.flags.uffd_missing || mapping.flags.uffd_wp || mapping.flags.uffd_minor {
+    let tracked = mapping.flags.uffd_wp && is_tracked(proc.pid(), collector);
+    if mapping.flags.uffd_missing || (mapping.flags.uffd_wp && !tracked) || mapping.flags.uffd_minor
+    {
         return Err(refuse(
             proc.pid(),
             mapping,
@@ -214,6 +221,11 @@ fn selection(entry: &VmaEntry, mapping: &Mapping) -> Option<Selection> {
         status::ANON_PRIVATE => Some(Selection::Anonymous),
         _ => Some(Selection::CopiedOnWrite),
     }
+}
+
+/// A task that has a userfaultfd itself is refused for its descriptor.
+fn is_tracked(pid: HostPid, collector: &mut Collector<'_>) -> bool {
+    collector.cache(TrackedTasks::default).0.contains(&pid)
 }
 
 fn refuse(pid: HostPid, mapping: &Mapping, remedy: &str) -> CollectError {

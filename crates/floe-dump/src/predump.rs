@@ -1,0 +1,133 @@
+//! A pre-dump: memory is copied while the program runs, which stops only to begin a new round.
+//!
+//! The order decides: writes are noticed from a moment on at which the program stood still, and pages are
+//! read after it. A page that is torn, because the program wrote to it meanwhile, is found changed by the
+//! next round and copied again.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use floe_image::ImageWriter;
+use floe_image::manifest::DumpKind;
+use floe_inject::Watch;
+use floe_kernel::fault;
+use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::ProcDir;
+use floe_memory::PageRun;
+use floe_options::{Action, DumpOptions, HookEvent};
+use rustix::fs::OFlags;
+
+use crate::error::DumpError;
+use crate::freeze::{self, FrozenTree};
+use crate::memory::{LiveTask, MemoryDump};
+use crate::report::DumpReport;
+use crate::track::{Round, TaskAreas, Tracking, live_source};
+use crate::{durability, release, run_id, write};
+
+type Unsure = Arc<Mutex<Vec<PageRun>>>;
+
+/// Copies the memory of the tree `options.tree` into `options.place` while it runs. Shared memory is left
+/// to the final dump.
+///
+/// As for [`crate::dump`], the calling thread becomes the tracer for a moment.
+pub fn pre_dump(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    watch: Option<&Watch>,
+) -> Result<DumpReport, DumpError> {
+    let started = Instant::now();
+    let root = HostPid(options.tree.get());
+    options
+        .hooks
+        .run(HookEvent::new(Action::PreDump, Some(root.0)))?;
+    let images = &options.place.images_dir;
+    let writer = ImageWriter::create(images, durability(images))?;
+    let mut tracking = Tracking::open(options, features, Round::New)?;
+    tracking.lineage().write_link(&writer)?;
+    let stopping = Instant::now();
+    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    if let Some(watch) = watch {
+        for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
+            thread.guard(watch.journal());
+        }
+    }
+    let mut report = DumpReport {
+        freezing: stopping.elapsed(),
+        tasks: tree.tasks.len(),
+        threads: tree.thread_count(),
+        ..DumpReport::default()
+    };
+    fault::point();
+    let areas = tracking.begin_round(&mut tree)?;
+    let tasks = open_all(&tree, areas)?;
+    release::resume(tree)?;
+    report.frozen = stopping.elapsed();
+    tracing::info!(
+        frozen_us = report.frozen.as_micros() as u64,
+        "the tree runs on"
+    );
+    let mut memory = MemoryDump::incremental(&writer, tracking);
+    let unsure = copy(&mut memory, tasks, &mut report)?;
+    if ProcDir::open(root).is_err() {
+        return Err(DumpError::Ended { pid: root });
+    }
+    fault::point();
+    let round = run_id();
+    write::write_round(&writer, options.pre_dump_mode, &round)?;
+    let info = write::manifest_info(DumpKind::PreDump, memory.tracking.as_ref());
+    let manifest = writer.finish(info)?;
+    report.image_bytes = manifest.files.values().map(|file| file.size).sum();
+    if let Some(tracking) = memory.tracking.take() {
+        tracking.commit(&round, &unsure)?;
+    }
+    report.memory = memory.counts;
+    report.total = started.elapsed();
+    report.write_statistics(&options.place)?;
+    Ok(report)
+}
+
+/// Opens what is needed to copy, while the tasks certainly are who they are.
+fn open_all(
+    tree: &FrozenTree,
+    areas: Vec<TaskAreas>,
+) -> Result<Vec<(LiveTask, Unsure)>, DumpError> {
+    let mut opened = Vec::with_capacity(areas.len());
+    let living = tree.living();
+    for (task, TaskAreas { pid, areas }) in living.zip(areas) {
+        let unsure = Unsure::default();
+        let live = LiveTask {
+            pid,
+            pagemap: task.proc.open_file("pagemap", OFlags::RDONLY)?,
+            source: live_source(&task.proc, unsure.clone())?,
+            areas,
+        };
+        opened.push((live, unsure));
+    }
+    Ok(opened)
+}
+
+/// Copies all tasks; a task that ends meanwhile is left out.
+fn copy(
+    memory: &mut MemoryDump<'_>,
+    tasks: Vec<(LiveTask, Unsure)>,
+    report: &mut DumpReport,
+) -> Result<Vec<(HostPid, Vec<PageRun>)>, DumpError> {
+    let mut all = Vec::with_capacity(tasks.len());
+    for (task, unsure) in tasks {
+        match memory.send_live(&task) {
+            Err(error) if ProcDir::open(task.pid).is_ok() => return Err(error),
+            Err(_) => tracing::info!(pid = task.pid.0, "the task ended while it was copied"),
+            Ok(()) => all.push((task.pid, unsure)),
+        }
+    }
+    let copied = memory.drain()?;
+    (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
+    let found = |unsure: Unsure| {
+        std::mem::take(&mut *unsure.lock().unwrap_or_else(PoisonError::into_inner))
+    };
+    Ok(all
+        .into_iter()
+        .map(|(pid, unsure)| (pid, found(unsure)))
+        .collect())
+}

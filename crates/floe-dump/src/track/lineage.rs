@@ -1,0 +1,63 @@
+//! The generation that a dump builds on.
+
+use std::path::PathBuf;
+
+use floe_image::manifest::Manifest;
+use floe_image::messages::InventoryEntry;
+use floe_image::{ImageDir, ImageKind, ImageWriter, WriteError};
+use floe_options::Place;
+
+use crate::error::DumpError;
+
+/// Where a dump stands in its chain.
+#[derive(Debug, Default)]
+pub struct Lineage {
+    /// The parent's images.
+    pub parent: Option<ImageDir>,
+    /// The round that made them, where a finished dump of ours did.
+    pub parent_round: Option<String>,
+    /// 0 without a parent.
+    pub generation: u32,
+    /// As the link is written.
+    link: Option<PathBuf>,
+}
+
+impl Lineage {
+    /// Opens the parent that was asked for. One that is not there is an error: a chain with a hole
+    /// must be noticed before there is nothing left to build it on.
+    pub fn find(place: &Place) -> Result<Lineage, DumpError> {
+        let Some(link) = &place.prev_images_dir else {
+            return Ok(Lineage::default());
+        };
+        let path = place.images_dir.join(link);
+        let parent = ImageDir::open(&path)?;
+        let manifest = Manifest::read(&parent)?;
+        let round = match &manifest {
+            Some(_) => parent
+                .read_optional::<InventoryEntry>(ImageKind::Inventory, 0)?
+                .and_then(|inventory| inventory.dump_criu_run_id),
+            None => None,
+        };
+        let made = manifest.map(|manifest| manifest.generation);
+        Ok(Lineage {
+            parent_round: round,
+            generation: made.map_or(1, |generation| generation.saturating_add(1)),
+            parent: Some(parent),
+            link: Some(link.clone()),
+        })
+    }
+
+    /// Makes the link to the parent.
+    pub fn write_link(&self, writer: &ImageWriter) -> Result<(), WriteError> {
+        match &self.link {
+            Some(link) => writer.link_parent(link),
+            None => Ok(()),
+        }
+    }
+
+    /// The link to the parent as written.
+    pub fn link(&self) -> Option<String> {
+        let link = self.link.as_ref()?;
+        Some(link.to_string_lossy().into_owned())
+    }
+}

@@ -1,0 +1,95 @@
+//! `floe track`: what is tracked of a tree between two commands; and the keeper that holds it.
+
+use std::ffi::OsString;
+
+use clap::{Parser, Subcommand};
+use floe_dump::keeper::{self, KeeperError, Purpose, Session, TreeKey};
+use floe_kernel::ids::HostPid;
+
+use crate::exit::{Exit, Failure};
+use crate::own;
+
+/// Shows or ends the tracking of a tree's memory.
+#[derive(Parser)]
+#[command(name = "floe track", after_help = Exit::HELP, disable_version_flag = true)]
+struct Track {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Say whether changes of a tree's memory are tracked, and since which round.
+    Status(Tree),
+    /// Stop tracking: the next dump copies everything.
+    Stop(Tree),
+}
+
+#[derive(clap::Args)]
+struct Tree {
+    /// The root of the tree.
+    #[arg(short, long, value_name = "PID")]
+    tree: i32,
+}
+
+/// Runs `floe track`; the exit code of `status` is 1 where nothing is tracked.
+pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
+    let track: Track = match own::parse("floe track", args) {
+        Ok(parsed) => parsed,
+        Err(exit) => return Ok(exit),
+    };
+    match track.action {
+        Action::Status(tree) => status(tree.tree),
+        Action::Stop(tree) => stop(tree.tree),
+    }
+}
+
+fn open(root: i32) -> Result<Option<Session>, Failure> {
+    let session = TreeKey::of(HostPid(root))
+        .map_err(KeeperError::from)
+        .and_then(|key| Session::open(&key, Purpose::Read));
+    session.map_err(|error| Failure::new(Exit::Failed, error))
+}
+
+fn status(root: i32) -> Result<Exit, Failure> {
+    let Some(session) = open(root)? else {
+        own::print(&format!("The tree of task {root} is not tracked.\n"))?;
+        return Ok(Exit::Failed);
+    };
+    let mut text = format!(
+        "The tree of task {root} is tracked: {} descriptors",
+        session.fds.len()
+    );
+    let mut words = session.state.split_ascii_whitespace();
+    match (words.next(), words.next()) {
+        (Some(round), Some(tracker)) => {
+            text.push_str(&format!(" ({tracker}), since round {round}.\n"));
+        }
+        _ => text
+            .push_str(", but the last round was not finished: the next dump copies everything.\n"),
+    }
+    own::print(&text)?;
+    Ok(Exit::Done)
+}
+
+fn stop(root: i32) -> Result<Exit, Failure> {
+    if let Some(session) = open(root)? {
+        session
+            .stop()
+            .map_err(|error| Failure::new(Exit::Failed, error))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// Becomes the keeper of a tree: `floe keeper PID`, called by the engine.
+pub fn keep(args: &[OsString]) -> Result<Exit, Failure> {
+    let root = args.first().and_then(|arg| arg.to_str());
+    let Some(root) = root.and_then(|root| root.parse().ok()) else {
+        return Err(Failure::new(
+            Exit::Usage,
+            anyhow::anyhow!("keeper needs a pid"),
+        ));
+    };
+    keeper::serve(HostPid(root)).map_err(|error| Failure::new(Exit::Failed, error))?;
+    Ok(Exit::Done)
+}
