@@ -271,4 +271,18 @@ mod tests {
         let error = peek(a.as_fd(), &mut buffer).expect_err("empty");
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
+
+    #[test]
+    fn an_empty_message_is_peeked_once_and_stepped_over() {
+        let (a, b) = unix_pair(libc::SOCK_DGRAM).expect("pair");
+        send(a.as_fd(), b"", &[]).expect("room");
+        send(a.as_fd(), b"more", &[]).expect("room");
+        let offset = SocketOption(libc::SOL_SOCKET, libc::SO_PEEK_OFF);
+        crate::sockopt::set_option_number(b.as_fd(), offset, 0).expect("known");
+        let mut buffer = [0; 16];
+        assert_eq!(peek(b.as_fd(), &mut buffer).expect("there").length, 0);
+        assert_eq!(peek(b.as_fd(), &mut buffer).expect("there").length, 4);
+        let error = peek(b.as_fd(), &mut buffer).expect_err("no more");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
 }

@@ -2,7 +2,7 @@
 //!
 //! Saved:    bytes and descriptors of each message, looked at with `MSG_PEEK` and left where they are.
 //! Rebuilt:  sent again, through the peer or a socket made for it. Needs: the descriptors that they carry.
-//! Not kept: who sent a datagram to a socket that its sender was not connected to.
+//! Not kept: who sent a datagram to a socket that was not connected to its sender, empty ones behind others.
 
 use std::collections::{BTreeSet, HashMap};
 use std::io;
@@ -32,6 +32,8 @@ pub(super) struct QueueOwner {
     pub pid: HostPid,
     pub fd: TaskFd,
     pub socket: OwnedFd,
+    /// Messages may be empty. The kernel shows such a one by peeking only while no other is before it.
+    pub datagrams: bool,
 }
 
 /// Descriptors that were received by peeking; they stay open so that the ones found later can be compared.
@@ -90,9 +92,8 @@ pub(super) fn save_queue(
             offset.set(seen).map_err(failed)?;
             continue;
         }
-        if message.length == 0 && message.rights.is_empty() {
-            // The end of a stream, or an empty datagram, which peeking cannot step over.
-            return Ok(());
+        if message.length == 0 && message.rights.is_empty() && !owner.datagrams {
+            return Ok(()); // The end of a stream.
         }
         seen += message.length;
         let bytes = &buffer[..message.length];

@@ -8,6 +8,7 @@ use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::sock_diag::{SocketState, UnixSocket as Listed, unix_sockets};
 use floe_kernel::socket::bound_file;
 use floe_options::External;
+use rustix::event::{PollFd, PollFlags, Timespec};
 
 use super::super::file_entry;
 use super::super::socket_options::collect_options;
@@ -109,12 +110,11 @@ pub(super) fn collect(
     if socket.name.first().is_some_and(|first| *first != 0) {
         collect_file(fd, &mut entry)?;
     }
-    let copy = match socket.receive_queue {
-        0 => None,
-        _ => {
-            let copy = fd.file().try_clone_to_owned();
-            Some(copy.map_err(|error| fd.failed("Duplicating", error))?)
-        }
+    let copy = if has_unread(fd, &socket)? {
+        let copy = fd.file().try_clone_to_owned();
+        Some(copy.map_err(|error| fd.failed("Duplicating", error))?)
+    } else {
+        None
     };
     // Queues may hold further sockets, and peers may be found later.
     collector.defer(move |collector| finish(at, socket, copy, collector));
@@ -127,6 +127,17 @@ pub(super) fn collect(
 fn options(fd: &FdProbe<'_>) -> Result<SkOptsEntry, CollectError> {
     collect_options(fd.file(), libc::AF_UNIX)
         .map_err(|error| fd.failed("Reading socket options", error))
+}
+
+/// Whether messages wait. `sock_diag` tells the length of the first datagram, which may be empty.
+fn has_unread(fd: &FdProbe<'_>, socket: &Listed) -> Result<bool, CollectError> {
+    if i32::from(socket.kind) != libc::SOCK_DGRAM || socket.receive_queue != 0 {
+        return Ok(socket.receive_queue != 0);
+    }
+    let mut polled = [PollFd::from_borrowed_fd(fd.file(), PollFlags::IN)];
+    rustix::event::poll(&mut polled, Some(&Timespec::default()))
+        .map_err(|error| fd.failed("Polling", error))?;
+    Ok(polled[0].revents().contains(PollFlags::IN))
 }
 
 /// The file that the socket is bound to, its permissions and directory.
@@ -194,6 +205,7 @@ fn finish(
         pid: at.pid,
         fd: at.fd,
         socket: copy,
+        datagrams: i32::from(socket.kind) == libc::SOCK_DGRAM,
     };
     save_queue(&owner, collector)
 }
