@@ -114,6 +114,7 @@ pub fn restore(
         abort(&mut world);
         return Err(error);
     }
+    world.tidy_up();
     report.total = start.elapsed();
     write_statistics(&options.place.work_dir, &report)?;
     let resumed = options
@@ -161,7 +162,7 @@ fn execute<'i>(
     })?;
     fault::point();
     event(Action::PreResume)?;
-    world.tidy_up();
+    world.prepare_release();
     release::release(world, background).map_err(|source| RestoreError::Step {
         step: "release".into(),
         source,

@@ -101,7 +101,7 @@ impl FdRestore for Inotify {
             let again = inotify
                 .try_clone()
                 .during("Duplicating", || "an inotify".into())?;
-            world.on_success(move || drain(&again));
+            world.before_release(move || drain(&again));
             Ok(inotify)
         });
         plan_owner(planner, entry.id, &entry.fown);

@@ -62,6 +62,7 @@ pub struct World<'i> {
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
     janitor: Option<Rc<Janitor>>,
+    before_release: Vec<Undo>,
     tidy: Vec<Undo>,
 }
 
@@ -87,6 +88,7 @@ impl<'i> World<'i> {
             state: HashMap::new(),
             undo: Vec::new(),
             janitor: None,
+            before_release: Vec::new(),
             tidy: Vec::new(),
         }
     }
@@ -242,7 +244,19 @@ impl<'i> World<'i> {
         self.janitor.clone()
     }
 
-    /// Remembers what is to go once everything is restored, such as a name that the dump has left.
+    /// Remembers what is to be done when everything is in place, while no task runs yet.
+    pub fn before_release(&mut self, work: impl FnOnce() + 'static) {
+        self.before_release.push(Box::new(work));
+    }
+
+    /// Does what was to be done before the release.
+    pub fn prepare_release(&mut self) {
+        for work in self.before_release.drain(..) {
+            work();
+        }
+    }
+
+    /// Remembers what is to go once all tasks run: what a second attempt would need, should this one fail.
     pub fn on_success(&mut self, tidy: impl FnOnce() + 'static) {
         self.tidy.push(Box::new(tidy));
     }
