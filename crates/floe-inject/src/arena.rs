@@ -5,6 +5,7 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
@@ -376,13 +377,10 @@ pub fn spawn_root(spawn: &RootSpawn) -> Result<(Arena, Stopped), InjectError> {
         signal: QuietSignal::PUPPET,
     };
     let local = LocalMapping::new(&arena)?;
-    let mut program = Program::new();
-    // EXIT_KILL takes over once the puppet is seized.
-    program.try_call(
-        "prctl(PR_SET_PDEATHSIG)",
-        libc::SYS_prctl,
-        &[Arg::from(libc::PR_SET_PDEATHSIG), Arg::from(libc::SIGKILL)],
-    );
+    let (program, _lifeline) = waiting_program().map_err(|source| InjectError::Spawn {
+        pid: wanted,
+        source,
+    })?;
     let base = arena.base + PROGRAMS;
     let image = program.assemble(base);
     local.write(0, arch::executor_code());
@@ -419,6 +417,26 @@ pub fn spawn_root(spawn: &RootSpawn) -> Result<(Arena, Stopped), InjectError> {
     fault::point();
     seized.interrupt()?;
     Ok((arena, seized.wait_stopped()?))
+}
+
+/// What a puppet does until it is seized, which ends by EXIT_KILL taking over: it dies with its maker, also
+/// when that was gone before the puppet could ask for it. Then reading from a pipe that only its maker
+/// can write to ends, and so does the puppet.
+fn waiting_program() -> io::Result<(Program, [OwnedFd; 2])> {
+    let (out, into) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let mut program = Program::new();
+    let byte = program.buffer(&[0]);
+    let own = Arg::from(into.as_raw_fd());
+    program.try_call("close", libc::SYS_close, &[own]);
+    program.try_call(
+        "prctl(PR_SET_PDEATHSIG)",
+        libc::SYS_prctl,
+        &[Arg::from(libc::PR_SET_PDEATHSIG), Arg::from(libc::SIGKILL)],
+    );
+    let args = [Arg::from(out.as_raw_fd()), Arg::from(byte), Arg::from(1)];
+    program.try_call("read", libc::SYS_read, &args);
+    program.try_call("exit", libc::SYS_exit_group, &[Arg::from(1)]);
+    Ok((program, [out, into]))
 }
 
 /// Trace options of puppets: they die with the coordinator, and no filter of theirs stops our calls.
