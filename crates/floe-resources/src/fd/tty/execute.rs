@@ -41,7 +41,7 @@ pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), Ex
     let what = || format!("pty {}", pair.index);
     tty::set_switch(master.as_fd(), Switch::PtyLock, false).during("Unlocking", what)?;
     for end in &pair.slaves {
-        let slave = open_slave(end)?;
+        let slave = open_slave(end, master.as_fd())?;
         world.keep_file(end.entry.id, slave)?;
     }
     let Some(end) = &pair.master else {
@@ -58,10 +58,16 @@ pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), Ex
     world.keep_file(end.entry.id, master)
 }
 
-fn open_slave(end: &End<'_>) -> Result<OwnedFd, ExecuteError> {
+/// Only a slave that was opened through its master, as `openpty` does, lacks `O_LARGEFILE`.
+fn open_slave(end: &End<'_>, master: BorrowedFd<'_>) -> Result<OwnedFd, ExecuteError> {
     let what = || end.path.clone();
-    let slave =
-        rustix::fs::open(&end.path, open_flags(end), Mode::empty()).during("Opening", what)?;
+    let flags = open_flags(end);
+    let slave = if flags.contains(OFlags::LARGEFILE) {
+        rustix::fs::open(&end.path, flags, Mode::empty()).map_err(io::Error::from)
+    } else {
+        tty::open_slave(master, flags.bits() as i32)
+    };
+    let slave = slave.during("Opening", what)?;
     if let (Some(uid), Some(gid)) = (end.info.uid, end.info.gid) {
         rustix::fs::fchown(&slave, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
             .during("Setting the owner of", what)?;
