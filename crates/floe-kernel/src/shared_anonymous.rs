@@ -8,6 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::ids::PAGE_SIZE;
+
 /// A new segment. It lives as long as its descriptor or a mapping of it.
 #[derive(Debug)]
 pub struct SharedAnonymous {
@@ -16,8 +18,10 @@ pub struct SharedAnonymous {
 }
 
 impl SharedAnonymous {
-    /// Makes a segment of `len` bytes, all zero. `page_flags` are `MAP_HUGETLB` and a size, or none.
+    /// Makes a segment of `len` bytes, rounded up to whole pages and at least one, all zero. `page_flags`
+    /// are `MAP_HUGETLB` and a size, or none.
     pub fn new(len: usize, page_flags: i32) -> io::Result<SharedAnonymous> {
+        let len = len.max(1).next_multiple_of(PAGE_SIZE as usize);
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | page_flags;
         let mapping = Mapping::new(len, flags, -1)?;
         let start = mapping.start as usize;

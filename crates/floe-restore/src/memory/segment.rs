@@ -51,6 +51,10 @@ pub fn make_segment(plan: &SegmentPlan, images: &ImageDir) -> Result<OwnedFd, Me
         SharedAnonymous::new(plan.bytes as usize, plan.page_flags).map_err(failed("making it"))?;
     if plan.page_flags & libc::MAP_HUGETLB != 0 {
         copy_segment(images, plan.id, |offset, bytes| {
+            let end = offset.checked_add(bytes.len() as u64);
+            if end.is_none_or(|end| end > plan.bytes) {
+                return Err(std::io::ErrorKind::InvalidData.into());
+            }
             segment.write_mapped(offset as usize, bytes);
             Ok(())
         })?;
