@@ -23,7 +23,7 @@ use floe_resources::task::rseq::{Rseq, collect_rseq};
 use floe_resources::task::scheduling::collect_scheduling;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::task::syscall_dispatch::refuse_dispatch;
-use floe_resources::vma::{AddressSpace, collect_address_space};
+use floe_resources::vma::{AddressSpace, collect_address_space, find_socket_files};
 use floe_resources::{CollectError, Collector, Obstacle};
 
 use crate::freeze::{FrozenTask, TaskState};
@@ -81,7 +81,7 @@ pub fn collect(
     }
     let pid = task.pid;
     let identity = shared.kinship.identify(&task.proc, collector)?;
-    let space = collect_address_space(&task.proc, collector)?;
+    let mut space = collect_address_space(&task.proc, collector)?;
     let fds = if identity.owns_files {
         let pidfd = Pidfd::open(pid).map_err(|source| CollectError::Task {
             pid,
@@ -92,6 +92,8 @@ pub fn collect(
     } else {
         None
     };
+    let found = find_socket_files(&mut space, &task.proc, fds.as_deref());
+    collector.note(found)?;
     let mut threads = Vec::with_capacity(task.threads.len());
     for thread in &task.threads {
         let draft = collect_thread(task, thread, &mut shared.cgroups)?;

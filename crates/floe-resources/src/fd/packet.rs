@@ -2,7 +2,7 @@
 //!
 //! Saved:    type, protocol, device, version of rings, flags, memberships, rings, fanout, options, owner.
 //! Rebuilt:  bound to the device of the same number, then the rest. Needs: the devices.
-//! Not kept: captured packets; mappings of rings are refused with the mapping.
+//! Not kept: captured packets. Mappings of rings are `vma::socket`'s.
 
 use std::collections::HashMap;
 use std::io;

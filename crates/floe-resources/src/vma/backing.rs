@@ -32,6 +32,8 @@ enum Kind {
     HugePrivate,
     /// The ring of a context of asynchronous I/O, which only `io_setup` can map.
     AioRing,
+    /// Rings of a packet socket.
+    Socket,
 }
 
 /// What was found out about a mapped file, by device and inode.
@@ -122,9 +124,22 @@ impl Backing {
         }
     }
 
+    /// A packet socket, by its inode at first.
+    pub(super) fn socket(inode: u64) -> Self {
+        Backing {
+            kind: Kind::Socket,
+            id: inode,
+            open_flags: Some(libc::O_RDWR as u32),
+            ..Backing::default()
+        }
+    }
+
     /// Whether it is mapped from a file, rather than with `MAP_ANONYMOUS`.
     pub(super) fn is_file(&self) -> bool {
-        matches!(self.kind, Kind::Named | Kind::Memfd | Kind::AioRing)
+        matches!(
+            self.kind,
+            Kind::Named | Kind::Memfd | Kind::AioRing | Kind::Socket
+        )
     }
 
     /// The bits of `vma_entry.status` for a mapping of it.
@@ -140,6 +155,7 @@ impl Backing {
                 Kind::Named => of_file,
                 Kind::Memfd => of_file | status::MEMFD,
                 Kind::AioRing => status::AIO_RING,
+                Kind::Socket => status::SOCKET,
             }
     }
 }

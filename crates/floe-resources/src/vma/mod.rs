@@ -7,6 +7,9 @@
 
 mod backing;
 mod flags;
+mod socket;
+
+pub use socket::find_socket_files;
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -192,6 +195,10 @@ fn classify(
         name if name.starts_with(b"/[aio]") => Ok(Some((status::AIO_RING, Backing::aio_ring()))),
         name if name.starts_with(b"/") => {
             let backing = Backing::collect(proc, mapping, collector)?;
+            Ok(Some((backing.status(mapping), backing)))
+        }
+        name if socket::inode(name).is_some() => {
+            let backing = Backing::socket(socket::inode(name).unwrap_or(0));
             Ok(Some((backing.status(mapping), backing)))
         }
         // Names given by PR_SET_VMA_ANON_NAME, `[stack]`, and plain memory.

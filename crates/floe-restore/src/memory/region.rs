@@ -205,7 +205,7 @@ fn backing(vma: &VmaEntry) -> Result<Backing, PlanError> {
             source: file()?,
             offset,
         })
-    } else if vma.status & (status::FILE_SHARED | status::MEMFD) != 0 {
+    } else if vma.status & (status::FILE_SHARED | status::MEMFD | status::PACKET_SOCKET) != 0 {
         let shared = vma.flags.cast_signed() & libc::MAP_SHARED != 0;
         let source = file()?;
         Ok(match shared {
@@ -260,12 +260,6 @@ fn refuse_unsupported(vma: &VmaEntry) -> Result<(), PlanError> {
         return unsupported(
             "a System V shared memory segment",
             "run the program in an IPC namespace of its own; those are not restored yet",
-        );
-    }
-    if vma.status & status::PACKET_SOCKET != 0 {
-        return unsupported(
-            "the ring of a packet socket",
-            "close packet captures before the checkpoint",
         );
     }
     if vma.status & status::SHADOW_STACK != 0 {
