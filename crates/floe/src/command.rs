@@ -15,8 +15,8 @@ use crate::exit::{Exit, Failure};
 use crate::logging::Target;
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, inspect, logging, pack, squash, statistics,
-    track, unpack, verify,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, logging, pack, report, squash,
+    statistics, track, unpack, verify,
 };
 
 /// A command of Floe's own: its words stand first and have options of their own.
@@ -54,6 +54,11 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "inspect",
         about: "show what is in a checkpoint",
         run: inspect::run,
+    },
+    OwnCommand {
+        name: "report",
+        about: "write a page about a checkpoint and its chain",
+        run: report::run,
     },
     OwnCommand {
         name: "verify",

@@ -17,6 +17,7 @@ mod inspect;
 mod logging;
 mod own;
 mod pack;
+mod report;
 mod scripts;
 mod squash;
 mod statistics;

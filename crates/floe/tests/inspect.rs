@@ -58,3 +58,24 @@ fn the_tables_name_tasks_and_generations() {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
 }
+
+#[test]
+fn a_report_is_one_page_that_loads_nothing() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    let page = root.path().join("report.html");
+    floe(&["report", "-o", &page.to_string_lossy()], &chain);
+    let text = std::fs::read_to_string(&page).expect("written");
+    for part in [
+        "<svg",
+        "Rounds",
+        "generation 1: 12.0 KiB copied",
+        "prefers-color-scheme:dark",
+        "width=device-width",
+    ] {
+        assert!(text.contains(part), "`{part}` is not in: {text}");
+    }
+    for part in ["src=", "href=", "@import", "url(", "<script"] {
+        assert!(!text.contains(part), "`{part}` is in it");
+    }
+}
