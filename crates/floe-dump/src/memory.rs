@@ -94,7 +94,7 @@ impl<'a> MemoryDump<'a> {
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
         // One question for neighbours: a program with many threads has thousands of small mappings.
-        for vmas in space.vmas.chunk_by(|one, next| one.pages == next.pages) {
+        for vmas in space.vmas.chunk_by(are_neighbours) {
             let (Some(first), Some(last)) = (vmas.first(), vmas.last()) else {
                 continue;
             };
@@ -254,6 +254,12 @@ fn pages_inside(runs: &[PageRun], range: Range<u64>) -> Vec<PageRun> {
     };
     let first = runs.partition_point(|run| run.end() <= range.start);
     intersection(&runs[first..], &[all])
+}
+
+/// Whether two mappings are scanned as one. A gap between them could be terabytes wide, which is slow
+/// where the kernel tells page by page.
+fn are_neighbours(one: &Vma, next: &Vma) -> bool {
+    one.pages == next.pages && one.entry.end == next.entry.start
 }
 
 /// Pages that are read in one way.
