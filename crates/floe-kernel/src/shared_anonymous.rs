@@ -21,7 +21,8 @@ impl SharedAnonymous {
     /// Makes a segment of `len` bytes, rounded up to whole pages and at least one, all zero. `page_flags`
     /// are `MAP_HUGETLB` and a size, or none.
     pub fn new(len: usize, page_flags: i32) -> io::Result<SharedAnonymous> {
-        let len = len.max(1).next_multiple_of(PAGE_SIZE as usize);
+        let whole = len.max(1).checked_next_multiple_of(PAGE_SIZE as usize);
+        let len = whole.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOMEM))?;
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | page_flags;
         let mapping = Mapping::new(len, flags, -1)?;
         let start = mapping.start as usize;

@@ -258,3 +258,66 @@ fn the_vdso_of_another_kernel_jumps_to_the_running_one() {
         .as_secs();
     assert!(seconds.abs_diff(now) < 10, "{seconds} is not {now}");
 }
+
+#[test]
+fn impossible_mappings_are_refused() {
+    let ring = |start: u64, end: u64| VmaEntry {
+        start,
+        end,
+        status: 1 | 8192,
+        ..VmaEntry::default()
+    };
+    for (what, vma) in [
+        ("reversed", ring(2 * PAGE, PAGE)),
+        ("not aligned", anonymous(BASE + 1, 1, RW)),
+        ("beyond the address space", ring(u64::MAX - 4095, u64::MAX)),
+        ("a ring without a head", ring(BASE, BASE + PAGE)),
+        (
+            "a reversed guard",
+            VmaEntry {
+                status: 65536,
+                ..ring(2 * PAGE, PAGE)
+            },
+        ),
+        (
+            "a reversed vDSO",
+            VmaEntry {
+                status: 1 | 8,
+                ..ring(2 * PAGE, PAGE)
+            },
+        ),
+        (
+            "a huge vDSO",
+            VmaEntry {
+                status: 1 | 8,
+                ..ring(PAGE, 1 << 40)
+            },
+        ),
+        (
+            "of no kind",
+            VmaEntry {
+                status: 1,
+                ..anonymous(BASE, 1, RW)
+            },
+        ),
+        (
+            "shared memory of System V",
+            VmaEntry {
+                status: 1 | 1024,
+                ..anonymous(BASE, 1, RW)
+            },
+        ),
+    ] {
+        let mut layout = Layout::new();
+        layout.vma(vma);
+        assert!(layout.try_plan().is_err(), "{what}");
+    }
+    let mut stray = Layout::new();
+    stray.vma(anonymous(BASE, 2, RW));
+    stray.pages(BASE + PAGE, 2);
+    assert!(stray.try_plan().is_err(), "a page outside of all mappings");
+    let mut overlap = Layout::new();
+    overlap.vma(anonymous(BASE, 2, RW));
+    overlap.vma(anonymous(BASE + PAGE, 2, RW));
+    assert!(overlap.try_plan().is_err(), "overlapping mappings");
+}

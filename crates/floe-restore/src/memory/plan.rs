@@ -11,7 +11,7 @@ use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
 use floe_memory::PageIndex;
 
 use super::error::PlanError;
-use super::region::{Origin, Region, Source, status};
+use super::region::{Origin, Region, Source, checked_range, status};
 use super::ring::{self, RingPlan};
 use super::vdso::{HostVdso, VdsoPlan};
 
@@ -129,7 +129,7 @@ impl MemoryPlan {
         let mut guards = Vec::new();
         for vma in &mm.vmas {
             if vma.status & status::GUARD != 0 {
-                guards.push(vma.start..vma.end);
+                guards.push(checked_range(vma)?);
             } else if let Some(region) = Region::of(vma)? {
                 regions.push(region);
             }
@@ -185,7 +185,7 @@ impl MemoryPlan {
             else {
                 return None;
             };
-            Some((id, offset + region.len(), region.flags))
+            Some((id, offset.saturating_add(region.len()), region.flags))
         })
     }
 

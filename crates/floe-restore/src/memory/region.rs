@@ -89,10 +89,13 @@ impl Region {
     /// The region of a vma; `None` for what the kernel makes by itself.
     pub fn of(vma: &VmaEntry) -> Result<Option<Region>, PlanError> {
         refuse_unsupported(vma)?;
-        if vma.status & (status::VSYSCALL | status::UPROBES | status::VDSO | status::VVAR) != 0 {
+        if vma.status & (status::VSYSCALL | status::UPROBES) != 0 {
             return Ok(None);
         }
         let range = checked_range(vma)?;
+        if vma.status & (status::VDSO | status::VVAR) != 0 {
+            return Ok(None);
+        }
         let map_flags = vma.flags.cast_signed();
         Ok(Some(Region {
             range,
@@ -237,7 +240,8 @@ fn implied_open_flags(vma: &VmaEntry) -> u32 {
     }
 }
 
-fn checked_range(vma: &VmaEntry) -> Result<Range<u64>, PlanError> {
+/// The range of a vma, if it can be one.
+pub(super) fn checked_range(vma: &VmaEntry) -> Result<Range<u64>, PlanError> {
     let aligned = vma.start.is_multiple_of(PAGE_SIZE) && vma.end.is_multiple_of(PAGE_SIZE);
     if !aligned || vma.start >= vma.end || vma.end > floe_inject::TASK_SIZE {
         return Err(PlanError::BadRange {

@@ -91,6 +91,10 @@ pub(super) fn plan(mm: &MmEntry, pages: &PageIndex) -> Result<Vec<RingPlan>, Pla
             }
             let header = read_header(vma.start, pages)
                 .ok_or_else(|| damaged("the image does not have its head"))?;
+            let room = (vma.end - vma.start) / EVENT as u64 - 1;
+            if u64::from(header.events) > room {
+                return Err(damaged("it has more events than room for them"));
+            }
             if header.head >= header.events || header.tail >= header.events {
                 return Err(damaged("its positions lie outside of it"));
             }

@@ -174,6 +174,11 @@ fn compare(
 
 /// All of the image's code; `None` when a page of it is missing.
 fn saved_code(code: &Range<u64>, pages: &PageIndex) -> Option<Vec<u8>> {
+    /// More than any kernel's, in bytes.
+    const LIMIT: u64 = 1 << 20;
+    if code.end - code.start > LIMIT {
+        return None;
+    }
     let mut bytes = Vec::new();
     for run in pages.runs_in(code.clone()) {
         if run.start != code.start + bytes.len() as u64 {

@@ -17,8 +17,8 @@ use floe_kernel::proc::{Mapping, parse_maps};
 use floe_kernel::ptrace;
 use floe_memory::PageIndex;
 use floe_restore::memory::{
-    FillOptions, FillStats, HostMemory, MemoryPlan, MemoryRequest, Puppet, Source, choose_arena,
-    fill, finish, make_segment, map, plan_segments,
+    FillOptions, FillStats, HostMemory, MemoryPlan, MemoryRequest, PlanError, Puppet, Source,
+    choose_arena, fill, finish, make_segment, map, plan_segments,
 };
 
 pub const PAGE: u64 = 4096;
@@ -190,6 +190,19 @@ impl Layout {
         };
         restored.run(options);
         restored
+    }
+
+    /// The layout's plan, with an arena out of the way.
+    pub fn try_plan(&self) -> Result<MemoryPlan, PlanError> {
+        let dir = tempfile::tempdir().unwrap();
+        let images = self.write(dir.path());
+        MemoryPlan::new(MemoryRequest {
+            mm: &self.mm,
+            pages: &Arc::new(PageIndex::read(&images, ImageKind::Pagemap, 1).unwrap()),
+            parent: None,
+            arena: &(1 << 32..1 << 33),
+            host: &HostMemory::probe().unwrap(),
+        })
     }
 
     fn plan(
