@@ -207,6 +207,32 @@ fn a_child_shares_what_its_parent_has() {
 }
 
 #[test]
+fn a_child_has_none_of_its_parents_guards() {
+    let mut parent = Layout::new();
+    parent.vma(anonymous(BASE, 8, RW));
+    parent.vma(anonymous(BASE + 16 * PAGE, 8, RW));
+    parent.pages(BASE, 1);
+    parent.pages(BASE + 16 * PAGE, 2);
+    parent.vma(VmaEntry {
+        start: BASE + 4 * PAGE,
+        end: BASE + 5 * PAGE,
+        status: 65536,
+        ..VmaEntry::default()
+    });
+    let mut parent = parent.restore(&with_userfaultfd());
+    assert!(parent.try_read(BASE + 4 * PAGE, 1).is_err());
+    let mut child = Layout::new();
+    child.vma(anonymous(BASE, 8, RW));
+    child.vma(anonymous(BASE + 16 * PAGE, 8, RW));
+    child.pages(BASE, 1);
+    child.pages(BASE + 16 * PAGE, 2);
+    let child = parent.fork(child, &with_userfaultfd());
+    child.check_content();
+    assert!(child.try_read(BASE + 4 * PAGE, 1).is_ok());
+    assert_eq!(child.stats.shared, 2);
+}
+
+#[test]
 fn the_numbers_of_an_address_space_are_set() {
     let mut layout = Layout::new();
     layout.vma(anonymous(BASE, 4, RW));
@@ -216,7 +242,8 @@ fn the_numbers_of_an_address_space_are_set() {
     layout.mm.mm_arg_end = BASE + 3;
     layout.mm.mm_env_start = BASE + 3;
     layout.mm.mm_env_end = BASE + 3;
-    layout.mm.mm_saved_auxv = vec![6, 4096, 0, 0];
+    // More words than any kernel keeps.
+    layout.mm.mm_saved_auxv = [6, 4096].into_iter().chain([0; 100]).collect();
     layout.pages(BASE, 1);
     let mut puppet = layout.restore(&with_userfaultfd());
     assert_eq!(puppet.maps()[0].name, b"[heap]");

@@ -178,10 +178,15 @@ fn set_numbers(
     Ok(())
 }
 
-/// The auxiliary vector as far as this kernel keeps it; CRIU saves zeros after its end.
+/// The auxiliary vector up to its end. Images may have more words after it than this kernel keeps.
 fn trimmed(auxv: &[u64]) -> &[u64] {
-    let len = auxv.len().min(AUXV_WORDS) & !1;
-    &auxv[..len]
+    const AT_NULL: u64 = 0;
+    let entries = auxv.chunks_exact(2);
+    let len = entries
+        .clone()
+        .position(|entry| entry[0] == AT_NULL)
+        .map_or(entries.len(), |last| last + 1);
+    &auxv[..(2 * len).min(AUXV_WORDS)]
 }
 
 fn map_vdso(plan: &MemoryPlan, steps: &mut Steps<'_, '_>) -> Result<(), MemoryError> {

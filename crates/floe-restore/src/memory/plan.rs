@@ -193,7 +193,7 @@ impl MemoryPlan {
     /// by force, so those get theirs at the end.
     pub(super) fn first_protection(&self, region: &Region) -> u32 {
         let filled = || self.pages.runs_in(region.range.clone()).next().is_some();
-        if region.is_hugetlb() && region.is_anonymous() && filled() {
+        if region.is_hugetlb() && region.is_private() && filled() {
             region.prot | libc::PROT_WRITE as u32
         } else {
             region.prot
@@ -262,6 +262,10 @@ impl MemoryPlan {
                 continue;
             }
             let covers = region.range.start..region.range.end.min(other.range.end);
+            if self.guards_in(&covers) != parent.guards_in(&covers) {
+                // They are inherited too, and it is simpler to map anew than to remove some.
+                continue;
+            }
             let has = |pages: &PageIndex| pages.runs_in(covers.clone()).next().is_some();
             worth_it |= has(&self.pages) && has(&parent.pages);
             inherited.push((
@@ -281,6 +285,13 @@ impl MemoryPlan {
         self.keeps_vdso = self.vdso.is_some() && self.vdso == parent.vdso;
         self.parent_exe = Some(parent.exe_file);
         self.parent_pages = Some(parent.pages.clone());
+    }
+
+    /// The guard regions of a range, cut to it.
+    fn guards_in(&self, range: &Range<u64>) -> Vec<Range<u64>> {
+        let cut = |guard: &Range<u64>| guard.start.max(range.start)..guard.end.min(range.end);
+        let guards = self.guards.iter().map(cut);
+        guards.filter(|guard| !guard.is_empty()).collect()
     }
 
     /// Every page of the image must have its place.

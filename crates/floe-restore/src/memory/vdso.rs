@@ -7,7 +7,6 @@
 //! Not kept: the data pages, which are the running kernel's.
 
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 
 use floe_image::messages::MmEntry;
 use floe_inject::read_memory;
