@@ -57,8 +57,8 @@ pub struct Lock {
 
 #[derive(Debug)]
 enum Held {
-    /// The table goes with the socket.
-    Nftables(NetlinkSocket),
+    /// The table goes with the socket, if nothing else deletes it.
+    Nftables(NetlinkSocket, String),
     /// Rules must be deleted one by one.
     Iptables,
     Nothing,
@@ -80,7 +80,7 @@ impl Lock {
                 // Two locks of one process must not clash: the address of the flows tells them apart.
                 let name = format!("floe-{}-{:p}", std::process::id(), lock.flows.as_ptr());
                 let socket = add(&name, Lifetime::Owner, &lock.both_ways())?;
-                lock.held = Held::Nftables(socket);
+                lock.held = Held::Nftables(socket, name);
             }
             NetworkLock::Iptables => {
                 lock.held = Held::Iptables;
@@ -94,14 +94,12 @@ impl Lock {
 
     /// Makes the lock outlive this process, until a restore of the dump with this run id.
     pub fn persist(mut self, run_id: &str) -> Result<(), LockError> {
-        match std::mem::replace(&mut self.held, Held::Nothing) {
-            Held::Nftables(socket) => {
-                add(&table_name(run_id), Lifetime::Persistent, &self.both_ways())?;
-                drop(socket);
-                Ok(())
-            }
-            Held::Iptables | Held::Nothing => Ok(()),
+        if let Held::Nftables(..) = self.held {
+            add(&table_name(run_id), Lifetime::Persistent, &self.both_ways())?;
+        } else {
+            self.held = Held::Nothing;
         }
+        Ok(())
     }
 
     fn both_ways(&self) -> Vec<Flow> {
@@ -114,12 +112,20 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        if matches!(self.held, Held::Iptables) {
-            for flow in &self.flows {
-                if let Err(error) = iptables("-D", flow) {
-                    tracing::warn!(%error, "a connection may stay locked");
-                }
+        let result = match &self.held {
+            // Tasks in the making may have copies of the socket, so its end alone is not enough.
+            Held::Nftables(socket, table) => {
+                delete_table(socket, table).map_err(|source| LockError::Nftables {
+                    action: "Deleting",
+                    table: table.clone(),
+                    source,
+                })
             }
+            Held::Iptables => self.flows.iter().try_for_each(|flow| iptables("-D", flow)),
+            Held::Nothing => Ok(()),
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, "connections may stay locked");
         }
     }
 }
@@ -234,5 +240,27 @@ mod tests {
     fn the_table_has_the_name_that_criu_gives_it() {
         let name = table_name("675e9752-ea0e-4a22-b80c-18d1791eb04e");
         assert_eq!(name, "CRIU-675e9752-ea0e-4a22-b8");
+    }
+
+    #[test]
+    fn a_lock_that_is_dropped_leaves_no_table() {
+        let flow = Flow {
+            source: vec![192, 0, 2, 1],
+            source_port: 1,
+            target: vec![192, 0, 2, 2],
+            target_port: 2,
+        };
+        let lock = match Lock::new(NetworkLock::Nftables, vec![flow]) {
+            Ok(lock) => lock,
+            Err(error) => return eprintln!("skipped: {error}"),
+        };
+        let Held::Nftables(_, table) = &lock.held else {
+            panic!("there was something to lock");
+        };
+        let table = table.clone();
+        drop(lock);
+        let socket = NetlinkSocket::open(libc::NETLINK_NETFILTER).expect("opened before");
+        let error = delete_table(&socket, &table).expect_err("gone");
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
     }
 }
