@@ -83,10 +83,10 @@ pub fn unpack_set(
     into: &Path,
     limits: UnpackLimits,
 ) -> Result<UnpackReport, UnpackError> {
-    if let [path] = paths {
-        if path == Path::new("-") {
-            return unpack(io::stdin().lock(), into, limits);
-        }
+    if let [path] = paths
+        && path == Path::new("-")
+    {
+        return unpack(io::stdin().lock(), into, limits);
     }
     let ordered = order_set(paths)?;
     let mut report = UnpackReport::default();

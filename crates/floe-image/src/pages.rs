@@ -25,7 +25,7 @@ pub enum PagesReader {
 
 impl PagesReader {
     /// Length in bytes.
-    pub fn len(&self) -> io::Result<u64> {
+    pub fn size(&self) -> io::Result<u64> {
         match self {
             PagesReader::Plain(file) => Ok(file.metadata()?.len()),
             PagesReader::Framed { len, .. } => Ok(*len),

@@ -226,7 +226,7 @@ impl PagesFile {
     fn checked(images: &ImageDir, id: u64, wanted: u64) -> Result<PagesFile, IndexError> {
         if wanted > 0 {
             let dir = || images.path().to_path_buf();
-            let found = images.open_pages(id)?.len();
+            let found = images.open_pages(id)?.size();
             let found = found.map_err(|source| IndexError::Stat {
                 id,
                 dir: dir(),

@@ -43,9 +43,7 @@ fn search(start: &Path, fits: impl Fn(&Path) -> bool) -> Option<PathBuf> {
         return Some(found);
     }
     let above = start.parent()?;
-    if above.parent().is_none() {
-        return None;
-    }
+    above.parent()?;
     if fits(above) {
         return Some(above.to_path_buf());
     }

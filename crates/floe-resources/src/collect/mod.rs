@@ -232,6 +232,7 @@ impl<'a> Collector<'a> {
 }
 
 /// Moves files behind those that they are to follow; where two are to follow each other, one does not.
+#[expect(clippy::vec_box, reason = "an entry is large to move")]
 fn order_files(files: Vec<Box<FileEntry>>, ordered: &[(FileId, FileId)]) -> Vec<Box<FileEntry>> {
     let mut earlier: HashMap<u32, Vec<u32>> = HashMap::new();
     for (file, first) in ordered {

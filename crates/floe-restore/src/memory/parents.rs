@@ -92,7 +92,7 @@ fn read_block(index: &PageIndex, file: u32, offset: u64) -> Result<Vec<u8>, Memo
         bytes: BLOCK_BYTES as usize,
         source,
     };
-    let left = pages.len().map_err(failed)?.saturating_sub(offset);
+    let left = pages.size().map_err(failed)?.saturating_sub(offset);
     let mut bytes = vec![0; BLOCK_BYTES.min(left) as usize];
     pages.read_exact_at(&mut bytes, offset).map_err(failed)?;
     Ok(bytes)

@@ -51,6 +51,11 @@ impl TemporaryNames {
         }
     }
 
+    /// An empty list that the same janitor watches.
+    pub fn another(&self) -> Self {
+        TemporaryNames::watched(self.janitor.clone())
+    }
+
     /// Takes over a name that exists already.
     pub fn adopt(&self, path: &Path) {
         self.note(NameKind::File, path);

@@ -56,7 +56,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         let image = images.dir.open_ghost(u64::from(id))?;
         let name = format!("open the deleted {}", users[0].0.name);
         planner.step(name, (&[], &[ghost_handle(id)]), move |world| {
-            let names = TemporaryNames::default();
+            let names = TemporaryNames::watched(world.janitor());
             let opened = open_ghost(id, &users, &image, &names);
             let removed = names.remove();
             world.state::<Opened>().0.extend(opened?);
@@ -91,7 +91,7 @@ fn open_ghost(
         let descriptor = if is_directory {
             open(&ghost).during("Opening the deleted directory", || file.name.clone())?
         } else {
-            open_linked(&ghost, Path::new(&file.name), open)?
+            open_linked(&ghost, (Path::new(&file.name), names), open)?
         };
         opened.push((file.id, descriptor));
     }
@@ -101,11 +101,11 @@ fn open_ghost(
 /// Opens a file under a name that it has for that moment only.
 fn open_linked(
     source: &Path,
-    path: &Path,
+    (path, watched): (&Path, &TemporaryNames),
     open: impl FnOnce(&Path) -> rustix::io::Result<OwnedFd>,
 ) -> Result<OwnedFd, ExecuteError> {
     let what = || path.display().to_string();
-    let names = TemporaryNames::default();
+    let names = watched.another();
     let linked = names.make_file(path, |path| {
         rustix::fs::linkat(CWD, source, CWD, path, AtFlags::empty())
     });
@@ -242,7 +242,8 @@ pub fn open_by_name(
             let names = TemporaryNames::default();
             names.adopt(link);
             world.on_success(move || names.remove_quietly());
-            return open_linked(link, path, open);
+            let names = TemporaryNames::watched(world.janitor());
+            return open_linked(link, (path, &names), open);
         }
         _ => {}
     }
