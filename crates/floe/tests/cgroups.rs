@@ -1,0 +1,155 @@
+//! A task in a control group that is gone at the restore. Needs root and cgroup v2; says `skipped` without.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn floe(directory: &Path, line: &str) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    command
+        .current_dir(directory)
+        .args(["--no-default-config"])
+        .args(line.split_whitespace());
+    command.output().expect("the binary runs")
+}
+
+/// Repeats `attempt` until it succeeds; the last error after ten seconds.
+fn patiently<T>(mut attempt: impl FnMut() -> std::io::Result<T>) -> T {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        match attempt() {
+            Ok(value) => return value,
+            Err(error) if Instant::now() > deadline => panic!("{error}"),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}
+
+/// A group of version 2, removed when dropped.
+struct Group {
+    path: PathBuf,
+    name: String,
+}
+
+impl Group {
+    fn make(purpose: &str) -> Option<Self> {
+        let mounts = fs::read_to_string("/proc/self/mountinfo").expect("always there");
+        let line = mounts.lines().find(|line| line.contains(" - cgroup2 "));
+        let Some(mount) = line.and_then(|line| line.split(' ').nth(4)) else {
+            eprintln!("skipped: cgroup v2 is not mounted");
+            return None;
+        };
+        let name = format!("floe-test-{purpose}-{}", std::process::id());
+        let path = Path::new(mount).join(&name);
+        match fs::create_dir(&path) {
+            Ok(()) => Some(Group { path, name }),
+            Err(error) => {
+                eprintln!("skipped: no group can be made: {error}");
+                None
+            }
+        }
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn has(&self, pid: u32) -> bool {
+        let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+        let wanted = format!("/{}", self.name);
+        groups
+            .lines()
+            .any(|line| line.starts_with("0::") && line.ends_with(&wanted))
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if self.path.exists() && !std::thread::panicking() {
+            patiently(|| fs::remove_dir(&self.path));
+        }
+    }
+}
+
+/// A sleeping task in a session of its own, in a group.
+fn start_in(group: &Group) -> Child {
+    let mut command = Command::new("setsid");
+    command
+        .args(["sleep", "100"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let child = command.spawn().expect("setsid is part of every system");
+    let comm = format!("/proc/{}/comm", child.id());
+    patiently(|| match fs::read_to_string(&comm)?.as_str() {
+        "sleep\n" => Ok(()),
+        _ => Err(std::io::ErrorKind::WouldBlock.into()),
+    });
+    fs::write(group.file("cgroup.procs"), child.id().to_string()).expect("the group is ours");
+    child
+}
+
+/// Dumps a task of a group, and removes the group; the task's pid.
+fn dump_away(group: &Group, images: &Path) -> u32 {
+    let mut task = start_in(group);
+    fs::write(group.file("cgroup.max.descendants"), "7").expect("every group has it");
+    let output = floe(images, &format!("dump -t {}", task.id()));
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        let _ = task.kill();
+    }
+    task.wait().expect("our own child");
+    assert!(output.status.success(), "{errors}");
+    patiently(|| fs::remove_dir(&group.path));
+    task.id()
+}
+
+fn end(pid: u32) {
+    let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(status.expect("kill is part of every system").success());
+}
+
+#[test]
+fn a_missing_group_is_made_with_its_properties_and_entered() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let Some(group) = Group::make("made") else {
+        return;
+    };
+    let images = tempfile::tempdir().expect("a temporary directory");
+    let pid = dump_away(&group, images.path());
+    let output = floe(images.path(), "restore -d");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    let (member, limit) = (
+        group.has(pid),
+        fs::read_to_string(group.file("cgroup.max.descendants")),
+    );
+    end(pid);
+    assert!(member);
+    assert_eq!(limit.expect("the group is there"), "7\n");
+}
+
+#[test]
+fn groups_are_left_alone_when_told_so() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let Some(group) = Group::make("ignored") else {
+        return;
+    };
+    let images = tempfile::tempdir().expect("a temporary directory");
+    let pid = dump_away(&group, images.path());
+    let refused = floe(images.path(), "restore -d --manage-cgroups=props");
+    assert!(!refused.status.success(), "the group is missing");
+    let output = floe(images.path(), "restore -d --manage-cgroups=ignore");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    let member = group.has(pid);
+    end(pid);
+    assert!(!member && !group.path.exists());
+}
