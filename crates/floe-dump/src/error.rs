@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 
 use floe_image::manifest::ManifestError;
 use floe_image::{ImageError, WriteError};
 use floe_inject::InjectError;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcError;
-use floe_memory::{CopyError, IndexError, ScanError, TrackError};
+use floe_memory::{CopyError, DedupError, IndexError, ScanError, TrackError};
 use floe_options::HookError;
 use floe_resources::{CollectError, Obstacle};
 
@@ -62,6 +63,16 @@ pub enum DumpError {
     /// The manifest of the generation to build on cannot be read.
     #[error("Reading the parent generation")]
     ParentManifest(#[from] ManifestError),
+    /// Room in the parents could not be given back; the dump itself is whole.
+    #[error("The images are complete, but pages that they replace stay in the parents")]
+    Dedup(#[from] DedupError),
+    /// The directory of a round could not be made.
+    #[error("Making the directory of a round, {}", path.display())]
+    Generation {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
     /// The program ended while its memory was copied.
     #[error(
         "Task {pid} ended while its memory was copied: there is nothing to checkpoint any more"

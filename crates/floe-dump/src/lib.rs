@@ -8,6 +8,7 @@
 
 mod error;
 mod freeze;
+mod iterate;
 pub mod keeper;
 mod kinship;
 mod memory;
@@ -25,12 +26,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use floe_image::manifest::DumpKind;
-use floe_image::{ImageKind, ImageWriter, Sync};
+use floe_image::{ImageDir, ImageKind, ImageWriter, Sync};
 use floe_inject::{Journal, Watch};
 use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
+use floe_memory::punch_replaced;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
@@ -39,6 +41,7 @@ use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::{Collector, Obstacle};
 
 pub use error::{DumpError, FreezeError, Obstacles};
+pub use iterate::{IterateReport, RoundReport, StopReason, dump_in_rounds};
 pub use memory::MemoryCounts;
 pub use predump::pre_dump;
 pub use report::DumpReport;
@@ -135,6 +138,7 @@ pub fn dump(
         tracing::info!("gave up the tree");
         report.frozen = stopping.elapsed();
     }
+    dedup(options)?;
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
@@ -156,6 +160,16 @@ fn track(
         return Ok(None);
     }
     Tracking::open(options, features, round).map(Some)
+}
+
+/// `--auto-dedup`: once the new generation is whole, the room of what it replaces is given back.
+fn dedup(options: &DumpOptions) -> Result<(), DumpError> {
+    if options.auto_dedup && options.place.prev_images_dir.is_some() {
+        let images = ImageDir::open(&options.place.images_dir)?;
+        let punched = punch_replaced(&images)?;
+        tracing::info!(bytes = punched.0, "gave back room in the parents");
+    }
+    Ok(())
 }
 
 /// A file system in memory does not outlive a power failure, so there is nothing to wait for.

@@ -23,7 +23,7 @@ use crate::freeze::{self, FrozenTree};
 use crate::memory::{LiveTask, MemoryDump};
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source};
-use crate::{durability, release, run_id, write};
+use crate::{dedup, durability, release, run_id, write};
 
 type Unsure = Arc<Mutex<Vec<PageRun>>>;
 
@@ -81,6 +81,7 @@ pub fn pre_dump(
     if let Some(tracking) = memory.tracking.take() {
         tracking.commit(&round, &unsure)?;
     }
+    dedup(options)?;
     report.memory = memory.counts;
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
@@ -116,7 +117,9 @@ fn copy(
     let mut all = Vec::with_capacity(tasks.len());
     for (task, unsure) in tasks {
         match memory.send_live(&task) {
-            Err(error) if ProcDir::open(task.pid).is_ok() => return Err(error),
+            Err(error) if !is_for_lack_of_memory(&error) && ProcDir::open(task.pid).is_ok() => {
+                return Err(error);
+            }
             Err(_) => tracing::info!(pid = task.pid.0, "the task ended while it was copied"),
             Ok(()) => all.push((task.pid, unsure)),
         }
@@ -130,4 +133,17 @@ fn copy(
         .into_iter()
         .map(|(pid, unsure)| (pid, found(unsure)))
         .collect())
+}
+
+/// Whether an address space was gone already: a task that ends gives it up before it can be seen to end.
+fn is_for_lack_of_memory(error: &DumpError) -> bool {
+    let mut cause: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = cause {
+        let system = error.downcast_ref::<std::io::Error>();
+        if system.is_some_and(|error| error.raw_os_error() == Some(libc::ESRCH)) {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod copy_out;
+mod dedup;
 mod index;
 mod pump;
 mod resolve;
@@ -14,6 +15,7 @@ mod source;
 mod tracker;
 
 pub use copy_out::{CopyOutError, copy_segment};
+pub use dedup::{DedupError, punch_chain, punch_replaced};
 pub use index::{PagemapBuilder, PagemapStats, PresentPages};
 pub use pump::{Copied, CopyError, PagePump, PageSink};
 pub use resolve::{IndexError, PageIndex, StoredRun};

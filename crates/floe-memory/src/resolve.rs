@@ -198,6 +198,12 @@ impl PageIndex {
             .filter_map(move |run| run.clipped(&range))
     }
 
+    /// The path of the pages file that runs name by its number.
+    pub fn path(&self, file: u32) -> PathBuf {
+        let file = &self.files[file as usize];
+        file.images.path().join(ImageKind::Pages.file_name(file.id))
+    }
+
     /// Opens the pages file that runs name by its number.
     pub fn open(&self, file: u32) -> Result<Arc<PagesReader>, ImageError> {
         let file = &self.files[file as usize];

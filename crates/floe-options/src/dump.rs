@@ -45,6 +45,30 @@ pub enum TrackerChoice {
     None,
 }
 
+/// When a dump in rounds (`--iterate`) stops copying and takes the rest; ours only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct IterateOptions {
+    /// The freeze that the final dump shall stay under (`--max-freeze`).
+    pub max_freeze: Duration,
+    /// The most rounds before it (`--max-rounds`, or `--iterate=N`).
+    pub max_rounds: u32,
+    /// The longest time for all rounds (`--max-time`); no round begins after it.
+    pub max_time: Option<Duration>,
+    /// Exactly `max_rounds`, whatever they bring (`--iterate=N`).
+    pub fixed: bool,
+}
+
+impl Default for IterateOptions {
+    fn default() -> Self {
+        IterateOptions {
+            max_freeze: Duration::from_millis(20),
+            max_rounds: 10,
+            max_time: None,
+            fixed: false,
+        }
+    }
+}
+
 /// Everything that one dump is asked to do.
 #[derive(Clone)]
 pub struct DumpOptions {

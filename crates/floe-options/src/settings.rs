@@ -7,8 +7,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::{
-    ByteLimit, CgroupOptions, CpuCapabilities, External, FileValidation, InheritFd, JoinNamespace,
-    LsmProfile, MountOptions, PreDumpMode, SocketOptions, TrackerChoice, TreePid, VethPair,
+    ByteLimit, CgroupOptions, CpuCapabilities, External, FileValidation, InheritFd, IterateOptions,
+    JoinNamespace, LsmProfile, MountOptions, PreDumpMode, SocketOptions, TrackerChoice, TreePid,
+    VethPair,
 };
 
 /// What `-s` and `-R` ask for; the last one wins, as in CRIU.
@@ -129,6 +130,9 @@ pub struct Settings {
     pub lsm_mount_context: Option<String>,
     pub track_mem: bool,
     pub tracker: TrackerChoice,
+    /// `--iterate`: copy in rounds first.
+    pub iterate: bool,
+    pub rounds: IterateOptions,
     pub auto_dedup: bool,
     pub pre_dump_mode: PreDumpMode,
     pub lazy_pages: bool,
@@ -189,6 +193,8 @@ impl Default for Settings {
             lsm_mount_context: None,
             track_mem: false,
             tracker: TrackerChoice::default(),
+            iterate: false,
+            rounds: IterateOptions::default(),
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
             lazy_pages: false,

@@ -1,8 +1,11 @@
 //! Reading of the values that are more than a path or a word.
 
+use std::time::Duration;
+
 use crate::{
-    ByteLimit, CgroupRoot, CpuCapabilities, FileValidation, JoinNamespace, LsmProfile,
-    ManageCgroups, NetworkLock, PreDumpMode, TrackerChoice, TreePid, ValueError, VethPair,
+    ByteLimit, CgroupRoot, CpuCapabilities, FileValidation, IterateOptions, JoinNamespace,
+    LsmProfile, ManageCgroups, NetworkLock, PreDumpMode, TrackerChoice, TreePid, ValueError,
+    VethPair,
 };
 
 pub(crate) fn number<T: std::str::FromStr>(
@@ -138,6 +141,39 @@ pub(crate) fn pre_dump_mode(text: &str) -> Result<PreDumpMode, ValueError> {
         "read" => PreDumpMode::Read,
         other => return Err(ValueError::choice(other, &["splice", "read"])),
     })
+}
+
+/// `auto`, or exactly so many rounds.
+pub(crate) fn rounds(
+    before: IterateOptions,
+    text: Option<&str>,
+) -> Result<IterateOptions, ValueError> {
+    Ok(match text {
+        None | Some("auto") => before,
+        Some(text) => IterateOptions {
+            max_rounds: number(text, "auto, or a number of rounds")?,
+            fixed: true,
+            ..before
+        },
+    })
+}
+
+/// A time with its unit: `20ms`, `5s`, `2m`; without one, seconds.
+pub(crate) fn duration(text: &str) -> Result<Duration, ValueError> {
+    const WHAT: &str = "a time such as 20ms, 5s or 2m";
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let count: u64 = number(digits, WHAT)?;
+    let micros = match &text[digits.len()..] {
+        "us" => 1,
+        "ms" => 1000,
+        "" | "s" => 1_000_000,
+        "m" | "min" => 60_000_000,
+        _ => return Err(ValueError::Expected(WHAT)),
+    };
+    let micros = count
+        .checked_mul(micros)
+        .ok_or(ValueError::Expected(WHAT))?;
+    Ok(Duration::from_micros(micros))
 }
 
 pub(crate) fn tracker(text: &str) -> Result<TrackerChoice, ValueError> {

@@ -2,7 +2,8 @@
 
 use std::io::Write;
 
-use floe_kernel::features::{FEATURES, Feature, Need, ProbeContext, find, names};
+use floe_kernel::features::{FEATURES, Feature, KernelFeatures, Need, ProbeContext, find, names};
+use floe_memory::TrackerKind;
 use floe_options::settings::CheckSettings;
 
 use crate::exit::{Exit, Failure};
@@ -117,6 +118,8 @@ fn table(settings: &CheckSettings) -> Result<Exit, Failure> {
     } else {
         ("Looks good.", Exit::Done)
     };
-    print(&format!("{text}{verdict}\n"))?;
+    let (tracker, why) = TrackerKind::best(&KernelFeatures::probe());
+    let tracker = format!("Changed memory is found by `{}`: {why}.\n", tracker.name());
+    print(&format!("{text}{tracker}{verdict}\n"))?;
     Ok(exit)
 }

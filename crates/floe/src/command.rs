@@ -246,6 +246,7 @@ fn execute(
         Command::Check => check::run(&settings.check),
         Command::Dump | Command::PreDump => dump(&settings, command),
         Command::Restore => restore(&settings, rest),
+        Command::Dedup => track::dedup(&settings.place()),
         Command::CpuinfoDump => cpuinfo::dump(&settings.place()),
         Command::CpuinfoCheck => cpuinfo::check(&settings.place(), settings.cpu_cap),
         Command::Exec => Err(gone("exec", "use ptrace or gdb")),
@@ -327,6 +328,9 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
     let options = settings.dump_options(hooks(settings)?)?;
     let features = KernelFeatures::probe();
     match command {
+        Command::Dump if settings.iterate => {
+            engine::dump_in_rounds(&options, settings.rounds, &features, watch)?;
+        }
         Command::PreDump => engine::pre_dump(&options, &features, watch)?,
         _ => engine::dump(&options, &features, watch)?,
     }

@@ -1,10 +1,12 @@
 //! The call sites of the engine, and what its errors mean for the exit code.
 
-use floe_dump::{DumpError, DumpReport, FreezeError};
+use std::io::Write;
+
+use floe_dump::{DumpError, DumpReport, FreezeError, RoundReport};
 use floe_image::ImageDir;
 use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
-use floe_options::{DumpOptions, RestoreOptions};
+use floe_options::{DumpOptions, IterateOptions, RestoreOptions};
 use floe_resources::restore::{ExecuteError, PlanError};
 use floe_restore::RestoreError;
 
@@ -38,6 +40,60 @@ pub fn pre_dump(
         }
         Err(error) => Err(Failure::new(dump_exit(&error), error)),
     }
+}
+
+/// Dumps a tree in rounds, with a line on standard error for each.
+pub fn dump_in_rounds(
+    options: &DumpOptions,
+    rounds: IterateOptions,
+    features: &KernelFeatures,
+    watch: &Watch,
+) -> Result<(), Failure> {
+    let mut show = |round: &RoundReport| say(&round_line(round));
+    let environment = (features, Some(watch));
+    match floe_dump::dump_in_rounds(options, rounds, environment, &mut show) {
+        Ok(report) => {
+            say(&format!(
+                "stopped after {} rounds: {}\n",
+                report.rounds, report.reason
+            ));
+            let (dump, memory) = (report.dump, report.dump.memory);
+            say(&format!(
+                "final  {:>9} pages copied {:>9} in parent  frozen {:>8.1} ms\n",
+                memory.pages_written + memory.shared_written,
+                memory.pages_in_parent + memory.shared_in_parent,
+                dump.frozen.as_secs_f64() * 1e3,
+            ));
+            log_report(&dump);
+            Ok(())
+        }
+        Err(error) => Err(Failure::new(dump_exit(&error), error)),
+    }
+}
+
+fn round_line(round: &RoundReport) -> String {
+    let mut line = format!(
+        "round {:<2} {:>7} pages copied {:>9} in parent  frozen {:>8.1} ms  took {:>7.0} ms",
+        round.number,
+        round.pages_written,
+        round.pages_in_parent,
+        round.frozen.as_secs_f64() * 1e3,
+        round.took.as_secs_f64() * 1e3,
+    );
+    if let (Some(rate), Some(freeze)) = (round.dirty_rate, round.expected_freeze) {
+        line.push_str(&format!(
+            "  changes {:.0} MiB/s  expected freeze {:.1} ms",
+            rate as f64 / (1 << 20) as f64,
+            freeze.as_secs_f64() * 1e3
+        ));
+    }
+    line.push('\n');
+    line
+}
+
+fn say(text: &str) {
+    // Nobody is left to tell if standard error is closed.
+    let _ = std::io::stderr().write_all(text.as_bytes());
 }
 
 fn dump_exit(error: &DumpError) -> Exit {

@@ -4,7 +4,10 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 use floe_dump::keeper::{self, KeeperError, Purpose, Session, TreeKey};
+use floe_image::ImageDir;
 use floe_kernel::ids::HostPid;
+use floe_memory::DedupError;
+use floe_options::Place;
 
 use crate::exit::{Exit, Failure};
 use crate::own;
@@ -78,6 +81,15 @@ fn stop(root: i32) -> Result<Exit, Failure> {
             .stop()
             .map_err(|error| Failure::new(Exit::Failed, error))?;
     }
+    Ok(Exit::Done)
+}
+
+/// `floe dedup`: gives back the room of pages that later generations of a chain replace.
+pub fn dedup(place: &Place) -> Result<Exit, Failure> {
+    let bad = |error: DedupError| Failure::new(Exit::BadImage, error);
+    let images = ImageDir::open(&place.images_dir).map_err(|error| bad(error.into()))?;
+    let punched = floe_memory::punch_chain(&images).map_err(bad)?;
+    tracing::info!(bytes = punched.0, "gave back room in the chain");
     Ok(Exit::Done)
 }
 

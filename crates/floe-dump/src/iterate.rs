@@ -1,0 +1,246 @@
+//! A dump in rounds: pre-dumps until the rest is small, then the final dump.
+//!
+//! The result is one directory: the final dump's images, and the rounds in `generations/N` inside of it,
+//! each linked to the one before. A restore of the directory needs to know nothing of this.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use floe_inject::Watch;
+use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::PAGE_SIZE;
+use floe_options::{AfterDump, DumpOptions, IterateOptions, Place};
+
+use crate::error::DumpError;
+use crate::report::DumpReport;
+
+/// Where the rounds are, in the images directory.
+const GENERATIONS: &str = "generations";
+/// A round that writes more than this part of what the one before wrote does not pay, in percent.
+const PAYS: u64 = 85;
+
+/// One round.
+#[derive(Clone, Copy, Debug)]
+pub struct RoundReport {
+    /// From 0.
+    pub number: u32,
+    pub pages_written: u64,
+    pub pages_in_parent: u64,
+    /// How long the program stood still.
+    pub frozen: Duration,
+    pub took: Duration,
+    /// Bytes that the program changes in a second; `None` in the first round.
+    pub dirty_rate: Option<u64>,
+    /// How long the final dump would stop the program now; `None` in the first round.
+    pub expected_freeze: Option<Duration>,
+}
+
+/// Why no further round was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StopReason {
+    /// The expected freeze is short enough.
+    Converged,
+    /// Rounds do not get smaller any more.
+    NoGain,
+    /// As many as were asked for or allowed.
+    Rounds,
+    /// The time is up.
+    Time,
+}
+
+impl fmt::Display for StopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            StopReason::Converged => "the rest is expected to fit the freeze that was asked for",
+            StopReason::NoGain => {
+                "rounds stopped paying: the program changes memory as fast as it is copied"
+            }
+            StopReason::Rounds => "as many rounds as were asked for",
+            StopReason::Time => "the time for rounds is up",
+        })
+    }
+}
+
+/// The final dump, and why it came when it did.
+#[derive(Debug)]
+pub struct IterateReport {
+    pub dump: DumpReport,
+    pub rounds: u32,
+    pub reason: StopReason,
+}
+
+/// Dumps the tree in rounds as `limits` say; `show` is told of each.
+pub fn dump_in_rounds(
+    options: &DumpOptions,
+    limits: IterateOptions,
+    (features, watch): (&KernelFeatures, Option<&Watch>),
+    show: &mut dyn FnMut(&RoundReport),
+) -> Result<IterateReport, DumpError> {
+    let started = Instant::now();
+    let mut progress = Progress::default();
+    let reason = loop {
+        let number = progress.rounds;
+        if number >= limits.max_rounds {
+            break StopReason::Rounds;
+        }
+        let options = round_options(options, number)?;
+        let began = Instant::now();
+        let report = crate::pre_dump(&options, features, watch)?;
+        let round = progress.note(began, &report);
+        show(&round);
+        if let Some(reason) = progress.verdict(&round, limits, started.elapsed()) {
+            break reason;
+        }
+    };
+    let mut last = options.clone();
+    if let Some(newest) = progress.rounds.checked_sub(1) {
+        last.place.prev_images_dir = Some(Path::new(GENERATIONS).join(newest.to_string()));
+    }
+    if last.after == AfterDump::Kill {
+        last.track_mem = false;
+    }
+    Ok(IterateReport {
+        dump: crate::dump(&last, features, watch)?,
+        rounds: progress.rounds,
+        reason,
+    })
+}
+
+fn round_options(options: &DumpOptions, number: u32) -> Result<DumpOptions, DumpError> {
+    let path = options
+        .place
+        .images_dir
+        .join(GENERATIONS)
+        .join(number.to_string());
+    std::fs::create_dir_all(&path).map_err(|source| DumpError::Generation {
+        path: path.clone(),
+        source,
+    })?;
+    let mut round = options.clone();
+    round.place = Place::new(path);
+    round.place.prev_images_dir = match number.checked_sub(1) {
+        Some(before) => Some(PathBuf::from(format!("../{before}"))),
+        // The chain may go on from another one.
+        None => options.place.prev_images_dir.as_ref().map(|previous| {
+            if previous.is_absolute() {
+                previous.clone()
+            } else {
+                Path::new("../..").join(previous)
+            }
+        }),
+    };
+    Ok(round)
+}
+
+/// What earlier rounds tell about the next one.
+#[derive(Debug, Default)]
+struct Progress {
+    rounds: u32,
+    /// When the last round armed, and what it wrote.
+    last: Option<(Instant, u64)>,
+    /// What the last two rounds after the first wrote, in pages.
+    written: Vec<u64>,
+}
+
+impl Progress {
+    fn note(&mut self, began: Instant, report: &DumpReport) -> RoundReport {
+        let pages = report.memory.pages_written;
+        let took = began.elapsed();
+        let rate = self.last.map(|(armed, _)| {
+            let micros = (began - armed).as_micros().max(1);
+            (u128::from(pages * PAGE_SIZE) * 1_000_000 / micros) as u64
+        });
+        // What changes while this round copies has to be copied at the speed of this round.
+        let expected = rate.map(|rate| {
+            let bytes = u128::from(rate) * took.as_micros() / 1_000_000;
+            let work = report.memory_reading.max(report.memory_writing);
+            let copied = u128::from(report.image_bytes.max(1));
+            let micros = bytes * work.as_micros().max(1) / copied;
+            report.frozen + Duration::from_micros(micros as u64)
+        });
+        let round = RoundReport {
+            number: self.rounds,
+            pages_written: pages,
+            pages_in_parent: report.memory.pages_in_parent,
+            frozen: report.frozen,
+            took,
+            dirty_rate: rate,
+            expected_freeze: expected,
+        };
+        if self.rounds > 0 {
+            self.written.push(pages);
+        }
+        self.last = Some((began, pages));
+        self.rounds += 1;
+        round
+    }
+
+    fn verdict(
+        &self,
+        round: &RoundReport,
+        limits: IterateOptions,
+        elapsed: Duration,
+    ) -> Option<StopReason> {
+        if limits.max_time.is_some_and(|limit| elapsed >= limit) {
+            return Some(StopReason::Time);
+        }
+        if limits.fixed {
+            return None;
+        }
+        if round
+            .expected_freeze
+            .is_some_and(|freeze| freeze <= limits.max_freeze)
+        {
+            return Some(StopReason::Converged);
+        }
+        match self.written.as_slice() {
+            [.., before, now] if now * 100 > before * PAYS => Some(StopReason::NoGain),
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(pages: u64) -> DumpReport {
+        let mut report = DumpReport {
+            image_bytes: pages * PAGE_SIZE,
+            memory_reading: Duration::from_millis(pages / 100),
+            frozen: Duration::from_millis(1),
+            ..DumpReport::default()
+        };
+        report.memory.pages_written = pages;
+        report
+    }
+
+    fn run(rounds: &[u64], limits: IterateOptions) -> Option<StopReason> {
+        let mut progress = Progress::default();
+        let mut verdict = None;
+        for pages in rounds {
+            let began = Instant::now();
+            std::thread::sleep(Duration::from_millis(5));
+            let round = progress.note(began, &report(*pages));
+            verdict = progress.verdict(&round, limits, Duration::ZERO);
+        }
+        verdict
+    }
+
+    #[test]
+    fn rounds_end_when_the_rest_is_small_or_does_not_shrink() {
+        let limits = IterateOptions::default();
+        assert_eq!(run(&[100_000], limits), None);
+        assert_eq!(run(&[100_000, 10], limits), Some(StopReason::Converged));
+        assert_eq!(
+            run(&[100_000, 90_000, 89_000], limits),
+            Some(StopReason::NoGain)
+        );
+        let fixed = IterateOptions {
+            fixed: true,
+            ..limits
+        };
+        assert_eq!(run(&[100_000, 10], fixed), None);
+    }
+}
