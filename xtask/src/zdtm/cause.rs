@@ -61,9 +61,16 @@ fn error_line(log: &Path) -> Option<String> {
         .filter(|line| line.contains("Error") || line.contains("panicked"))
         .filter(|line| !REPEATS.iter().any(|repeat| line.contains(repeat)));
     // Behind the time and the place.
-    let line = errors.next()?;
-    let told = line.split_once("): ").map_or(line, |(_, told)| told);
-    Some(told.trim().to_owned())
+    let told = |line: &str| {
+        let told = line.split_once("): ").map_or(line, |(_, told)| told);
+        told.trim().to_owned()
+    };
+    let first = told(errors.next()?);
+    // A list: its first item says more.
+    match errors.next().filter(|_| first.ends_with(':')) {
+        Some(item) => Some(format!("{first} {}", told(item))),
+        None => Some(first),
+    }
 }
 
 /// What the test wrote: its complaint, behind time and place.
@@ -74,6 +81,7 @@ fn own_words(directory: &Path, test: &str) -> Option<String> {
         let line = text
             .lines()
             .rev()
+            .filter(|line| !line.starts_with('#'))
             .find(|line| line.contains("FAIL") || line.contains("ERR"))?;
         Some(line.trim().to_owned())
     })
