@@ -78,22 +78,11 @@ pub fn dump(
         None => MemoryDump::prepare(&writer, root)?,
     };
     let stopping = Instant::now();
-    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
-    if let Some(watch) = watch {
-        for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
-            thread.guard(watch.journal());
-        }
-    }
+    let mut tree = stop(root, options, watch)?;
     let mut report = DumpReport {
         freezing: stopping.elapsed(),
         ..DumpReport::default()
     };
-    tracing::info!(
-        tasks = tree.tasks.len(),
-        threads = tree.thread_count(),
-        "the tree is stopped"
-    );
-    fault::point();
     if let Some(tracking) = &mut memory.tracking {
         tracking.begin_round(&mut tree)?;
     }
@@ -142,6 +131,27 @@ pub fn dump(
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
+}
+
+/// Stops the tree, with every thread in the supervisor's care.
+fn stop(
+    root: HostPid,
+    options: &DumpOptions,
+    watch: Option<&Watch>,
+) -> Result<FrozenTree, DumpError> {
+    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    if let Some(watch) = watch {
+        for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
+            thread.guard(watch.journal());
+        }
+    }
+    tracing::info!(
+        tasks = tree.tasks.len(),
+        threads = tree.thread_count(),
+        "the tree is stopped"
+    );
+    fault::point();
+    Ok(tree)
 }
 
 /// What this dump can build on; `None` for one that copies everything and leaves no trace.

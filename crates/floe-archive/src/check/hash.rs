@@ -6,6 +6,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use floe_image::manifest::Manifest;
+
 use super::{COPY_AGAIN, Row, sentence};
 use crate::Generation;
 
@@ -80,12 +82,6 @@ pub(super) fn check(
     let bad = bad
         .into_inner()
         .expect("nobody panics while holding the rows");
-    let without: Vec<_> = manifest
-        .files
-        .iter()
-        .filter(|(_, file)| file.blake3.is_none())
-        .map(|(name, _)| name.as_str())
-        .collect();
     if bad.is_empty() {
         rows.push(Row::good(
             "checksums",
@@ -96,16 +92,7 @@ pub(super) fn check(
             ),
         ));
     }
-    if !without.is_empty() {
-        let shown = without
-            .iter()
-            .take(3)
-            .copied()
-            .collect::<Vec<_>>()
-            .join(", ");
-        let more = if without.len() > 3 { ", ..." } else { "" };
-        rows.push(Row::note("checksums", format!("generation {}: {} files have no checksum, their sizes were compared ({shown}{more})", manifest.generation, without.len())));
-    }
+    rows.extend(without_checksum(manifest));
     rows.extend(bad);
     report.bytes += bytes.into_inner();
     report.time += started.elapsed();
@@ -129,4 +116,27 @@ fn hash(mut file: File, bytes: &AtomicU64) -> io::Result<blake3::Hash> {
         hasher.update_rayon(&buffer[..filled]);
         bytes.fetch_add(filled as u64, Ordering::Relaxed);
     }
+}
+
+/// The files of which only the size is known, as a note.
+fn without_checksum(manifest: &Manifest) -> Option<Row> {
+    let without: Vec<_> = manifest
+        .files
+        .iter()
+        .filter(|(_, file)| file.blake3.is_none())
+        .map(|(name, _)| name.as_str())
+        .collect();
+    let shown = without
+        .iter()
+        .take(3)
+        .copied()
+        .collect::<Vec<_>>()
+        .join(", ");
+    let more = if without.len() > 3 { ", ..." } else { "" };
+    let what = format!(
+        "generation {}: {} files have no checksum, their sizes were compared ({shown}{more})",
+        manifest.generation,
+        without.len()
+    );
+    (!without.is_empty()).then(|| Row::note("checksums", what))
 }
