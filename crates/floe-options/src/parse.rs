@@ -183,6 +183,11 @@ fn short_options(
         let Some(flag) = FLAGS.iter().find(|flag| flag.short == Some(letter)) else {
             return Err(unknown_short(name, cluster));
         };
+        // `-i` is ours alone, so no script of CRIU's means a value by `-images-dir`.
+        let word = cluster.split('=').next().unwrap_or(cluster);
+        if letter == 'i' && FLAGS.iter().any(|flag| flag.long == word) {
+            return Err(unknown_short(name, cluster));
+        }
         let input = match flag.kind {
             Kind::Switch(_) | Kind::Plain(_) => Input::On,
             Kind::Optional(..) if rest.is_empty() => Input::On,

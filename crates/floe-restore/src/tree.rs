@@ -122,7 +122,9 @@ fn early_sessions(nodes: &BTreeMap<u32, Node>, order: &[u32]) -> BTreeMap<u32, u
         let (Some(parent), Some(wanted)) = (node.parent, wanted_session(*pid, node, &early)) else {
             continue;
         };
-        if nodes[&parent].sid == parent && wanted != parent {
+        // The root is born in our own session, which none of the tree's is.
+        let is_root = nodes[&parent].parent.is_none();
+        if nodes[&parent].sid == parent && wanted != parent && !is_root {
             early.entry(parent).or_insert(wanted);
         }
     }
@@ -230,7 +232,7 @@ fn birth(
 ) -> Birth {
     let node = &nodes[&pid];
     let before_session = match (node.parent, wanted_session(pid, node, early)) {
-        (Some(parent), Some(wanted)) => nodes[&parent].sid == parent && wanted != parent,
+        (Some(parent), Some(wanted)) => early.get(&parent) == Some(&wanted),
         _ => false,
     };
     // Nobody calls setpgid before the whole tree exists, so all are in the group of their session.

@@ -70,11 +70,11 @@ fn options_not_supported_yet_are_named_and_exit_with_3() {
     let directory = temporary();
     for (line, expected) in [
         (
-            "dump -t 1 --track-mem --lazy-pages",
-            "--track-mem is not supported yet",
+            "dump -t 1 --page-server --lazy-pages",
+            "--page-server is not supported yet",
         ),
         (
-            "dump -t 1 --track-mem --lazy-pages",
+            "dump -t 1 --page-server --lazy-pages",
             "--lazy-pages is not supported yet",
         ),
         ("restore --join-ns net:1", "--join-ns is not supported yet"),
@@ -217,17 +217,17 @@ fn the_log_is_in_the_work_directory_and_has_lines_like_those_of_criu() {
     }
     let output = run(
         directory.path(),
-        "dump -t 1 --track-mem -D images -W work -o dump.log -v4",
+        "dump -t 1 --lazy-pages -D images -W work -o dump.log -v4",
     );
     assert_eq!(output.status.code(), Some(3));
     let log =
         std::fs::read_to_string(directory.path().join("work/dump.log")).expect("the log is there");
     let line = log
         .lines()
-        .find(|line| line.contains("Error (floe): --track-mem"))
+        .find(|line| line.contains("Error (floe): --lazy-pages"))
         .unwrap_or_else(|| panic!("{log}"));
     assert!(line.starts_with("(00."), "{line}");
-    assert!(text(&output.stderr).contains("--track-mem is not supported yet"));
+    assert!(text(&output.stderr).contains("--lazy-pages is not supported yet"));
 }
 
 #[test]
@@ -244,7 +244,7 @@ fn check_shows_a_table_and_answers_for_one_feature() {
         Some(0)
     );
     assert_eq!(
-        run(directory.path(), "check --feature mem_dirty_track")
+        run(directory.path(), "check --feature apparmor_stacking")
             .status
             .code(),
         Some(4)

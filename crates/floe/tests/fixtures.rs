@@ -9,16 +9,8 @@ const KNOWN: &[(&str, &str)] = &[
         "packets of one pipe become one: limits of the image format",
     ),
     (
-        "unix-dgram-empty",
-        "an empty datagram is not in the images, as with CRIU",
-    ),
-    (
         "unix-peer-name",
         "a pair of sockets is made without its listener's name, as with CRIU",
-    ),
-    (
-        "orphaned-session",
-        "a member of a session whose leader ended and who is adopted in the tree",
     ),
 ];
 
