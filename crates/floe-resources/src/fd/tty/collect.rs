@@ -267,6 +267,17 @@ fn obstacles(terminals: &BTreeMap<u32, Terminal>, collector: &Collector<'_>) -> 
             let remedy = "only one terminal can be taken over at restore; redirect the other";
             found.push(Obstacle::fd(terminal.pid, terminal.fd, what, remedy));
         }
+        let leader = HostPid(info.sid.cast_signed());
+        let has_master = is_master(*id) || terminals.contains_key(&other_end(*id));
+        let is_pair = info.pty.is_some() && has_master;
+        if is_pair && info.sid != 0 && !collector.is_in_tree(leader) {
+            let what = format!(
+                "terminal /dev/pts/{}, which controls session {leader} outside of the tree",
+                id >> 1
+            );
+            let remedy = "dump the leader of that session too";
+            found.push(Obstacle::fd(terminal.pid, terminal.fd, what, remedy));
+        }
         if info.r#type == TtyType::Ctty as i32 && !adopted {
             let owned = terminals
                 .values()
