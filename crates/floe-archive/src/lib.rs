@@ -6,6 +6,7 @@
 pub mod archive;
 mod chain;
 pub mod check;
+pub mod compress;
 pub mod merged;
 pub mod pack;
 pub mod squash;

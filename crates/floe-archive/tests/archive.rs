@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use floe_archive::archive::{ArchiveError, open_set};
+use floe_archive::compress::compress;
 use floe_archive::pack::{PackOptions, pack};
 use floe_archive::squash::{squash, squash_in_place};
 use floe_archive::unpack::{UnpackError, UnpackLimits, unpack, unpack_set};
@@ -301,4 +302,29 @@ fn a_squashed_chain_is_one_full_checkpoint() {
         6,
         "nothing is left behind"
     );
+}
+
+#[test]
+fn compressed_pages_read_as_plain_ones_and_the_manifest_says_so() {
+    for codec in ["lz4", "zstd", "zstd:-3"] {
+        let root = tempfile::tempdir().expect("a directory");
+        let (chain, wanted) = example(root.path(), 3);
+        for directory in &chain {
+            compress(directory, Codec::parse(codec).expect("known"), 2).expect("compressed");
+            assert!(!directory.join("pages-1.img").exists());
+        }
+        let dir = ImageDir::open(&chain[2]).expect("opened");
+        assert_eq!(content(&dir), wanted, "{codec}");
+        let manifest = Manifest::read(&dir).expect("read").expect("there");
+        assert!(manifest.compression.expect("said").starts_with(&codec[..3]));
+        let manifest = Manifest::read(&dir).expect("read").expect("there");
+        manifest
+            .verify(&dir, Verify::Hashes)
+            .expect("every checksum");
+        let archive = saved(root.path(), "archive", &packed(&chain[2], None));
+        assert_eq!(content(&open_set(&[archive]).expect("opened")), wanted);
+        squash_in_place(&chain[2]).expect("squashed");
+        let dir = ImageDir::open(&chain[2]).expect("opened");
+        assert_eq!(content(&dir), wanted);
+    }
 }

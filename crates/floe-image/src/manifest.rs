@@ -83,6 +83,9 @@ pub struct Manifest {
     pub cpu: Option<String>,
     /// When the dump was made, in seconds since 1970 UTC.
     pub created: u64,
+    /// How the pages are compressed, such as `zstd:3`; `None` for plain ones, which CRIU reads too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compression: Option<String>,
     /// Every file by name.
     pub files: BTreeMap<String, ManifestFile>,
 }
@@ -175,6 +178,7 @@ impl Manifest {
             machine: info.machine,
             cpu: info.cpu,
             created: since.as_secs(),
+            compression: None,
             files,
         }
     }

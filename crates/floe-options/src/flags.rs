@@ -232,6 +232,8 @@ pub const FLAGS: &[Flag] = &[
         "with --iterate: most rounds (default: 10; not in CRIU)"),
     value("max-time", "TIME", Dump, |s, v| { s.rounds.max_time = Some(values::duration(v)?); Ok(()) },
         "with --iterate: no round begins after this time (not in CRIU)"),
+    value("compress", "CODEC", Dump, |s, v| { s.compress = Some(values::codec(v)?); Ok(()) },
+        "compress the pages: lz4, zstd or zstd:LEVEL; only Floe reads them (not in CRIU)"),
     switch("track-mem", Dump, |s| &mut s.track_mem, "track changes from now on"),
     value("prev-images-dir", "DIR", Dump, store!(prev_images_dir), "the generation before, relative to -D"),
     switch("auto-dedup", Both, |s| &mut s.auto_dedup, "punch out pages that are not needed any more"),

@@ -190,6 +190,21 @@ pub(crate) fn tracker(text: &str) -> Result<TrackerChoice, ValueError> {
     })
 }
 
+/// How pages are compressed: `lz4`, `zstd` or `zstd:LEVEL`.
+pub(crate) fn codec(text: &str) -> Result<String, ValueError> {
+    const WHAT: &str = "lz4, zstd or zstd:LEVEL (LEVEL from -7 to 22)";
+    let known = match text.split_once(':') {
+        None => ["lz4", "zstd"].contains(&text),
+        Some(("zstd", level)) => level
+            .parse()
+            .is_ok_and(|level: i32| (-7..=22).contains(&level)),
+        Some(_) => false,
+    };
+    known
+        .then(|| text.to_owned())
+        .ok_or(ValueError::Expected(WHAT))
+}
+
 pub(crate) fn join_ns(text: &str) -> Result<JoinNamespace, ValueError> {
     const WHAT: &str = "NS:PID or NS:FILE, with ,UID,GID for a user namespace";
     const KINDS: [&str; 6] = ["ipc", "net", "time", "user", "uts", "cgroup"];

@@ -334,6 +334,9 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
         Command::PreDump => engine::pre_dump(&options, &features, watch)?,
         _ => engine::dump(&options, &features, watch)?,
     }
+    if let Some(codec) = &settings.compress {
+        engine::compress(&options.place.images_dir, codec)?;
+    }
     if settings.display_stats {
         let stats = statistics::of_dump(&options.place.work_dir);
         let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;

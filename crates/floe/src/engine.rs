@@ -1,9 +1,11 @@
 //! The call sites of the engine, and what its errors mean for the exit code.
 
 use std::io::Write;
+use std::path::Path;
 
 use floe_dump::{DumpError, DumpReport, FreezeError, RoundReport};
 use floe_image::ImageDir;
+use floe_image::frames::Codec;
 use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
 use floe_options::{DumpOptions, IterateOptions, RestoreOptions};
@@ -138,6 +140,20 @@ fn log_report(report: &DumpReport) {
         report.total.as_micros(),
         report.image_bytes
     );
+}
+
+/// Compresses the pages of a finished dump, when no task waits for it any more.
+pub fn compress(images: &Path, codec: &str) -> Result<(), Failure> {
+    let codec =
+        Codec::parse(codec).ok_or_else(|| anyhow::anyhow!("--compress {codec}: unknown"))?;
+    let report = floe_archive::compress::compress(images, codec, crate::own::processors());
+    let report = report.map_err(|error| Failure::new(Exit::Failed, error))?;
+    tracing::info!(
+        "compressed {} bytes of pages to {}",
+        report.content,
+        report.stored
+    );
+    Ok(())
 }
 
 /// Restores a tree.

@@ -110,6 +110,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
     run(root, "pack 0 -o base");
     run(root, "pack 2 --since 0 -o increment");
     run(root, "squash 2 -o squashed");
+    copy_compressed(&root.join("squashed"), &root.join("compressed"));
     run(root, "unpack whole.tar.zst -C unpacked");
     run(root, "unpack increment base -C both");
     let first = reached;
@@ -120,6 +121,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         "-D squashed",
         "-D unpacked",
         "-D both",
+        "-D compressed",
     ] {
         let line = format!(
             "restore --no-default-config -d --pidfile {}/pid -W {} {line}",
@@ -137,6 +139,13 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         end(root);
     }
     restore_from_standard_input(root, first);
+}
+
+/// A copy with compressed pages.
+fn copy_compressed(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("-a").args([from, to]).status();
+    assert!(copied.expect("cp").success());
+    floe_archive::compress::compress(to, floe_image::frames::Codec::Lz4, 2).expect("compressed");
 }
 
 /// By a pipe, which cannot be read twice.
