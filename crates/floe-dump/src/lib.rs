@@ -206,7 +206,7 @@ fn save(
     report: &mut DumpReport,
 ) -> Result<(HeldConnections, HeldNames), DumpError> {
     let writer = memory.writer();
-    let mut collector = Collector::new(options, features, writer);
+    let mut collector = Collector::new(options, features, writer)?;
     collector.set_tree(tree.tasks.iter().map(|task| task.pid));
     if let Some(tracking) = &memory.tracking {
         collector.cache(|| tracking.registered());

@@ -12,6 +12,7 @@ pub mod ids;
 pub mod inherited;
 pub mod janitor;
 pub mod kcmp;
+pub mod namespace;
 pub mod netlink;
 pub mod nftables;
 pub mod pagemap;

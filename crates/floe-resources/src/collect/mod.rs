@@ -20,6 +20,8 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_options::DumpOptions;
 
+use crate::namespace::TreeNamespaces;
+
 pub use error::{CollectError, Obstacle};
 pub(crate) use fd_table::collect_description;
 pub use fd_table::collect_fd_table;
@@ -53,6 +55,7 @@ pub struct Collector<'a> {
     obstacles: Vec<Obstacle>,
     segments: BTreeMap<u64, Segment>,
     tree: HashSet<HostPid>,
+    namespaces: TreeNamespaces,
 }
 
 impl<'a> Collector<'a> {
@@ -61,8 +64,8 @@ impl<'a> Collector<'a> {
         options: &'a DumpOptions,
         features: &'a KernelFeatures,
         writer: &'a ImageWriter,
-    ) -> Self {
-        Collector {
+    ) -> Result<Self, CollectError> {
+        Ok(Collector {
             options,
             features,
             writer,
@@ -75,7 +78,8 @@ impl<'a> Collector<'a> {
             obstacles: Vec::new(),
             segments: BTreeMap::new(),
             tree: HashSet::new(),
-        }
+            namespaces: TreeNamespaces::new()?,
+        })
     }
 
     /// Names the processes that are dumped.
@@ -86,6 +90,11 @@ impl<'a> Collector<'a> {
     /// Whether a process is dumped.
     pub fn is_in_tree(&self, process: HostPid) -> bool {
         self.tree.contains(&process)
+    }
+
+    /// The namespaces that the tree has of its own.
+    pub fn namespaces(&self) -> &TreeNamespaces {
+        &self.namespaces
     }
 
     /// Where images go.

@@ -6,11 +6,13 @@
 mod description;
 mod error;
 mod images;
+mod namespaces;
 mod planner;
 mod world;
 
 pub use description::{file_owner_of, plan_owner, set_flags, set_offset};
 pub use error::{Attempt, ExecuteError, PlanError};
 pub use images::{Holder, TaskImages, TaskState, TreeImages};
+pub use namespaces::Namespaces;
 pub use planner::{Op, Planner};
 pub use world::{Puppet, Undo, World};

@@ -8,10 +8,12 @@ use std::rc::Rc;
 
 use floe_inject::{Arena, Arg, Outcome, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
-use floe_kernel::ids::HostPid;
+use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::janitor::{Janitor, NameKind};
+use floe_kernel::pidfd::Pidfd;
 use floe_options::RestoreOptions;
 
+use super::namespaces::Namespaces;
 use super::{Attempt, ExecuteError, TreeImages};
 
 /// A task that is being restored: stopped, in the executor.
@@ -64,6 +66,7 @@ pub struct World<'i> {
     janitor: Option<Rc<Janitor>>,
     before_release: Vec<Undo>,
     tidy: Vec<Undo>,
+    namespaces: Namespaces,
 }
 
 impl<'i> World<'i> {
@@ -90,6 +93,7 @@ impl<'i> World<'i> {
             janitor: None,
             before_release: Vec::new(),
             tidy: Vec::new(),
+            namespaces: Namespaces::default(),
         }
     }
 
@@ -196,6 +200,40 @@ impl<'i> World<'i> {
         program.call("close", libc::SYS_close, &[Arg::from(copy)]);
         let outcome = self.run(pid, &program)?.expect("the program has calls");
         Ok(outcome.result(high) as RawFd)
+    }
+
+    /// Our own descriptor of a file that a task has open.
+    pub fn fetch(&mut self, pid: u32, fd: TaskFd) -> Result<OwnedFd, ExecuteError> {
+        let host = self.puppet(pid)?.pid();
+        let file = Pidfd::open(host).and_then(|pidfd| pidfd.duplicate_fd(fd));
+        self.lift(file.during("Fetching from a task", || format!("descriptor {fd}"))?)
+    }
+
+    /// The namespaces made so far.
+    pub fn namespaces(&mut self) -> &mut Namespaces {
+        &mut self.namespaces
+    }
+
+    /// Does something while the coordinator is in a namespace of the tree.
+    pub fn in_namespace<T>(
+        &mut self,
+        id: u32,
+        work: impl FnOnce(&mut Self) -> Result<T, ExecuteError>,
+    ) -> Result<T, ExecuteError> {
+        self.in_namespaces(&[id], work)
+    }
+
+    /// As [`World::in_namespace`], in several of different kinds at once.
+    pub fn in_namespaces<T>(
+        &mut self,
+        ids: &[u32],
+        work: impl FnOnce(&mut Self) -> Result<T, ExecuteError>,
+    ) -> Result<T, ExecuteError> {
+        let (home, inside) = self.namespaces.way_to(ids)?;
+        let _visit = home
+            .visit(inside.iter().map(|namespace| &**namespace))
+            .during("Entering namespaces", || format!("{ids:?}"))?;
+        work(self)
     }
 
     /// A value that lives as long as the restore, made with the first call. Each kind uses a type of
