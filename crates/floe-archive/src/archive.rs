@@ -337,13 +337,10 @@ impl ImageStore for ArchivedImages {
         let Some(member) = self.archive.index.members.get(name) else {
             return Ok(None);
         };
-        let is_pages = matches!(ImageKind::of_file_name(name), Some((ImageKind::Pages, _)));
-        let mut file = memory_file("floe-image")?;
-        if is_pages {
-            // Pages are read where they are; a file of this size suffices to look at.
-            file.set_len(member.size)?;
-            return Ok(Some(file));
+        if matches!(ImageKind::of_file_name(name), Some((ImageKind::Pages, _))) {
+            return Err(io::Error::other("pages are read where they are"));
         }
+        let mut file = memory_file("floe-image")?;
         if member.size > MAX_SMALL {
             return Err(io::ErrorKind::FileTooLarge.into());
         }

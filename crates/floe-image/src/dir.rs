@@ -40,7 +40,7 @@ pub trait ImageStore: std::fmt::Debug + Send + Sync {
     fn names(&self) -> Vec<String>;
     /// A file other than one of pages, to be read from its beginning; `None` when it is absent.
     fn open(&self, name: &str) -> io::Result<Option<File>>;
-    /// A file of pages; `None` when it is absent.
+    /// The content of any file where it lies; `None` when it is absent.
     fn pages(&self, name: &str) -> io::Result<Option<PagesReader>>;
     /// Length of a file in bytes; `None` when it is absent.
     fn size(&self, name: &str) -> Option<u64>;
@@ -262,16 +262,20 @@ impl ImageDir {
         }
     }
 
+    /// The content of any file as it is stored, to be read at any place; `None` when it is absent.
+    pub fn open_content(&self, name: &str) -> Result<Option<PagesReader>, ImageError> {
+        match &self.backing {
+            Backing::Directory(_) => Ok(self.open_file(name)?.map(PagesReader::Plain)),
+            Backing::Store(store) => store
+                .pages(name)
+                .map_err(|source| self.unreadable(name, source)),
+        }
+    }
+
     /// Opens `pages-ID`, plain or compressed; absent is an error.
     pub fn open_pages(&self, id: u64) -> Result<PagesReader, ImageError> {
         let name = ImageKind::Pages.file_name(id);
-        let plain = match &self.backing {
-            Backing::Directory(_) => self.open_file(&name)?.map(PagesReader::Plain),
-            Backing::Store(store) => store
-                .pages(&name)
-                .map_err(|source| self.unreadable(&name, source))?,
-        };
-        if let Some(plain) = plain {
+        if let Some(plain) = self.open_content(&name)? {
             return Ok(plain);
         }
         for codec in [Codec::Zstd(0), Codec::Lz4] {

@@ -17,6 +17,8 @@ pub const MANIFEST_NAME: &str = "floe.json";
 pub const MANIFEST_FORMAT: u32 = 1;
 /// Largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: u64 = 64 << 20;
+/// Bytes that are hashed at once.
+const PART: u64 = 1 << 20;
 
 /// Whether a directory holds all that a restore needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -222,12 +224,8 @@ impl Manifest {
     pub fn verify(&self, dir: &ImageDir, verify: Verify) -> Result<(), ManifestError> {
         for (name, listed) in &self.files {
             let path = dir.path().join(name);
-            let Some(file) = dir.open_file(name)? else {
+            let Some(found) = dir.file_size(name) else {
                 return Err(ManifestError::Missing { path });
-            };
-            let found = match file.metadata() {
-                Ok(metadata) => metadata.len(),
-                Err(source) => return Err(ManifestError::Read { path, source }),
             };
             if found != listed.size {
                 return Err(ManifestError::Size {
@@ -239,9 +237,19 @@ impl Manifest {
             let Some(hash) = listed.blake3.as_ref().filter(|_| verify == Verify::Hashes) else {
                 continue;
             };
+            let Some(content) = dir.open_content(name)? else {
+                return Err(ManifestError::Missing { path });
+            };
             let mut hasher = blake3::Hasher::new();
-            if let Err(source) = hasher.update_reader(file) {
-                return Err(ManifestError::Read { path, source });
+            let mut buffer = vec![0; PART.min(found) as usize];
+            let mut at = 0;
+            while at < found {
+                let part = &mut buffer[..(found - at).min(PART) as usize];
+                if let Err(source) = content.read_exact_at(part, at) {
+                    return Err(ManifestError::Read { path, source });
+                }
+                hasher.update(part);
+                at += part.len() as u64;
             }
             if hasher.finalize().to_hex().as_str() != hash {
                 return Err(ManifestError::Hash { path });

@@ -206,24 +206,41 @@ fn check_cpu(dir: &ImageDir, options: &RestoreOptions) -> Result<(), RestoreErro
     }
 }
 
+/// Who has a pid or tid that a restore needs.
+pub(crate) struct Owner {
+    /// Its name, and what keeps a zombie.
+    pub shown: String,
+    /// Whether it has ended and waits to be reaped.
+    pub is_zombie: bool,
+}
+
+impl Owner {
+    /// Nobody where the id is free.
+    pub fn of(id: u32) -> Option<Owner> {
+        let stat = std::fs::read_to_string(format!("/proc/{id}/stat")).ok()?;
+        // `pid (comm) state ...`, where comm may hold anything.
+        let (owner, rest) = stat.rsplit_once(')').unwrap_or((&stat, ""));
+        let is_zombie = rest.trim_start().starts_with(['Z', 'X']);
+        let comm = owner.split_once('(').map_or(owner, |(_, comm)| comm);
+        let why = if is_zombie {
+            ", a zombie whose parent does not reap it"
+        } else {
+            ""
+        };
+        Some(Owner {
+            shown: format!("`{comm}`{why}"),
+            is_zombie,
+        })
+    }
+}
+
 /// Finds every pid and tid that is taken, before anything is made.
 fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError> {
     let deadline = Instant::now() + ZOMBIE_PATIENCE;
     for id in tree.ids(images) {
-        while let Ok(stat) = std::fs::read_to_string(format!("/proc/{id}/stat")) {
-            // `pid (comm) state ...`, where comm may hold anything.
-            let (owner, rest) = stat.rsplit_once(')').unwrap_or((&stat, ""));
-            let zombie = rest.trim_start().starts_with(['Z', 'X']);
-            if !zombie || Instant::now() > deadline {
-                let owner = owner.split_once('(').map_or(owner, |(_, comm)| comm);
-                let owner = format!(
-                    "`{owner}`{}",
-                    if zombie {
-                        ", a zombie whose parent does not reap it"
-                    } else {
-                        ""
-                    }
-                );
+        while let Some(owner) = Owner::of(id) {
+            if !owner.is_zombie || Instant::now() > deadline {
+                let owner = owner.shown;
                 return Err(PlanError::IdTaken { id, owner });
             }
             std::thread::sleep(Duration::from_millis(5));

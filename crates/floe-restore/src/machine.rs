@@ -12,7 +12,7 @@ use floe_options::RestoreOptions;
 use floe_resources::cpu;
 use floe_resources::restore::TreeImages;
 
-use crate::engine::plan;
+use crate::engine::{Owner, plan};
 use crate::tree::Tree;
 
 const TCP: u32 = 6;
@@ -106,15 +106,15 @@ fn ids(images: &TreeImages) -> Vec<Row> {
     let mut count = 0;
     for id in tree.ids(images) {
         count += 1;
-        if let Ok(stat) = std::fs::read_to_string(format!("/proc/{id}/stat")) {
-            let owner = stat
-                .split_once('(')
-                .and_then(|(_, rest)| rest.rsplit_once(')'));
-            let owner = owner.map_or("?", |(owner, _)| owner);
+        if let Some(owner) = Owner::of(id) {
+            let end = match owner.is_zombie {
+                true => "end the parent that does not reap it".to_owned(),
+                false => format!("end it (kill {id})"),
+            };
             rows.push(Row::bad(
                 "pids",
-                format!("pid {id} is taken by `{owner}`"),
-                format!("end it (kill {id}), or restore in a new pid namespace: unshare --pid --fork --mount-proc floe restore ..."),
+                format!("pid {id} is taken by {}", owner.shown),
+                format!("{end}, or restore in a new pid namespace: unshare --pid --fork --mount-proc floe restore ..."),
             ));
         }
     }

@@ -152,3 +152,25 @@ fn damage_is_found_by_the_checksums() {
         said(&output)
     );
 }
+
+#[test]
+fn pages_in_an_archive_are_compared_with_their_checksums() {
+    let root = tempfile::tempdir().expect("a directory");
+    let newest = chain(root.path()).pop().expect("two");
+    let archive = root.path().join("archive");
+    let packed = Command::new(env!("CARGO_BIN_EXE_floe"))
+        .arg("pack")
+        .arg(&newest)
+        .arg("-o")
+        .arg(&archive)
+        .output()
+        .expect("the binary runs");
+    assert!(packed.status.success(), "{}", said(&packed));
+    let output = floe("verify", &archive);
+    let text = said(&output);
+    assert!(
+        text.contains("generation 1: 7 files are as they were made"),
+        "{text}"
+    );
+    assert!(!text.contains("not as it was"), "{text}");
+}

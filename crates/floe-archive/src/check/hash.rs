@@ -1,18 +1,20 @@
 //! Comparing files with their checksums.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use floe_image::PagesReader;
+use floe_image::frames::FRAME_BYTES;
 use floe_image::manifest::Manifest;
+use rayon::prelude::*;
 
 use super::{COPY_AGAIN, Row, sentence};
 use crate::Generation;
 
-/// Bytes that are read at once, and hashed by all threads.
-const CHUNK: usize = 4 << 20;
+/// Bytes that are read and hashed at once, by all threads.
+const CHUNK: usize = 8 << 20;
 
 /// What was hashed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,8 +49,8 @@ pub(super) fn check(
     let work = || {
         while let Some((name, wanted)) = hashed.get(next.fetch_add(1, Ordering::Relaxed)) {
             let path = generation.dir.path().join(name.as_str());
-            let row = match generation.dir.open_file(name) {
-                Ok(Some(file)) => match hash(file, &bytes) {
+            let row = match generation.dir.open_content(name) {
+                Ok(Some(content)) => match hash(&content, &bytes) {
                     Ok(found) if found.to_hex().as_str() == *wanted => continue,
                     Ok(_) => Row::bad(
                         "checksums",
@@ -98,24 +100,24 @@ pub(super) fn check(
     report.time += started.elapsed();
 }
 
-fn hash(mut file: File, bytes: &AtomicU64) -> io::Result<blake3::Hash> {
-    let size = file.metadata()?.len();
+/// Hashes content; what is compressed is decoded by all threads as well.
+fn hash(content: &PagesReader, bytes: &AtomicU64) -> io::Result<blake3::Hash> {
+    let size = content.size()?;
     let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; CHUNK.min(size as usize + 1)];
-    loop {
-        let mut filled = 0;
-        while filled < buffer.len() {
-            match file.read(&mut buffer[filled..])? {
-                0 => break,
-                read => filled += read,
-            }
-        }
-        if filled == 0 {
-            return Ok(hasher.finalize());
-        }
-        hasher.update_rayon(&buffer[..filled]);
-        bytes.fetch_add(filled as u64, Ordering::Relaxed);
+    let mut buffer = vec![0; size.min(CHUNK as u64) as usize];
+    let mut at = 0;
+    while at < size {
+        let part = &mut buffer[..(size - at).min(CHUNK as u64) as usize];
+        part.par_chunks_mut(FRAME_BYTES)
+            .enumerate()
+            .try_for_each(|(number, piece)| {
+                content.read_exact_at(piece, at + (number * FRAME_BYTES) as u64)
+            })?;
+        hasher.update_rayon(part);
+        at += part.len() as u64;
+        bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
     }
+    Ok(hasher.finalize())
 }
 
 /// The files of which only the size is known, as a note.
