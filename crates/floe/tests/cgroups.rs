@@ -106,8 +106,8 @@ fn dump_away(group: &Group, images: &Path) -> u32 {
 }
 
 fn end(pid: u32) {
-    let pid = rustix::process::Pid::from_raw(pid as i32).expect("a task has a pid");
-    rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("our own task");
+    let status = Command::new("kill").args(["-9", &pid.to_string()]).status();
+    assert!(status.expect("kill is part of every system").success());
 }
 
 #[test]
