@@ -8,6 +8,7 @@
 
 mod error;
 mod freeze;
+mod hooks;
 mod iterate;
 pub mod keeper;
 mod kinship;
@@ -47,6 +48,7 @@ pub use predump::pre_dump;
 pub use report::DumpReport;
 
 use freeze::FrozenTree;
+use hooks::{asked_external, lock_network};
 use kinship::Kinship;
 use memory::MemoryDump;
 use task::{Draft, Shared};
@@ -86,6 +88,8 @@ pub fn dump(
     if let Some(tracking) = &mut memory.tracking {
         tracking.begin_round(&mut tree)?;
     }
+    let unlock = lock_network(options, &tree)?;
+    let options = &*asked_external(options)?;
     let run_id = run_id();
     let (network, links) = save(
         &mut tree,
@@ -102,6 +106,7 @@ pub fn dump(
     fault::point();
     if options.after == AfterDump::LeaveRunning {
         network.release().map_err(DumpError::Connections)?;
+        drop(unlock);
         release::resume(tree)?;
         report.frozen = stopping.elapsed();
         report.image_bytes = finish(&writer, memory.tracking.as_ref())?;
@@ -123,6 +128,9 @@ pub fn dump(
             _ => release::kill(tree)?,
         }
         network.end();
+        if let Some(lock) = unlock {
+            lock.keep();
+        }
         links.keep();
         tracing::info!("gave up the tree");
         report.frozen = stopping.elapsed();

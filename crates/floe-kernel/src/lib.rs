@@ -4,6 +4,7 @@
 
 pub mod anonymous;
 mod arch;
+pub mod child;
 pub mod cpu;
 pub mod fault;
 pub mod features;
@@ -16,6 +17,7 @@ pub mod namespace;
 pub mod netlink;
 pub mod nftables;
 pub mod pagemap;
+pub mod peer;
 pub mod pidfd;
 pub mod placeholder;
 pub mod proc;
@@ -24,7 +26,6 @@ pub mod shared_anonymous;
 pub mod sock_diag;
 pub mod socket;
 pub mod sockopt;
-pub mod sysv;
 pub mod tcp_packet;
 pub mod tcp_repair;
 pub mod thread;

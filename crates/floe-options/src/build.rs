@@ -194,6 +194,7 @@ impl Settings {
             allow_uprobes: self.allow_uprobes,
             unprivileged: self.unprivileged,
             empty_net: self.empty_net,
+            orphan_pts_master: self.orphan_pts_master,
             hooks,
             ..DumpOptions::new(tree, self.place())
         })
@@ -236,6 +237,7 @@ impl Settings {
             lazy_pages: self.lazy_pages,
             allow_uprobes: self.allow_uprobes,
             unprivileged: self.unprivileged,
+            orphan_pts_master: self.orphan_pts_master,
             hooks,
             ..RestoreOptions::new(place)
         }

@@ -2,6 +2,8 @@
 
 use std::os::fd::BorrowedFd;
 
+use crate::External;
+
 /// A point at which CRIU runs action scripts or sends a notification.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Action {
@@ -80,6 +82,10 @@ pub struct HookError {
 pub trait Hooks: Send + Sync {
     /// Runs what the caller has for this event and returns when it is done.
     fn run(&self, event: HookEvent<'_>) -> Result<(), HookError>;
+
+    /// Asks for resources that shall not be saved, beyond those of the options, once the tree stands
+    /// still (`QueryExtFiles`).
+    fn external_files(&self) -> Result<Vec<External>, HookError>;
 }
 
 /// No scripts and nobody to notify.
@@ -89,5 +95,9 @@ pub struct NoHooks;
 impl Hooks for NoHooks {
     fn run(&self, _event: HookEvent<'_>) -> Result<(), HookError> {
         Ok(())
+    }
+
+    fn external_files(&self) -> Result<Vec<External>, HookError> {
+        Ok(Vec::new())
     }
 }

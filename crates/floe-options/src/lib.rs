@@ -28,7 +28,7 @@ pub use dump::{AfterDump, DumpOptions, IterateOptions, PreDumpMode, TrackerChoic
 pub use error::{UsageError, ValueError};
 pub use external::{ExtMount, External, ExternalError, InheritFd};
 pub use hooks::{Action, HookError, HookEvent, Hooks, NoHooks};
-pub use parse::CommandLine;
+pub use parse::{CommandLine, set_option};
 pub use policy::{
     ByteLimit, CgroupOptions, CgroupRoot, CpuCapabilities, FileValidation, ManageCgroups,
     MountOptions, NetworkLock, Place, SocketOptions, TreePid,

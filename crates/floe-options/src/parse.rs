@@ -123,6 +123,12 @@ fn long_option(text: &str, next: impl FnOnce() -> Option<String>) -> Result<Give
     })
 }
 
+/// Sets one option by its long name, as a configuration line would: for values that come in text
+/// from elsewhere, such as a request.
+pub fn set_option(name: &str, value: &str, settings: &mut Settings) -> Result<(), UsageError> {
+    config_option(name, Some(value.to_owned()))?.apply(settings)
+}
+
 /// A configuration line: the same names, but an optional value may stand apart.
 pub(crate) fn config_option(name: &str, value: Option<String>) -> Result<Given, UsageError> {
     let (flag, _) = find_long(name)?;

@@ -141,6 +141,8 @@ pub struct Settings {
     pub allow_uprobes: bool,
     pub unprivileged: bool,
     pub deprecated: bool,
+    /// Only a request can ask for it.
+    pub orphan_pts_master: bool,
     pub check: CheckSettings,
     pub server: ServerSettings,
 }
@@ -204,6 +206,7 @@ impl Default for Settings {
             allow_uprobes: false,
             unprivileged: false,
             deprecated: false,
+            orphan_pts_master: false,
             check: CheckSettings::default(),
             server: ServerSettings::default(),
         }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use floe_inject::{ARENA_BYTES, Arg, Program, RootSpawn, Seized, spawn_root};
 use floe_kernel::ids::HostPid;
-use floe_options::DetachMode;
+use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
 use floe_resources::fd::tty::take_controlling_terminal;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
@@ -48,11 +48,10 @@ impl Births<'_> {
             .iter()
             .map(|birth| Handle::Session(birth.pid))
             .collect();
-        planner.step(
-            "the whole tree stands",
-            (&born, &[Handle::Tree]),
-            |_| Ok(()),
-        );
+        planner.step("the whole tree stands", (&born, &[Handle::Tree]), |world| {
+            let event = HookEvent::new(Action::PostSetupNamespaces, None);
+            Ok(world.options.hooks.run(event)?)
+        });
         self.plan_groups(planner);
         self.plan_deaths(planner);
         Ok(())
@@ -78,6 +77,7 @@ impl Births<'_> {
                     arena_bytes: ARENA_BYTES,
                 };
                 let (arena, leader) = spawn_root(&spawn)?;
+                let event = HookEvent::new(Action::SetupNamespaces, Some(leader.pid().0));
                 world.puppets.insert(
                     pid,
                     Puppet {
@@ -86,7 +86,7 @@ impl Births<'_> {
                         threads: Default::default(),
                     },
                 );
-                Ok(())
+                Ok(world.options.hooks.run(event)?)
             },
         );
     }

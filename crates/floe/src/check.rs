@@ -61,6 +61,22 @@ impl From<UnknownFeature> for Failure {
     }
 }
 
+/// What nothing works without and this kernel lacks; `Err` names it.
+pub fn essentials() -> Result<(), Vec<&'static Feature>> {
+    let context = ProbeContext::default();
+    let needed = FEATURES
+        .iter()
+        .filter(|feature| feature.need == Need::Always);
+    let missing: Vec<_> = needed
+        .filter(|feature| !feature.present(&context))
+        .collect();
+    if missing.is_empty() {
+        Ok(())
+    } else {
+        Err(missing)
+    }
+}
+
 /// All features are shown; only those asked for decide the verdict. The last line and the exit
 /// code are what scripts look at, with CRIU's words.
 fn table(settings: &CheckSettings) -> Result<Exit, Failure> {

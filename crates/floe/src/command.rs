@@ -12,10 +12,10 @@ use floe_options::command::Command;
 use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 
 use crate::exit::{Exit, Failure};
-use crate::logging::Target;
+use crate::logging::{Log, Target};
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, inspect, logging, pack, report, squash,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, pack, report, rpc, squash,
     statistics, track, unpack, verify,
 };
 
@@ -193,6 +193,10 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
     let (command, rest) = line.command(&own)?;
     settings.check(command, rest)?;
     reporter.silent = settings.log.level == 0;
+    if let (Command::Swrk, [fd]) = (command, rest) {
+        arm_fault()?;
+        return rpc::answer_parent(fd);
+    }
     execute(command, absolute(settings)?, rest, reporter)
 }
 
@@ -205,12 +209,18 @@ fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
 
 /// Configuration files first, then the command line over them.
 fn configured(line: &CommandLine, from_line: &Settings) -> Result<Settings, Failure> {
+    let mut settings = by_files(from_line)?;
+    line.apply(&mut settings)?;
+    settings.deprecated |= std::env::var_os("CRIU_DEPRECATED").is_some();
+    Ok(settings)
+}
+
+/// The settings of the configuration files that a command line with `from_line` asks for.
+pub fn by_files(from_line: &Settings) -> Result<Settings, Failure> {
     let home = std::env::var_os("HOME").map(PathBuf::from);
     let environment = std::env::var_os("CRIU_CONFIG_FILE").map(PathBuf::from);
     let mut settings = Settings::default();
     ConfigSources::new(from_line, home.as_deref(), environment).apply(&mut settings)?;
-    line.apply(&mut settings)?;
-    settings.deprecated |= std::env::var_os("CRIU_DEPRECATED").is_some();
     Ok(settings)
 }
 
@@ -237,12 +247,14 @@ fn execute(
             .map_err(|error| anyhow::anyhow!("--close {fd}: {error}"))?;
     }
     let log = settings.log_path();
-    let opened = logging::start(log.as_deref(), settings.log.level);
+    let program_log = Log::install();
+    let opened = program_log.open(log.as_deref(), settings.log.level);
     let shown = log.as_deref().unwrap_or(Path::new("-")).display();
     reporter.log = opened.map_err(|error| anyhow::anyhow!("log file {shown}: {error}"))?;
     refuse_not_yet(command, &settings)?;
-    floe_kernel::fault::arm(wanted_fault()?);
+    arm_fault()?;
     match command {
+        Command::Service => rpc::serve(&settings, program_log),
         Command::Check => check::run(&settings.check),
         Command::Dump | Command::PreDump => dump(&settings, command),
         Command::Restore => restore(&settings, rest),
@@ -259,15 +271,15 @@ fn execute(
 }
 
 /// `FLOE_FAULT=step:N`, for tests: the N-th step of a dump or restore kills the engine.
-fn wanted_fault() -> Result<Option<u32>, Failure> {
+fn arm_fault() -> Result<(), Failure> {
     let Some(text) = std::env::var_os("FLOE_FAULT") else {
-        return Ok(None);
+        return Ok(());
     };
     let step = text.to_str().and_then(|text| text.strip_prefix("step:"));
-    match step.and_then(|step| step.parse().ok()) {
-        Some(step) => Ok(Some(step)),
-        None => Err(UsageError::Conflict("FLOE_FAULT must be step:N").into()),
-    }
+    let step = step.and_then(|step| step.parse().ok());
+    let step = step.ok_or(UsageError::Conflict("FLOE_FAULT must be step:N"))?;
+    floe_kernel::fault::arm(Some(step));
+    Ok(())
 }
 
 fn gone(command: &str, instead: &str) -> Failure {
@@ -277,7 +289,8 @@ fn gone(command: &str, instead: &str) -> Failure {
     )
 }
 
-fn refuse_not_yet(command: Command, settings: &Settings) -> Result<(), Failure> {
+/// Refuses options that this version takes but cannot follow.
+pub fn refuse_not_yet(command: Command, settings: &Settings) -> Result<(), Failure> {
     let rows = settings.not_yet(command);
     if rows.is_empty() {
         return Ok(());
@@ -292,7 +305,8 @@ fn refuse_not_yet(command: Command, settings: &Settings) -> Result<(), Failure> 
     ))
 }
 
-fn hooks(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
+/// The scripts and the status descriptor of the settings.
+pub fn scripts(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
     let take = |fd: i32| {
         floe_kernel::inherited::take(fd)
             .map_err(|error| anyhow::anyhow!("--status-fd {fd}: {error}"))
@@ -325,11 +339,12 @@ fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
 }
 
 fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<Exit, Failure> {
-    let options = settings.dump_options(hooks(settings)?)?;
+    let options = settings.dump_options(scripts(settings)?)?;
     let features = KernelFeatures::probe();
     match command {
         Command::Dump if settings.iterate => {
-            engine::dump_in_rounds(&options, settings.rounds, &features, watch)?;
+            let environment = (&features, watch);
+            engine::dump_in_rounds(&options, settings.rounds, environment, &engine::say)?;
         }
         Command::PreDump => engine::pre_dump(&options, &features, watch)?,
         _ => engine::dump(&options, &features, watch)?,
@@ -352,7 +367,7 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
 }
 
 fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
-    let options = settings.restore_options(hooks(settings)?);
+    let options = settings.restore_options(scripts(settings)?);
     if settings.dry_run {
         let steps = engine::dry_run(&options, &KernelFeatures::probe())?;
         print(

@@ -8,6 +8,7 @@ use floe_image::ImageDir;
 use floe_image::frames::Codec;
 use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
 use floe_options::{DumpOptions, IterateOptions, RestoreOptions};
 use floe_resources::restore::{ExecuteError, PlanError};
 use floe_restore::RestoreError;
@@ -44,12 +45,12 @@ pub fn pre_dump(
     }
 }
 
-/// Dumps a tree in rounds, with a line on standard error for each.
+/// Dumps a tree in rounds, with a line to `say` for each.
 pub fn dump_in_rounds(
     options: &DumpOptions,
     rounds: IterateOptions,
-    features: &KernelFeatures,
-    watch: &Watch,
+    (features, watch): (&KernelFeatures, &Watch),
+    say: &dyn Fn(&str),
 ) -> Result<(), Failure> {
     let mut show = |round: &RoundReport| say(&round_line(round));
     let environment = (features, Some(watch));
@@ -93,7 +94,8 @@ fn round_line(round: &RoundReport) -> String {
     line
 }
 
-fn say(text: &str) {
+/// Says a line on standard error.
+pub fn say(text: &str) {
     // Nobody is left to tell if standard error is closed.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
@@ -156,11 +158,11 @@ pub fn compress(images: &Path, codec: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Restores a tree.
-pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<(), Failure> {
+/// Restores a tree; gives its root.
+pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<HostPid, Failure> {
     let restored = floe_restore::restore(images(options)?, options, features);
     restored
-        .map(drop)
+        .map(|report| HostPid(report.root))
         .map_err(|error| Failure::new(restore_exit(&error), error))
 }
 

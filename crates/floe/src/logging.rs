@@ -5,7 +5,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use tracing::field::{Field, Visit};
@@ -21,24 +22,47 @@ pub enum Target {
     StandardError,
 }
 
-/// Starts logging to `path` (made anew, readable by the owner only) or to standard error.
-pub fn start(path: Option<&Path>, level: u32) -> io::Result<Target> {
-    let (sink, target): (Box<dyn Write + Send>, _) = match path {
-        Some(path) => {
-            let mut options = File::options();
-            options.create(true).write(true).truncate(true).mode(0o600);
-            (Box::new(options.open(path)?), Target::File)
-        }
-        None => (Box::new(io::stderr()), Target::StandardError),
-    };
-    let layer = LogLayer {
-        started: Instant::now(),
-        level: filter(level),
-        sink: Mutex::new(sink),
-    };
-    // A second start in one process can only come from a test; the first log stays.
-    let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
-    Ok(target)
+/// The program's log. It begins without a place to write to: a request may name one late, or another one.
+#[derive(Clone)]
+pub struct Log(Arc<Shared>);
+
+struct Shared {
+    started: Instant,
+    /// As [`filter`] takes it.
+    level: AtomicU32,
+    sink: Mutex<Box<dyn Write + Send>>,
+}
+
+impl Log {
+    /// Makes the log that all events of this process go to.
+    pub fn install() -> Self {
+        let shared = Arc::new(Shared {
+            started: Instant::now(),
+            level: AtomicU32::new(0),
+            sink: Mutex::new(Box::new(io::sink())),
+        });
+        let layer = LogLayer(shared.clone());
+        // A second one in one process can only come from a test; the first log stays.
+        let _ = tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer));
+        Self(shared)
+    }
+
+    /// From now on events go to `path` (made anew, readable by the owner only) or to standard error.
+    pub fn open(&self, path: Option<&Path>, level: u32) -> io::Result<Target> {
+        let (sink, target): (Box<dyn Write + Send>, _) = match path {
+            Some(path) => {
+                let mut options = File::options();
+                options.create(true).write(true).truncate(true).mode(0o600);
+                (Box::new(options.open(path)?), Target::File)
+            }
+            None => (Box::new(io::stderr()), Target::StandardError),
+        };
+        *self.0.sink.lock().unwrap_or_else(PoisonError::into_inner) = sink;
+        self.0.level.store(level, Ordering::Relaxed);
+        // What an event's place was found to be before does not hold any more.
+        tracing::callsite::rebuild_interest_cache();
+        Ok(target)
+    }
 }
 
 /// CRIU's 0 to 4; 5 and more add what Floe calls trace.
@@ -53,18 +77,15 @@ fn filter(level: u32) -> Option<Level> {
     }
 }
 
-struct LogLayer {
-    started: Instant,
-    level: Option<Level>,
-    sink: Mutex<Box<dyn Write + Send>>,
-}
+struct LogLayer(Arc<Shared>);
 
 /// The fields of a span, written once when it is made.
 struct SpanFields(String);
 
 impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LogLayer {
     fn enabled(&self, metadata: &tracing::Metadata<'_>, _: Context<'_, S>) -> bool {
-        self.level.is_some_and(|level| *metadata.level() <= level)
+        let level = filter(self.0.level.load(Ordering::Relaxed));
+        level.is_some_and(|level| *metadata.level() <= level)
     }
 
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
@@ -91,9 +112,9 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for LogLayer {
             Level::WARN => format!("Warn  ({module}): "),
             _ => format!("{module}: "),
         };
-        let elapsed = self.started.elapsed();
+        let elapsed = self.0.started.elapsed();
         let stamp = format!("({:02}.{:06}) ", elapsed.as_secs(), elapsed.subsec_micros());
-        let Ok(mut sink) = self.sink.lock() else {
+        let Ok(mut sink) = self.0.sink.lock() else {
             return;
         };
         for part in line.message.lines() {

@@ -18,6 +18,7 @@ mod logging;
 mod own;
 mod pack;
 mod report;
+mod rpc;
 mod scripts;
 mod squash;
 mod statistics;

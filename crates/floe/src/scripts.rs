@@ -3,9 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Command;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use floe_options::{Action, HookError, HookEvent, Hooks};
+use floe_options::{Action, External, HookError, HookEvent, Hooks};
 
 /// Runs each `--action-script` at each action, with CRIU's environment.
 pub struct Scripts {
@@ -52,5 +52,28 @@ impl Hooks for Scripts {
             }
         }
         Ok(())
+    }
+
+    fn external_files(&self) -> Result<Vec<External>, HookError> {
+        Ok(Vec::new())
+    }
+}
+
+/// Scripts of configuration files beside a caller who is notified: the caller comes first, as in CRIU.
+pub struct CallerAndScripts {
+    /// The caller of a request.
+    pub caller: Arc<dyn Hooks>,
+    /// The scripts.
+    pub scripts: Arc<Scripts>,
+}
+
+impl Hooks for CallerAndScripts {
+    fn run(&self, event: HookEvent<'_>) -> Result<(), HookError> {
+        self.caller.run(event)?;
+        self.scripts.run(event)
+    }
+
+    fn external_files(&self) -> Result<Vec<External>, HookError> {
+        self.caller.external_files()
     }
 }

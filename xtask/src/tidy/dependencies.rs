@@ -62,9 +62,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "floe-rpc",
+        &["floe-image", "floe-options", "floe-kernel", "floe-inject"],
+    ),
+    (
         "floe",
         &[
             "floe-archive",
+            "floe-rpc",
             "floe-explain",
             "floe-image",
             "floe-options",

@@ -202,7 +202,6 @@ impl Layout {
             parent: None,
             arena: &(1 << 32..1 << 33),
             host: &HostMemory::probe().unwrap(),
-            segments: &BTreeMap::new(),
         })
     }
 
@@ -220,7 +219,6 @@ impl Layout {
             parent,
             arena,
             host,
-            segments: &BTreeMap::new(),
         })
         .unwrap()
     }

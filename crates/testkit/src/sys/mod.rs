@@ -5,7 +5,6 @@
 
 pub mod memory;
 pub mod signal;
-pub mod sysv;
 pub mod task;
 pub mod timer;
 

@@ -1,0 +1,234 @@
+//! `floe swrk` and `floe service`: the engine as CRIU's callers reach it.
+//!
+//! Standard output and error belong to the program that is restored: nothing is ever written there.
+
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use floe_dump::{DumpError, FreezeError};
+use floe_inject::Watch;
+use floe_kernel::child::{Fork, drop_streams, fork};
+use floe_kernel::features::{KernelFeatures, ProbeContext, find};
+use floe_kernel::ids::HostPid;
+use floe_options::command::Command;
+use floe_options::{Hooks, Settings};
+use floe_resources::restore::PlanError;
+use floe_restore::RestoreError;
+use floe_rpc::service::{DEFAULT_ADDRESS, Role, Service};
+use floe_rpc::{Channel, End, Engine, Refusal, Session};
+use rustix::io::Errno;
+
+use crate::exit::{Exit, Failure};
+use crate::logging::Log;
+use crate::scripts::CallerAndScripts;
+use crate::{check, command, cpuinfo, engine, explain};
+
+/// Answers the caller that started us with one end of a pair of sockets.
+pub fn answer_parent(fd: &str) -> Result<Exit, Failure> {
+    let number: i32 = fd.parse().map_err(anyhow::Error::from)?;
+    let taken = floe_kernel::inherited::take(number);
+    let socket = taken.map_err(|error| anyhow::anyhow!("descriptor {number}: {error}"))?;
+    let channel = Channel::new(socket).map_err(anyhow::Error::from)?;
+    let log = Log::install();
+    log_panics();
+    let end = Session::with_parent(channel, &Program { log }).serve();
+    Ok(exit(end))
+}
+
+/// Listens on the socket of `--address` until it is ended.
+pub fn serve(settings: &Settings, log: Log) -> Result<Exit, Failure> {
+    let address = settings.server.address.as_deref();
+    let service = Service::bind(Path::new(address.unwrap_or(DEFAULT_ADDRESS)));
+    let service = service.map_err(anyhow::Error::from)?;
+    if settings.detached && !go_to_background()? {
+        return Ok(Exit::Done);
+    }
+    if let Some(file) = &settings.pidfile {
+        let path = settings.place().work_file(file);
+        std::fs::write(&path, std::process::id().to_string())
+            .map_err(|error| anyhow::anyhow!("pidfile {}: {error}", path.display()))?;
+    }
+    if let Some(fd) = settings.status_fd {
+        let ready = floe_kernel::inherited::take(fd)
+            .and_then(|fd| rustix::io::write(&fd, &[0]).map_err(Into::into));
+        ready.map_err(|error| anyhow::anyhow!("--status-fd {fd}: {error}"))?;
+    }
+    log_panics();
+    tracing::info!("waiting for connections");
+    match service.run(&Program { log }).map_err(anyhow::Error::from)? {
+        Role::Worker(end) => Ok(exit(end)),
+    }
+}
+
+/// Goes on in a process of its own session, without our caller's standard streams; `false` in the process
+/// that the caller waits for.
+fn go_to_background() -> Result<bool, Failure> {
+    let failed = |error: std::io::Error| anyhow::anyhow!("going to the background: {error}");
+    if let Fork::Parent(_) = fork().map_err(failed)? {
+        return Ok(false);
+    }
+    rustix::process::setsid().map_err(|errno| failed(errno.into()))?;
+    drop_streams().map_err(failed)?;
+    Ok(true)
+}
+
+/// A panic would be printed on standard error, which is not ours.
+fn log_panics() {
+    std::panic::set_hook(Box::new(|info| tracing::error!("{info}")));
+}
+
+fn exit(end: End) -> Exit {
+    match end {
+        End::Done => Exit::Done,
+        End::Failed => Exit::Failed,
+    }
+}
+
+/// This program, as requests use it.
+struct Program {
+    log: Log,
+}
+
+impl Program {
+    fn hooks(
+        settings: &Settings,
+        caller: Option<Arc<dyn Hooks>>,
+    ) -> Result<Arc<dyn Hooks>, Failure> {
+        let scripts = command::scripts(settings)?;
+        Ok(match caller {
+            Some(caller) => Arc::new(CallerAndScripts { caller, scripts }),
+            None => scripts,
+        })
+    }
+
+    fn dump_watched(
+        kind: Command,
+        settings: &Settings,
+        caller: Option<Arc<dyn Hooks>>,
+        watch: &Watch,
+    ) -> Result<(), Failure> {
+        command::refuse_not_yet(kind, settings)?;
+        let options = settings.dump_options(Self::hooks(settings, caller)?)?;
+        let features = KernelFeatures::probe();
+        match kind {
+            Command::Dump if settings.iterate => {
+                let say = |line: &str| tracing::info!("{}", line.trim_end());
+                engine::dump_in_rounds(&options, settings.rounds, (&features, watch), &say)?;
+            }
+            Command::Dump => engine::dump(&options, &features, watch)?,
+            _ => engine::pre_dump(&options, &features, watch)?,
+        }
+        if let Some(codec) = &settings.compress {
+            engine::compress(&options.place.images_dir, codec)?;
+        }
+        tracing::info!("Dumping finished successfully");
+        Ok(())
+    }
+}
+
+impl Engine for Program {
+    fn defaults(&self) -> Result<Settings, Refusal> {
+        command::by_files(&Settings::default()).map_err(refusal)
+    }
+
+    fn start_log(&self, settings: &Settings) -> Result<(), Refusal> {
+        let path = settings.log_path();
+        let opened = self.log.open(path.as_deref(), settings.log.level);
+        opened.map(drop).map_err(|error| {
+            let shown = path.unwrap_or_else(|| PathBuf::from("-"));
+            Refusal::new(format!("log file {}: {error}", shown.display()))
+        })
+    }
+
+    fn dump(
+        &self,
+        kind: Command,
+        settings: &Settings,
+        hooks: Option<Arc<dyn Hooks>>,
+        watch: &Watch,
+    ) -> Result<(), Refusal> {
+        Self::dump_watched(kind, settings, hooks, watch).map_err(refusal)
+    }
+
+    fn restore(
+        &self,
+        settings: &Settings,
+        hooks: Option<Arc<dyn Hooks>>,
+    ) -> Result<HostPid, Refusal> {
+        let restore = || {
+            command::refuse_not_yet(Command::Restore, settings)?;
+            let options = settings.restore_options(Self::hooks(settings, hooks)?);
+            engine::restore(&options, &KernelFeatures::probe())
+        };
+        restore().map_err(refusal)
+    }
+
+    fn become_command(&self, words: &[String]) -> Refusal {
+        let Some((program, args)) = words.split_first() else {
+            return Refusal::bad_request("exec_cmd names no program");
+        };
+        let error = std::process::Command::new(program).args(args).exec();
+        Refusal::new(format!("becoming {program}: {error}"))
+    }
+
+    fn check(&self, _settings: &Settings) -> Result<(), Refusal> {
+        check::essentials().map_err(|missing| {
+            let missing = missing
+                .iter()
+                .map(|feature| format!("{} is missing: {}", feature.purpose, feature.without));
+            Refusal {
+                errno: None,
+                lines: missing.collect(),
+            }
+        })
+    }
+
+    fn has_feature(&self, name: &str) -> bool {
+        // Pages on demand need more of us than of the kernel.
+        name != "lazy_pages"
+            && find(name).is_some_and(|feature| feature.present(&ProbeContext::default()))
+    }
+
+    fn cpuinfo(&self, kind: Command, settings: &Settings) -> Result<(), Refusal> {
+        let place = settings.place();
+        let done = match kind {
+            Command::CpuinfoDump => cpuinfo::dump(&place),
+            _ => cpuinfo::check(&place, settings.cpu_cap),
+        };
+        done.map(drop).map_err(|failure| {
+            // The number by which callers know that the CPU does not fit.
+            let fits_not = kind == Command::CpuinfoCheck && failure.exit == Exit::Unsupported;
+            let refusal = refusal(failure);
+            match fits_not {
+                true => refusal.with_errno(Errno::OPNOTSUPP.raw_os_error()),
+                false => refusal,
+            }
+        })
+    }
+}
+
+/// The error with its explanation, and the number that callers of CRIU look at.
+fn refusal(failure: Failure) -> Refusal {
+    let mut lines = failure.lines();
+    if failure.exit != Exit::Usage {
+        lines.extend(explain::of_failure(&lines));
+    }
+    let errno = errno(&failure).map(Errno::raw_os_error);
+    Refusal { errno, lines }
+}
+
+fn errno(failure: &Failure) -> Option<Errno> {
+    if failure.exit == Exit::Usage {
+        return Some(Errno::BADRQC);
+    }
+    if let Some(DumpError::Freeze(FreezeError::NoTask { .. } | FreezeError::RootDead { .. })) =
+        failure.error.downcast_ref()
+    {
+        return Some(Errno::SRCH);
+    }
+    match failure.error.downcast_ref() {
+        Some(RestoreError::Plan(PlanError::IdTaken { .. })) => Some(Errno::EXIST),
+        _ => None,
+    }
+}
