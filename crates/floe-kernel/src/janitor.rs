@@ -10,6 +10,8 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
+use crate::sysv;
+
 /// What a name names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NameKind {
@@ -17,13 +19,24 @@ pub enum NameKind {
     File,
     /// A directory, which must be empty to be removed.
     Directory,
+    /// A segment of System V shared memory, by its number.
+    SharedMemory,
 }
 
 impl NameKind {
-    fn remove(self, path: &Path) -> io::Result<()> {
+    /// Removes what a name names.
+    pub fn remove(self, path: &Path) -> io::Result<()> {
         match self {
             NameKind::File => std::fs::remove_file(path),
             NameKind::Directory => std::fs::remove_dir(path),
+            NameKind::SharedMemory => {
+                let id = path.to_str().and_then(|id| id.parse().ok());
+                match sysv::remove_segment(id.ok_or(io::ErrorKind::InvalidInput)?) {
+                    // It was marked before, and went with its last mapping.
+                    Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+                    removed => removed,
+                }
+            }
         }
     }
 
@@ -31,6 +44,7 @@ impl NameKind {
         match self {
             NameKind::File => b'f',
             NameKind::Directory => b'd',
+            NameKind::SharedMemory => b'm',
         }
     }
 }
@@ -105,6 +119,7 @@ fn unfinished(list: impl Read) -> Vec<(NameKind, PathBuf)> {
         let kind = match code[0] {
             b'f' => NameKind::File,
             b'd' => NameKind::Directory,
+            b'm' => NameKind::SharedMemory,
             _ => return Vec::new(),
         };
         let mut len = [0u8; 4];

@@ -26,6 +26,7 @@ pub mod shared_anonymous;
 pub mod sock_diag;
 pub mod socket;
 pub mod sockopt;
+pub mod sysv;
 pub mod tcp_packet;
 pub mod tcp_repair;
 pub mod thread;

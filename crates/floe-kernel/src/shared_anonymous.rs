@@ -37,6 +37,12 @@ impl SharedAnonymous {
         Ok(SharedAnonymous { fd, mapping })
     }
 
+    /// Takes a mapping of the whole file `fd` that nobody else knows of; it is unmapped with the value.
+    pub(crate) fn of_mapping(fd: OwnedFd, start: *mut libc::c_void, len: usize) -> SharedAnonymous {
+        let mapping = Mapping { start, len };
+        SharedAnonymous { fd, mapping }
+    }
+
     /// Writes through a mapping: files of huge pages have no `write`.
     ///
     /// # Panics

@@ -137,6 +137,7 @@ fn restore(
         parent: None,
         arena: &(arena..arena + ARENA_BYTES as u64),
         host: &host,
+        segments: &std::collections::BTreeMap::new(),
     })?;
     let planned = lap();
     let spawn = RootSpawn {

@@ -11,6 +11,7 @@ use floe_inject::ARENA_BYTES;
 use floe_kernel::ids::TaskFd;
 use floe_memory::PageIndex;
 use floe_plan::Handle;
+use floe_resources::ipc::shm;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
 
 use crate::memory::{
@@ -39,6 +40,7 @@ impl Spaces {
             .collect();
         let start = memory::choose_arena(&mms, &host.maps, ARENA_BYTES as u64)
             .map_err(|error| refused("pstree.img", &error))?;
+        let segments = shm::sizes(images)?;
         let mut spaces = Spaces {
             arena: start..start + ARENA_BYTES as u64,
             plans: BTreeMap::new(),
@@ -69,6 +71,7 @@ impl Spaces {
                 parent: parent.as_deref(),
                 arena: &spaces.arena,
                 host: &host,
+                segments: &segments,
             };
             let plan = MemoryPlan::new(request).map_err(|error| refused(&image, &error))?;
             spaces.plans.insert(birth.pid, Arc::new(plan));
@@ -88,6 +91,7 @@ impl Spaces {
     /// Adds the steps that make shared segments, and those that map and fill every task.
     pub fn plan(&self, tree: &Tree, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         self.plan_segments(planner)?;
+        shm::plan(planner)?;
         let sharing = self.sharing();
         for birth in &tree.births {
             let pid = birth.pid;
@@ -113,6 +117,7 @@ impl Spaces {
             let children = tree.births.iter().filter(|child| child.parent == Some(pid));
             let early = children.filter(|child| !sharing.contains(&child.pid));
             needs.extend(early.map(|child| Handle::Born(child.pid)));
+            needs.extend(plan.system_v().map(shm::provided));
             let parents = self.parents.clone();
             planner.task_step(
                 pid,

@@ -39,7 +39,7 @@ pub(super) const RULES: &[Rule] = &[
         pattern: r"Task (\d+) with SysVIPC shmem map .*doesn't live in IPC ns",
         role: Role::Cause,
         what: "Task $1 uses a System V shared memory segment of the host, which other programs may use too.",
-        remedy: "Run the program in an IPC namespace of its own.",
+        remedy: "Run the program in an IPC namespace of its own, or use floe, which takes such a segment along.",
         command: "podman run --ipc private ...    # or: unshare --ipc PROGRAM",
         threads: &[],
     },

@@ -11,6 +11,7 @@ mod maps;
 mod mountinfo;
 mod stat;
 mod status;
+mod sysvipc;
 mod text;
 mod timers;
 
@@ -22,5 +23,6 @@ pub use maps::{Mapping, VmFlags, parse_maps};
 pub use mountinfo::{Mount, parse_mountinfo};
 pub use stat::{Stat, parse_stat};
 pub use status::{Status, parse_status};
+pub use sysvipc::{IpcOwner, ShmSegment, parse_sysvipc_shm};
 pub use text::ParseError;
 pub use timers::{PosixTimer, parse_timers};

@@ -4,6 +4,8 @@
 //! Rebuilt:  nothing yet.
 //! Not kept: everything; a tree with a IPC namespace of its own is refused.
 
+pub mod shm;
+
 use floe_kernel::namespace::NsKind;
 
 use crate::collect::{CollectError, Collector, Obstacle};

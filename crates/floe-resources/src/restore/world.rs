@@ -259,11 +259,7 @@ impl<'i> World<'i> {
             tracing::warn!(%error, path = %path.display(), "the janitor does not know of a name");
         }
         self.on_failure(move || {
-            let removed = match kind {
-                NameKind::File => std::fs::remove_file(&path),
-                NameKind::Directory => std::fs::remove_dir(&path),
-            };
-            if let Err(error) = removed {
+            if let Err(error) = kind.remove(&path) {
                 tracing::warn!(%error, path = %path.display(), "a name of the failed restore stays");
             }
         });

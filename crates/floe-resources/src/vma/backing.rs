@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use super::{refuse, status};
 use crate::collect::{CollectError, Collector, PathFile};
 use crate::fd::memfd::{huge_flag, is_memory_name};
+use crate::ipc::shm::collect_attached;
 
 /// What a mapping is of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -34,6 +35,8 @@ enum Kind {
     AioRing,
     /// Rings of a packet socket.
     Socket,
+    /// A System V segment, by its number.
+    SystemV,
 }
 
 /// What was found out about a mapped file, by device and inode.
@@ -101,11 +104,8 @@ impl Backing {
             backing.kind = Kind::Named;
             backing.id = u64::from(file.collect(collector)?.0);
         } else if mapping.name.starts_with(b"/SYSV") {
-            return Err(refuse(
-                proc.pid(),
-                mapping,
-                "System V shared memory of the host cannot be moved; use an IPC namespace",
-            ));
+            backing.kind = Kind::SystemV;
+            backing.id = collect_attached((proc.pid(), mapping.inode), &file, collector)?;
         } else if mapping.name.starts_with(b"/anon_hugepage") && !mapping.shared {
             backing.kind = Kind::HugePrivate;
         } else {
@@ -156,6 +156,7 @@ impl Backing {
                 Kind::Memfd => of_file | status::MEMFD,
                 Kind::AioRing => status::AIO_RING,
                 Kind::Socket => status::SOCKET,
+                Kind::SystemV => status::ANON_SHARED | status::SYSV_IPC,
             }
     }
 }

@@ -47,6 +47,13 @@ pub enum PlanError {
     OwnMaps(#[source] ProcError),
     #[error("Reading our own vDSO")]
     OwnVdso(#[source] io::Error),
+    #[error("The mapping at {start:#x} does not lie in System V segment {id} as the image has it")]
+    Segment { start: u64, id: u64 },
+    #[error(
+        "System V segment {id} at {start:#x} has an unmapped part with other memory in its place, \
+         where it cannot be attached any more"
+    )]
+    SegmentInTheWay { start: u64, id: u64 },
     #[error("Context of asynchronous I/O at {start:#x}: {problem}")]
     AioRing { start: u64, problem: String },
 }

@@ -99,6 +99,9 @@ pub fn map(
     }
     unmap_rest(&plan.kept(), &mut steps)?;
     set_numbers(plan, exe, &mut steps)?;
+    for attachment in &plan.attachments {
+        attachment.map(steps.program(0)?);
+    }
     if !plan.keeps_vdso {
         map_vdso(plan, &mut steps)?;
     }
@@ -245,10 +248,13 @@ fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &
     let Range { start, end } = region.range;
     match &region.origin {
         Origin::New if region.backing == Backing::AioRing => {}
+        Origin::New if matches!(region.backing, Backing::SystemV { .. }) => {
+            advise(region, program);
+        }
         Origin::New => {
             let offset = match region.backing {
                 Backing::PrivateFile { offset, .. } | Backing::Shared { offset, .. } => offset,
-                Backing::Anonymous | Backing::AioRing => 0,
+                Backing::Anonymous | Backing::AioRing | Backing::SystemV { .. } => 0,
             };
             let prot = plan.first_protection(region);
             let written_once = plan.was_writable(region);
@@ -275,15 +281,7 @@ fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &
                     &[start, end - start, u64::from(prot)].map(Arg::from),
                 );
             }
-            for (advice, name) in ADVICE {
-                if region.advised(advice) {
-                    program.call(
-                        format!("madvise({name}) of {start:#x}-{end:#x}"),
-                        libc::SYS_madvise,
-                        &[start, end - start, advice as u64].map(Arg::from),
-                    );
-                }
-            }
+            advise(region, program);
         }
         Origin::Inherited { covers, prot } => {
             if covers.end < end {
@@ -300,6 +298,19 @@ fn map_region(plan: &MemoryPlan, region: &Region, fd: Option<TaskFd>, program: &
                     &[start, end - start, u64::from(region.prot)].map(Arg::from),
                 );
             }
+        }
+    }
+}
+
+fn advise(region: &Region, program: &mut Program) {
+    let Range { start, end } = region.range;
+    for (advice, name) in ADVICE {
+        if region.advised(advice) {
+            program.call(
+                format!("madvise({name}) of {start:#x}-{end:#x}"),
+                libc::SYS_madvise,
+                &[start, end - start, advice as u64].map(Arg::from),
+            );
         }
     }
 }

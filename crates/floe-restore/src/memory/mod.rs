@@ -10,6 +10,7 @@
 //! The order is [`MemoryPlan::new`] (pure), [`make_segment`], then for each task [`map`], [`fill`] and
 //! [`finish`], all before credentials and limits are lowered.
 
+mod attach;
 mod error;
 mod fill;
 mod finish;

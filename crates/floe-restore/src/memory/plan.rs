@@ -1,6 +1,6 @@
 //! The layout of one address space to be, decided before anything is made.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -10,6 +10,7 @@ use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr};
 use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
 use floe_memory::PageIndex;
 
+use super::attach::{self, Attachment};
 use super::error::PlanError;
 use super::region::{Origin, Region, Source, checked_range, status};
 use super::ring::{self, RingPlan};
@@ -36,6 +37,8 @@ pub struct MemoryRequest<'a> {
     pub arena: &'a Range<u64>,
     /// The running kernel.
     pub host: &'a HostMemory,
+    /// Size in bytes of each System V segment, by its number.
+    pub segments: &'a BTreeMap<u64, u64>,
 }
 
 /// What the running kernel decides.
@@ -77,6 +80,7 @@ pub struct MemoryPlan {
     pub(super) vdso: Option<VdsoPlan>,
     pub(super) keeps_vdso: bool,
     pub(super) rings: Vec<RingPlan>,
+    pub(super) attachments: Vec<Attachment>,
     pub(super) numbers: MmNumbers,
     pub(super) exe_file: u32,
     /// The program file that the parent already is an instance of, when forked from it.
@@ -140,6 +144,7 @@ impl MemoryPlan {
             vdso: VdsoPlan::of(mm, request.pages, &request.host.vdso, request.arena)?,
             keeps_vdso: false,
             rings: ring::plan(mm, request.pages)?,
+            attachments: attach::plan(&regions, request.segments)?,
             regions,
             guards,
             numbers: MmNumbers::of(mm),
@@ -155,12 +160,18 @@ impl MemoryPlan {
         if let Some(parent) = request.parent {
             plan.inherit(parent);
         }
+        plan.check_attachments()?;
         Ok(plan)
     }
 
     /// What must be open in the task before it is mapped, beside its program file.
     pub fn sources(&self) -> BTreeSet<Source> {
         self.regions.iter().filter_map(Region::source).collect()
+    }
+
+    /// Numbers of the System V segments that must exist before it is mapped.
+    pub fn system_v(&self) -> impl Iterator<Item = u64> + '_ {
+        self.attachments.iter().map(|attachment| attachment.id)
     }
 
     /// The program file's id (`/proc/PID/exe`), which must be open for reading.
@@ -285,6 +296,21 @@ impl MemoryPlan {
         self.keeps_vdso = self.vdso.is_some() && self.vdso == parent.vdso;
         self.parent_exe = Some(parent.exe_file);
         self.parent_pages = Some(parent.pages.clone());
+    }
+
+    /// What is kept and what is attached before may not lie where a segment comes to lie as a whole.
+    fn check_attachments(&self) -> Result<(), PlanError> {
+        let mut taken = self.kept();
+        for attachment in &self.attachments {
+            let (start, end) = (attachment.range.start, attachment.range.end);
+            let overlaps = |other: &Range<u64>| other.start < end && start < other.end;
+            if taken.iter().any(overlaps) {
+                let id = attachment.id;
+                return Err(PlanError::SegmentInTheWay { start, id });
+            }
+            taken.push(attachment.range.clone());
+        }
+        Ok(())
     }
 
     /// The guard regions of a range, cut to it.

@@ -58,6 +58,12 @@ pub(super) enum Backing {
     },
     /// The ring of an `io_setup(2)` context.
     AioRing,
+    /// A part of a System V segment, which `shmat(2)` maps as a whole.
+    SystemV {
+        id: u64,
+        offset: u64,
+        writable: bool,
+    },
 }
 
 /// How a mapping comes to be.
@@ -141,7 +147,7 @@ impl Region {
     pub fn source(&self) -> Option<Source> {
         match self.backing {
             Backing::PrivateFile { source, .. } | Backing::Shared { source, .. } => Some(source),
-            Backing::Anonymous | Backing::AioRing => None,
+            Backing::Anonymous | Backing::AioRing | Backing::SystemV { .. } => None,
         }
     }
 
@@ -151,7 +157,7 @@ impl Region {
             Backing::Anonymous if self.droppable => MAP_DROPPABLE | libc::MAP_ANONYMOUS,
             Backing::Anonymous | Backing::AioRing => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
             Backing::PrivateFile { .. } => libc::MAP_PRIVATE,
-            Backing::Shared { .. } => libc::MAP_SHARED,
+            Backing::Shared { .. } | Backing::SystemV { .. } => libc::MAP_SHARED,
         };
         let huge = libc::MAP_HUGETLB | (libc::MAP_HUGE_MASK << libc::MAP_HUGE_SHIFT);
         // The descriptor of a file says by itself that its pages are huge.
@@ -203,6 +209,15 @@ fn backing(vma: &VmaEntry) -> Result<Backing, PlanError> {
     let offset = vma.pgoff;
     if vma.status & status::AIO_RING != 0 {
         Ok(Backing::AioRing)
+    } else if vma.status & status::SYSV_IPC != 0 {
+        // CRIU notes no flags of the descriptor: it attaches read-only what is not writable.
+        let read_only = vma.prot & libc::PROT_WRITE as u32 == 0;
+        let open = vma.fdflags.map(|flags| flags & libc::O_ACCMODE as u32);
+        Ok(Backing::SystemV {
+            id: vma.shmid,
+            offset,
+            writable: open.map_or(!read_only, |mode| mode != libc::O_RDONLY as u32),
+        })
     } else if vma.status & status::FILE_PRIVATE != 0 {
         Ok(Backing::PrivateFile {
             source: file()?,
@@ -260,12 +275,6 @@ fn refuse_unsupported(vma: &VmaEntry) -> Result<(), PlanError> {
             remedy,
         })
     };
-    if vma.status & status::SYSV_IPC != 0 {
-        return unsupported(
-            "a System V shared memory segment",
-            "run the program in an IPC namespace of its own; those are not restored yet",
-        );
-    }
     if vma.status & status::SHADOW_STACK != 0 {
         return unsupported(
             "a shadow stack",

@@ -202,6 +202,7 @@ impl Layout {
             parent: None,
             arena: &(1 << 32..1 << 33),
             host: &HostMemory::probe().unwrap(),
+            segments: &BTreeMap::new(),
         })
     }
 
@@ -219,6 +220,7 @@ impl Layout {
             parent,
             arena,
             host,
+            segments: &BTreeMap::new(),
         })
         .unwrap()
     }

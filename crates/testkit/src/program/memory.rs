@@ -10,6 +10,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use super::tasks::Child;
 use super::{Check, Missing, Place, Program, fact, unchanged};
 use crate::sys::memory::{Map, Mapping, PAGE, program_break};
+use crate::sys::sysv;
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("memory-private", private),
@@ -23,6 +24,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("memory-advice", advice),
     Program::new("memory-hugetlb", hugetlb),
     Program::new("memory-guard", guard),
+    Program::new("memory-system-v", system_v),
 ];
 
 fn text(result: Result<(), String>) -> anyhow::Result<()> {
@@ -359,5 +361,46 @@ fn guard(_: &Place) -> anyhow::Result<Check> {
             }
         }
         Ok(())
+    }))
+}
+
+/// A segment attached twice, with a hole and different protections, shared with a child.
+fn system_v(place: &Place) -> anyhow::Result<Check> {
+    const PAGES: usize = 8;
+    let id = sysv::segment(PAGES)?;
+    let memory = sysv::attach(id, PAGES, 0)?.leak();
+    let seen = sysv::attach(id, PAGES, libc::SHM_RDONLY)?.leak();
+    sysv::mark(id)?;
+    (0..PAGES - 2).for_each(|page| memory.fill_page(page, 15));
+    memory.protect(5, 1, PROT_READ)?;
+    memory.punch(3, 1)?;
+    let mut child = Child::start(place, move |_| {
+        Ok(Box::new(move || {
+            memory.write(7 * PAGE, memory.read(7 * PAGE) + 1);
+            Ok(())
+        }))
+    })?;
+    let before = sysv::state(id)?;
+    ensure!(before.1, "the segment is not marked");
+    Ok(Box::new(move || {
+        let count = seen.read(7 * PAGE);
+        child.check()?;
+        ensure!(
+            seen.read(7 * PAGE) == count + 1,
+            "the child's write is not seen"
+        );
+        let after = sysv::state(id).context("asking for the segment by its number")?;
+        ensure!(
+            after == before,
+            "attached and marked {after:?}, before {before:?}"
+        );
+        ensure!(!memory.is_readable(3)?, "the hole is mapped");
+        ensure!(
+            seen.protect(0, 1, PROT_READ | PROT_WRITE).is_err(),
+            "it became writable"
+        );
+        memory.protect(5, 1, PROT_READ | PROT_WRITE)?;
+        memory.protect(5, 1, PROT_READ)?;
+        (0..PAGES - 2).try_for_each(|page| text(seen.check_page(page, 15)))
     }))
 }

@@ -14,6 +14,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::process;
@@ -191,6 +192,14 @@ impl Tree {
         ensure!(now.contains(&self.root), "the root is not back");
         self.pids.extend(now);
         Ok(())
+    }
+
+    /// Asks the root to end (`SIGTERM`), and waits until all tasks have.
+    fn end(&mut self) -> anyhow::Result<()> {
+        self.pids.extend(process::family(self.root));
+        let root = Pid::from_raw(self.root).context("a pid")?;
+        kill_process(root, Signal::TERM)?;
+        process::wait_for_ends(&self.pids, LIMIT).context("asked to end")
     }
 
     fn said(&self) -> String {

@@ -1,5 +1,6 @@
 //! PostgreSQL with several backends and an open transaction.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -83,8 +84,55 @@ fn initialise(data: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Names of shared memory that outlive their program: files, and numbers of System V segments. What is
+/// there when this is dropped is removed.
+#[derive(Default)]
+struct SharedMemory(Vec<String>);
+
+impl SharedMemory {
+    /// What a process has mapped.
+    fn of(pid: i32) -> anyhow::Result<Vec<String>> {
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let mut names: Vec<String> = Vec::new();
+        for line in maps.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words.get(5) {
+                Some(name) if name.starts_with("/SYSV") => names.push(words[4].to_owned()),
+                Some(name) if name.starts_with("/dev/shm/") => names.push((*name).to_owned()),
+                _ => {}
+            }
+        }
+        Ok(names)
+    }
+
+    /// What of it is there.
+    fn left(&self) -> Vec<&str> {
+        let listed = fs::read_to_string("/proc/sysvipc/shm").unwrap_or_default();
+        let numbers: Vec<&str> = listed
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(1))
+            .collect();
+        let is_left = |name: &&str| numbers.contains(name) || Path::new(name).exists();
+        self.0.iter().map(String::as_str).filter(is_left).collect()
+    }
+}
+
+impl Drop for SharedMemory {
+    fn drop(&mut self) {
+        for name in self.left() {
+            // After a failure only; there is nobody to tell if it cannot be removed.
+            let _ = match name.starts_with('/') {
+                true => fs::remove_file(name),
+                false => Command::new("ipcrm").args(["-m", name]).status().map(drop),
+            };
+        }
+    }
+}
+
 pub fn run(engines: &Engines<'_>) -> anyhow::Result<()> {
     let (directory, port) = (place()?, free_port()?);
+    // Declared first, and so the last to go.
+    let mut memory = SharedMemory::default();
     let data = directory.path().join("data");
     initialise(&data)?;
     let mut command = as_postgres("postgres")?;
@@ -94,6 +142,11 @@ pub fn run(engines: &Engines<'_>) -> anyhow::Result<()> {
     let mut tree = Tree::start(command, directory.path())?;
     let started = eventually(|| Session::start(port));
     let mut first = started.with_context(|| format!("connecting: {}", tree.said()))?;
+    memory.0 = SharedMemory::of(tree.root)?;
+    ensure!(
+        !memory.0.is_empty(),
+        "PostgreSQL has other shared memory than it used to have"
+    );
     let made = first
         .ask("create table t (n int); insert into t values (1), (2); select sum(n) from t;")?;
     ensure!(made == "3", "the table's sum is {made}");
@@ -123,5 +176,14 @@ pub fn run(engines: &Engines<'_>) -> anyhow::Result<()> {
         new.ask("select sum(n) from t;")? == "43",
         "a new session sees another table"
     );
+    drop((first, others, new));
+    ensure!(
+        memory.left().len() == memory.0.len(),
+        "shared memory is gone before the end"
+    );
+    // It removes its shared memory by the names and numbers that it has in mind since its start.
+    tree.end().with_context(|| tree.said())?;
+    let left = memory.left();
+    ensure!(left.is_empty(), "the server left behind {left:?}");
     Ok(())
 }

@@ -77,6 +77,12 @@ impl Map<'_> {
 }
 
 impl Mapping {
+    /// Takes a mapping that nobody else has.
+    pub(super) fn of(address: usize, pages: usize) -> Self {
+        let length = pages * PAGE;
+        Self { address, length }
+    }
+
     /// Where it begins.
     pub fn address(&self) -> usize {
         self.address

@@ -5,6 +5,7 @@
 
 pub mod memory;
 pub mod signal;
+pub mod sysv;
 pub mod task;
 pub mod timer;
 

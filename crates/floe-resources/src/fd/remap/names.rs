@@ -86,7 +86,7 @@ impl TemporaryNames {
         while let Some((kind, path)) = self.made.borrow_mut().pop() {
             let removed = match kind {
                 NameKind::File => rustix::fs::unlink(path),
-                NameKind::Directory => rustix::fs::rmdir(path),
+                NameKind::Directory | NameKind::SharedMemory => rustix::fs::rmdir(path),
             };
             match removed {
                 Ok(()) | Err(Errno::NOENT) => {}
