@@ -5,6 +5,7 @@
 //! the tree finds nothing new. All ptrace requests must come from this one thread.
 
 use std::collections::HashSet;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use floe_inject::{InjectError, Seized, Stopped};
@@ -12,6 +13,7 @@ use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
 use floe_kernel::ptrace::options;
+use floe_resources::namespace::PidView;
 
 use crate::error::FreezeError;
 
@@ -32,6 +34,8 @@ pub enum TaskState {
 #[derive(Debug)]
 pub struct FrozenTask {
     pub pid: HostPid,
+    /// Its pid in the images.
+    pub number: u32,
     /// Its place in [`FrozenTree::tasks`]' order; `None` for the root.
     pub parent: Option<HostPid>,
     pub proc: ProcDir,
@@ -53,6 +57,8 @@ impl FrozenTask {
 pub struct FrozenTree {
     /// Parents before their children; the root is the first.
     pub tasks: Vec<FrozenTask>,
+    /// How the images number its processes and threads.
+    pub pids: Rc<PidView>,
 }
 
 impl FrozenTree {
@@ -87,8 +93,14 @@ pub fn freeze(root: HostPid, timeout: Duration) -> Result<FrozenTree, FreezeErro
         return Err(FreezeError::RootDead { pid: root });
     }
     while freezer.add_children_of_all()? {}
+    let mut pids = PidView::of(&freezer.tasks[0].proc)?;
+    for task in &mut freezer.tasks {
+        pids.learn(&task.proc, task.threads.iter().map(Stopped::pid))?;
+        task.number = pids.number(task.pid);
+    }
     Ok(FrozenTree {
         tasks: freezer.tasks,
+        pids: Rc::new(pids),
     })
 }
 
@@ -147,6 +159,7 @@ impl Freezer {
         self.known.insert(pid);
         self.tasks.push(FrozenTask {
             pid,
+            number: 0,
             parent,
             proc,
             threads: stopped,

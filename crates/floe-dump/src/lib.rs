@@ -32,12 +32,14 @@ use floe_inject::{Journal, Watch};
 use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
 use floe_memory::punch_replaced;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
+use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::{Collector, Obstacle};
 
@@ -215,12 +217,12 @@ fn save(
 ) -> Result<(HeldConnections, HeldNames), DumpError> {
     let writer = memory.writer();
     let mut collector = Collector::new(options, features, writer)?;
-    collector.set_tree(tree.tasks.iter().map(|task| task.pid));
+    collector.set_tree(tree.tasks.iter().map(|task| task.pid), tree.pids.clone());
     if let Some(tracking) = &memory.tracking {
         collector.cache(|| tracking.registered());
     }
     let mut shared = Shared {
-        kinship: Kinship::new()?,
+        kinship: Kinship::default(),
         cgroups: CgroupSets::default(),
         seccomp: SeccompFilters::default(),
     };
@@ -251,23 +253,25 @@ fn save(
     }
     for (task, draft) in tree.tasks.iter_mut().zip(&mut drafts) {
         if let Draft::Living(draft) = draft {
-            remote::ask(task, draft)?;
+            remote::ask(task, draft, &tree.pids)?;
         }
     }
     tracing::info!("asked the tasks");
-    let lines: Vec<_> = tree.tasks.iter().map(task::tree_entry).collect();
+    let lines: Vec<_> = tree
+        .tasks
+        .iter()
+        .map(|task| task::tree_entry(task, &tree.pids))
+        .collect();
     writer.write_all(ImageKind::Pstree, 0, &lines)?;
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
         write::write_task(writer, task, draft, guards)?;
     }
     report.files = collector.file_count();
     let links = std::mem::take(collector.cache(HeldNames::default));
+    let has_own_cgroups = collector.namespaces().of_root(NsKind::Cgroup).is_some();
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
-    let own_view = shared
-        .kinship
-        .has_own_cgroups()
-        .then_some(&tree.root().proc);
+    let own_view = has_own_cgroups.then_some(&tree.root().proc);
     if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups, own_view)? {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
@@ -289,6 +293,10 @@ fn collect_all<'a>(
     collector: &mut Collector<'a>,
 ) -> Result<Vec<Draft>, DumpError> {
     check_session(tree, options, collector);
+    for task in tree.living() {
+        collector.learn_namespaces(&task.proc)?;
+    }
+    collect_namespaces(&tree.root().proc, collector)?;
     let mut drafts = Vec::with_capacity(tree.tasks.len());
     for task in &tree.tasks {
         let draft = task::collect(task, shared, collector);

@@ -88,8 +88,10 @@ impl<'a> MemoryDump<'a> {
         let pagemap = Pagemap::new(task.proc.open_file("pagemap", OFlags::RDONLY)?);
         let mut scanner = PageScanner::new(task.pid, pagemap);
         let mut builder = match self.reserved.take(task.pid) {
-            Some(file) => PagemapBuilder::with_file(ImageKind::Pagemap, task.pid.0 as u64, file),
-            None => self.begin(ImageKind::Pagemap, task.pid.0 as u64)?,
+            Some(file) => {
+                PagemapBuilder::with_file(ImageKind::Pagemap, u64::from(task.number), file)
+            }
+            None => self.begin(ImageKind::Pagemap, u64::from(task.number))?,
         };
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
@@ -167,7 +169,7 @@ impl<'a> MemoryDump<'a> {
     pub fn send_live(&mut self, live: &LiveTask) -> Result<(), DumpError> {
         let pagemap = Pagemap::new(live.pagemap.try_clone().map_err(DumpError::Uffd)?);
         let mut scanner = PageScanner::new(live.pid, pagemap);
-        let mut builder = self.begin(ImageKind::Pagemap, live.pid.0 as u64)?;
+        let mut builder = self.begin(ImageKind::Pagemap, u64::from(live.number))?;
         let mut runs = Vec::new();
         for area in &live.areas {
             runs.clear();
@@ -241,6 +243,8 @@ impl<'a> MemoryDump<'a> {
 #[derive(Debug)]
 pub struct LiveTask {
     pub pid: HostPid,
+    /// Its pid in the images.
+    pub number: u32,
     pub pagemap: OwnedFd,
     pub source: Arc<dyn PageSource>,
     pub areas: Vec<Area>,

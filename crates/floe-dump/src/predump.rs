@@ -99,6 +99,7 @@ fn open_all(
         let unsure = Unsure::default();
         let live = LiveTask {
             pid,
+            number: task.number,
             pagemap: task.proc.open_file("pagemap", OFlags::RDONLY)?,
             source: live_source(&task.proc, unsure.clone())?,
             areas,

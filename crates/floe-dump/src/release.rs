@@ -51,7 +51,8 @@ pub fn kill(tree: FrozenTree) -> Result<(), DumpError> {
         }
     }
     let started = Instant::now();
-    for task in tree.tasks {
+    // The end of the first task of a pid namespace is reported after that of all others in there.
+    for task in tree.tasks.into_iter().rev() {
         // The leader's end is reported after that of all other threads.
         for thread in task.threads.into_iter().rev() {
             let tid = thread.pid();

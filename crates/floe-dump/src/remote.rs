@@ -1,7 +1,9 @@
 //! Asking the tasks: one executor a process, one program a thread.
 
 use floe_inject::{Arena, InjectError, Outcome, Program, QuietSignal, Saved, Stopped, find_gate};
+use floe_kernel::proc::ProcDir;
 use floe_resources::CollectError;
+use floe_resources::namespace::PidView;
 use floe_resources::task::alt_stack::AltStack;
 use floe_resources::task::attributes::{TaskAttributes, ThreadAttributes};
 use floe_resources::task::itimers::IntervalTimers;
@@ -30,7 +32,11 @@ struct TaskQuestions {
 
 /// Fills in what only the task itself can tell. The executor is gone from the task afterwards, whatever
 /// the result.
-pub fn ask(task: &mut FrozenTask, draft: &mut TaskDraft) -> Result<(), CollectError> {
+pub fn ask(
+    task: &mut FrozenTask,
+    draft: &mut TaskDraft,
+    pids: &PidView,
+) -> Result<(), CollectError> {
     redirect_out_of_sequences(task, draft)?;
     let pid = task.pid;
     let mut gates = draft
@@ -47,7 +53,7 @@ pub fn ask(task: &mut FrozenTask, draft: &mut TaskDraft) -> Result<(), CollectEr
         .split_first_mut()
         .ok_or(InjectError::NoGate { pid })?;
     let arena = Arena::inject(leader, gate, signal)?;
-    let mut answered = ask_leader(&task.proc, &arena, leader, draft);
+    let mut answered = ask_leader((&task.proc, pids), &arena, leader, draft);
     if let Some((_, drafts)) = draft.threads.split_first_mut() {
         answered = answered.and_then(|()| ask_threads(&arena, others, drafts));
     }
@@ -92,7 +98,7 @@ fn redirect_out_of_sequences(task: &mut FrozenTask, draft: &TaskDraft) -> Result
 }
 
 fn ask_leader(
-    proc: &floe_kernel::proc::ProcDir,
+    (proc, pids): (&ProcDir, &PidView),
     arena: &Arena,
     leader: &mut Stopped,
     draft: &mut TaskDraft,
@@ -104,7 +110,7 @@ fn ask_leader(
     if let Some(thread) = draft.threads.first_mut() {
         of_thread.read(&outcome, thread);
     }
-    of_task.read(&outcome, draft);
+    of_task.read(&outcome, draft, pids);
     Ok(())
 }
 
@@ -160,7 +166,7 @@ impl ThreadQuestions {
 }
 
 impl TaskQuestions {
-    fn ask(proc: &floe_kernel::proc::ProcDir, program: &mut Program) -> Result<Self, CollectError> {
+    fn ask(proc: &ProcDir, program: &mut Program) -> Result<Self, CollectError> {
         Ok(TaskQuestions {
             actions: SignalActions::ask(program),
             intervals: IntervalTimers::ask(program),
@@ -170,7 +176,7 @@ impl TaskQuestions {
         })
     }
 
-    fn read(&self, outcome: &Outcome, draft: &mut TaskDraft) {
+    fn read(&self, outcome: &Outcome, draft: &mut TaskDraft, pids: &PidView) {
         let attributes = self.attributes.read(outcome);
         memory_map::complete(&mut draft.mm, &attributes);
         let task_core = draft
@@ -181,7 +187,7 @@ impl TaskQuestions {
             core.sigactions = self.actions.read(outcome);
             core.timers = Some(task::timers(
                 self.intervals.read(outcome),
-                self.timers.read(outcome),
+                self.timers.read(outcome, pids),
             ));
             core.rlimits = Some(self.limits.read(outcome));
             core.child_subreaper = Some(attributes.child_subreaper);

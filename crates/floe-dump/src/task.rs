@@ -13,6 +13,7 @@ use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::collect_fd_table;
+use floe_resources::namespace::{PidView, check_task};
 use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
@@ -39,6 +40,8 @@ pub struct Shared {
 /// One thread's state so far.
 pub struct ThreadDraft {
     pub tid: HostPid,
+    /// Its tid in the images.
+    pub number: u32,
     pub core: CoreEntry,
     pub status: Status,
     pub rseq: Rseq,
@@ -80,6 +83,7 @@ pub fn collect(
         return Ok(Draft::Dead(Box::new(dead_core(task))));
     }
     let pid = task.pid;
+    check_task(&task.proc, collector)?;
     let identity = shared.kinship.identify(&task.proc, collector)?;
     let mut space = collect_address_space(&task.proc, collector)?;
     let fds = if identity.owns_files {
@@ -96,7 +100,7 @@ pub fn collect(
     collector.note(found)?;
     let mut threads = Vec::with_capacity(task.threads.len());
     for thread in &task.threads {
-        let draft = collect_thread(task, thread, &mut shared.cgroups)?;
+        let draft = collect_thread(task, thread, (&mut shared.cgroups, collector.pids()))?;
         let noted = collector.note(draft)?;
         threads.extend(noted);
     }
@@ -138,7 +142,7 @@ pub fn collect(
 fn collect_thread(
     task: &FrozenTask,
     thread: &Stopped,
-    cgroups: &mut CgroupSets,
+    (cgroups, pids): (&mut CgroupSets, &PidView),
 ) -> Result<Result<ThreadDraft, CollectError>, CollectError> {
     let proc = &task.proc;
     let tid = thread.pid();
@@ -176,6 +180,7 @@ fn collect_thread(
         core.thread_core = Some(thread_core);
         Ok(ThreadDraft {
             tid,
+            number: pids.number(tid),
             core,
             status,
             rseq,
@@ -237,8 +242,8 @@ fn dead_core(task: &FrozenTask) -> CoreEntry {
 }
 
 /// The task's line in `pstree.img`.
-pub fn tree_entry(task: &FrozenTask) -> PstreeEntry {
-    let number = |pid: HostPid| pid.0.cast_unsigned();
+pub fn tree_entry(task: &FrozenTask, pids: &PidView) -> PstreeEntry {
+    let number = |pid: HostPid| pids.number(pid);
     let threads: Vec<u32> = task
         .threads
         .iter()

@@ -11,9 +11,9 @@ use floe_resources::cpu;
 use floe_resources::vma::AddressSpace;
 
 use crate::freeze::FrozenTask;
-use crate::kinship::host_namespaces;
 use crate::task::{Draft, TaskDraft};
 use crate::track::{Lineage, Tracking};
+use floe_resources::namespace::ids;
 
 /// Version 2 of the format: images with two magics.
 const IMAGE_VERSION: u32 = 2;
@@ -25,7 +25,7 @@ pub fn write_task(
     draft: Draft,
     guards: Vec<VmaEntry>,
 ) -> Result<(), WriteError> {
-    let pid = task.pid.0 as u64;
+    let pid = u64::from(task.number);
     let draft = match draft {
         Draft::Dead(core) => return writer.write_one(ImageKind::Core, pid, &*core),
         Draft::Living(draft) => *draft,
@@ -39,7 +39,7 @@ pub fn write_task(
         fs,
     } = draft;
     for thread in &threads {
-        writer.write_one(ImageKind::Core, thread.tid.0 as u64, &thread.core)?;
+        writer.write_one(ImageKind::Core, u64::from(thread.number), &thread.core)?;
     }
     mm.aios = space.aio_rings();
     mm.vmas = entries(space, guards);
@@ -76,7 +76,7 @@ pub fn write_inventory(
     let entry = InventoryEntry {
         img_version: IMAGE_VERSION,
         fdinfo_per_id: Some(true),
-        root_ids: Some(host_namespaces()),
+        root_ids: Some(ids::of_host()),
         ns_per_id: Some(true),
         root_cg_set: Some(own_cgroups),
         lsmtype: Some(Lsmtype::NoLsm as i32),
@@ -111,7 +111,7 @@ pub fn write_round(writer: &ImageWriter, mode: PreDumpMode, id: &str) -> Result<
         img_version: IMAGE_VERSION,
         fdinfo_per_id: Some(true),
         ns_per_id: Some(true),
-        root_ids: Some(host_namespaces()),
+        root_ids: Some(ids::of_host()),
         lsmtype: Some(Lsmtype::NoLsm as i32),
         pre_dump_mode: Some(match mode {
             PreDumpMode::Splice => 1,

@@ -5,9 +5,9 @@
 //! be entered only by a thread that shares its root and working directory with nobody
 //! (`CLONE_FS`), and entering one moves both to the root of that namespace.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::rc::Rc;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -123,7 +123,7 @@ impl Namespace {
 
     /// The namespace that the calling thread is in.
     pub fn own(kind: NsKind) -> io::Result<Self> {
-        Self::from_path(&format!("/proc/thread-self/ns/{kind}"), kind)
+        Self::from_path(&own_proc_path(&format!("thread-self/ns/{kind}")), kind)
     }
 
     fn from_path(path: &str, kind: NsKind) -> io::Result<Self> {
@@ -269,15 +269,15 @@ impl Home {
     }
 
     /// Takes the calling thread into these namespaces until the visit is dropped. A mount namespace
-    /// is entered first, and the thread then stands in its root.
+    /// is entered first; the thread has its root then, and stands in our own `/proc`.
     ///
     /// The thread must be the one that `self` was made in, and at home.
     pub fn visit<'n>(
-        &self,
+        self: &Rc<Self>,
         namespaces: impl IntoIterator<Item = &'n Namespace>,
-    ) -> io::Result<Visit<'_>> {
+    ) -> io::Result<Visit> {
         let mut visit = Visit {
-            home: self,
+            home: Rc::clone(self),
             away: Vec::new(),
         };
         for namespace in namespaces {
@@ -290,11 +290,11 @@ impl Home {
     /// [`Namespace::own`] gives handles that outlive it.
     ///
     /// A new mount namespace is a copy of ours whose mounts still propagate to ours.
-    pub fn visit_new(&self, kinds: &[NsKind]) -> io::Result<Visit<'_>> {
+    pub fn visit_new(self: &Rc<Self>, kinds: &[NsKind]) -> io::Result<Visit> {
         let flags = kinds.iter().fold(0, |all, kind| all | kind.flag());
         unshare(flags)?;
         Ok(Visit {
-            home: self,
+            home: Rc::clone(self),
             away: kinds.to_vec(),
         })
     }
@@ -302,12 +302,12 @@ impl Home {
 
 /// A thread's stay in other namespaces; it comes home when this is dropped.
 #[derive(Debug)]
-pub struct Visit<'h> {
-    home: &'h Home,
+pub struct Visit {
+    home: Rc<Home>,
     away: Vec<NsKind>,
 }
 
-impl Visit<'_> {
+impl Visit {
     /// Goes into one more namespace.
     pub fn enter(&mut self, namespace: &Namespace) -> io::Result<()> {
         if namespace.kind == NsKind::Mnt {
@@ -315,7 +315,11 @@ impl Visit<'_> {
         }
         // Noted first: coming home from where one is already is harmless.
         self.away.push(namespace.kind);
-        enter(namespace)
+        enter(namespace)?;
+        if namespace.kind == NsKind::Mnt {
+            rustix::process::fchdir(&self.home.proc)?;
+        }
+        Ok(())
     }
 
     fn return_home(&self) -> io::Result<()> {
@@ -337,7 +341,7 @@ impl Visit<'_> {
     }
 }
 
-impl Drop for Visit<'_> {
+impl Drop for Visit {
     fn drop(&mut self) {
         // A thread that is lost in a foreign namespace would do everything else in the wrong place.
         if let Err(error) = self.return_home() {
@@ -346,10 +350,21 @@ impl Drop for Visit<'_> {
     }
 }
 
-/// Opens `name` in the calling thread's own `/proc` while it visits a place with another one.
-pub fn open_in_proc(home: &Home, name: &str, flags: OFlags) -> io::Result<File> {
-    let flags = flags | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(home.proc(), name, flags, Mode::empty())?.into())
+/// A path to a descriptor of ours, also while the calling thread visits a mount namespace.
+pub fn own_fd_path(fd: impl AsFd) -> String {
+    own_proc_path(&format!("self/fd/{}", fd.as_fd().as_raw_fd()))
+}
+
+/// A path to `name` in our own `/proc`, also while the calling thread visits a mount namespace, which may
+/// have another one or none: there it stands in ours.
+pub fn own_proc_path(name: &str) -> String {
+    const PROC_SUPER_MAGIC: i64 = 0x9fa0;
+    let here = rustix::fs::statfs(".").is_ok_and(|stat| stat.f_type == PROC_SUPER_MAGIC);
+    // The user may have started us in a directory of some task there.
+    if here && rustix::fs::access(name, rustix::fs::Access::EXISTS).is_ok() {
+        return name.to_string();
+    }
+    format!("/proc/{name}")
 }
 
 #[cfg(test)]
@@ -372,10 +387,10 @@ mod tests {
         }
         // A thread of its own: the others of the test program stay where they are.
         std::thread::spawn(|| {
-            let home = Home::here().expect("/proc is there");
+            let home = Rc::new(Home::here().expect("/proc is there"));
             let directory = std::env::current_dir().expect("a directory");
             let kinds = [NsKind::Uts, NsKind::Net];
-            let away = |home: &Home| {
+            let away = |home: &Rc<Home>| {
                 let _visit = home.visit_new(&kinds).expect("root may unshare");
                 kinds.map(|kind| Namespace::own(kind).expect("it exists"))
             };

@@ -98,7 +98,7 @@ fn entry(fd: &FdProbe<'_>, lock: &FileLock) -> FileLockEntry {
             LockKind::Lease => flag::LEASE,
         },
         r#type: mode.cast_unsigned() | if lock.breaking { BREAKING } else { 0 },
-        pid: fd.pid().0,
+        pid: fd.pids().number(fd.pid()).cast_signed(),
         fd: fd.fd().0,
         start: lock.start.cast_signed(),
         // Zero is "to the end of the file, wherever that is".

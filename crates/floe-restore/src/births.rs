@@ -1,14 +1,16 @@
 //! Steps that make the tasks: the root, forks, sessions, groups, threads, zombies.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use floe_inject::{ARENA_BYTES, Arg, Program, RootSpawn, Seized, spawn_root};
 use floe_kernel::ids::HostPid;
 use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
 use floe_resources::fd::tty::take_controlling_terminal;
+use floe_resources::namespace::has_own_pids;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
 
+use crate::kin::{find_child, known_children, threads_by_number};
 use crate::tree::{Birth, Tree, is_zombie};
 
 /// What makes the birth of the tree's tasks differ from run to run.
@@ -30,10 +32,7 @@ impl Births<'_> {
         planner.step(
             "all inherited files are open",
             (&files, &[Handle::Files]),
-            |world| {
-                world.end_of_inheritance();
-                Ok(())
-            },
+            |world| world.end_of_inheritance(),
         );
         for birth in &self.tree.births {
             match birth.parent {
@@ -60,23 +59,22 @@ impl Births<'_> {
     fn plan_root(&self, birth: &Birth, planner: &mut Planner<'_>) {
         let (pid, arena) = (birth.pid, self.arena);
         let sibling = planner.options.detach == DetachMode::Sibling;
-        planner.step(
+        let own_pids = has_own_pids(planner.images);
+        planner.step_at_home(
             format!("clone the root, pid {pid}"),
             (&[Handle::Files], &[Handle::Born(pid)]),
             move |world| {
+                let parent = if sibling { libc::CLONE_PARENT } else { 0 };
+                let pids = if own_pids { libc::CLONE_NEWPID } else { 0 };
                 let spawn = RootSpawn {
-                    flags: if sibling {
-                        libc::CLONE_PARENT as u64
-                    } else {
-                        0
-                    },
+                    flags: (parent | pids) as u64,
                     set_tid: vec![pid as i32],
                     // The kernel takes the signal of CLONE_PARENT from the caller's own birth.
                     exit_signal: if sibling { 0 } else { libc::SIGCHLD },
                     arena,
                     arena_bytes: ARENA_BYTES,
                 };
-                let (arena, leader) = spawn_root(&spawn)?;
+                let (arena, leader) = world.inside(|_| Ok(spawn_root(&spawn)?))?;
                 let event = HookEvent::new(Action::SetupNamespaces, Some(leader.pid().0));
                 world.puppets.insert(
                     pid,
@@ -292,9 +290,14 @@ fn fork(world: &mut World<'_>, parent: u32, pid: u32, flags: u64) -> Result<(), 
         flags,
         (pid, libc::SIGCHLD),
     );
+    let known = known_children(world);
     let puppet = world.puppet(parent)?;
     let outcome = puppet.run(&program)?.expect("the program has a call");
-    let leader = Seized::born(HostPid(outcome.result(call) as i32)).wait_stopped()?;
+    let host = match known {
+        None => HostPid(outcome.result(call) as i32),
+        Some(known) => find_child(puppet.pid(), pid, &known)?,
+    };
+    let leader = Seized::born(host).wait_stopped()?;
     let arena = puppet.arena.clone();
     world.puppets.insert(
         pid,
@@ -338,6 +341,7 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
         | libc::CLONE_SIGHAND
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
+    let own_pids = has_own_pids(world.images);
     let puppet = world.puppet(pid)?;
     for some in tids.chunks(THREADS_AT_ONCE) {
         let mut program = Program::new();
@@ -353,8 +357,14 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
             })
             .collect();
         let outcome = puppet.run(&program)?.expect("chunks are not empty");
+        let hosts = match own_pids {
+            true => threads_by_number(puppet.pid())?,
+            false => BTreeMap::new(),
+        };
         for (tid, call) in some.iter().zip(calls) {
-            let thread = Seized::born(HostPid(outcome.result(call) as i32)).wait_stopped()?;
+            let number = outcome.result(call) as i32;
+            let host = hosts.get(tid).copied().unwrap_or(HostPid(number));
+            let thread = Seized::born(host).wait_stopped()?;
             puppet.threads.insert(*tid, thread);
         }
     }
@@ -376,11 +386,10 @@ fn set_subreapers(world: &mut World<'_>, pids: &[u32], on: i32) -> Result<(), Ex
 
 /// Ends a helper and lets its parent reap it.
 fn dismiss(world: &mut World<'_>, pid: u32, parent: u32) -> Result<(), ExecuteError> {
-    let host = world.puppet(pid)?.pid();
     die(world, pid, 0)?;
     let mut program = Program::new();
     let args = [
-        Arg::from(host.0),
+        Arg::from(pid),
         Arg::from(0),
         Arg::from(libc::__WALL),
         Arg::from(0),

@@ -85,12 +85,13 @@ fn install(world: &mut World<'_>, pid: u32, fds: &[FdinfoEntry]) -> Result<(), E
         }
         world.run(pid, &program)?;
     }
-    world.run(pid, &close_all_others(fds)).map(drop)
+    let kept = world.kept_in_tasks().map(i32::cast_unsigned);
+    world.run(pid, &close_all_others(fds, kept)).map(drop)
 }
 
-/// Closes every descriptor that the task did not have.
-fn close_all_others(fds: &[FdinfoEntry]) -> Program {
-    let mut numbers: Vec<u32> = fds.iter().map(|fd| fd.fd).collect();
+/// Closes every descriptor that the task did not have, but one that is `kept` for later.
+fn close_all_others(fds: &[FdinfoEntry], kept: Option<u32>) -> Program {
+    let mut numbers: Vec<u32> = fds.iter().map(|fd| fd.fd).chain(kept).collect();
     numbers.sort_unstable();
     let mut program = Program::new();
     let mut first_free = 0;

@@ -7,14 +7,17 @@ use std::time::{Duration, Instant};
 use floe_archive::check;
 use floe_image::messages::{RestoreStatsEntry, StatsEntry};
 use floe_image::{ImageDir, ImageKind, ImageWriter};
+use floe_inject::Stopped;
 use floe_kernel::cpu::CpuFacts;
 use floe_kernel::fault;
 use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
 use floe_kernel::ptrace::{self, WaitStatus};
 use floe_options::{Action, HookEvent, RestoreOptions};
 use floe_plan::Plan;
 use floe_resources::cpu;
 use floe_resources::fd::inet::release_connections;
+use floe_resources::namespace::has_own_pids;
 use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
@@ -47,6 +50,7 @@ pub fn plan<'i>(
 ) -> Result<(Plan<Op<'i>>, Rc<Background<'i>>), PlanError> {
     let mut planner = Planner::new(images, options, features);
     let tree = Tree::new(images)?;
+    floe_resources::namespace::plan_namespaces(&mut planner)?;
     let movers = floe_resources::cgroup::plan_groups(&mut planner)?;
     floe_resources::fd::plan_files(&mut planner)?;
     let spaces = Spaces::new(images, &tree)?;
@@ -143,6 +147,7 @@ fn execute<'i>(
         fault::point();
         (step.op)(world).map_err(|source| RestoreError::Step { step: name, source })?;
     }
+    world.go_home();
     report.forking = start.elapsed();
     let (options, root) = (world.options, world.images.root().pid());
     report.root = world.puppets.get(&root).map_or(0, |puppet| puppet.pid().0);
@@ -171,11 +176,18 @@ fn execute<'i>(
 
 /// Leaves nothing behind: every task made so far is killed and reaped, names are removed.
 fn abort(world: &mut World<'_>) {
+    world.go_home();
     let made = std::mem::take(&mut world.puppets);
-    let leaders: Vec<_> = made.values().map(|puppet| puppet.pid()).collect();
+    // The end of a leader is reported after that of its threads, and that of the first task of a pid
+    // namespace after all others.
+    let all = made.values().rev().flat_map(|puppet| {
+        let threads = puppet.threads.values().map(Stopped::pid);
+        threads.chain([puppet.pid()])
+    });
+    let all: Vec<HostPid> = all.collect();
     // Dropping a puppet kills it.
     drop(made);
-    for pid in leaders {
+    for pid in all {
         while let Ok(Some((_, status))) = ptrace::wait(pid, 0) {
             if matches!(status, WaitStatus::Exited(_) | WaitStatus::Killed(_)) {
                 break;
@@ -236,6 +248,9 @@ impl Owner {
 
 /// Finds every pid and tid that is taken, before anything is made.
 fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError> {
+    if has_own_pids(images) {
+        return Ok(());
+    }
     let deadline = Instant::now() + ZOMBIE_PATIENCE;
     for id in tree.ids(images) {
         while let Some(owner) = Owner::of(id) {

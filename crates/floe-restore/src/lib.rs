@@ -8,6 +8,7 @@ mod births;
 mod descriptors;
 mod engine;
 mod error;
+mod kin;
 mod machine;
 pub mod memory;
 mod release;

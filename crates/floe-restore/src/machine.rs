@@ -10,6 +10,7 @@ use floe_kernel::cpu::CpuFacts;
 use floe_kernel::features::KernelFeatures;
 use floe_options::RestoreOptions;
 use floe_resources::cpu;
+use floe_resources::namespace::has_own_pids;
 use floe_resources::restore::TreeImages;
 
 use crate::engine::{Owner, plan};
@@ -102,6 +103,9 @@ fn ids(images: &TreeImages) -> Vec<Row> {
         Ok(tree) => tree,
         Err(error) => return vec![Row::bad("pids", chain(&error), "copy the checkpoint again")],
     };
+    if has_own_pids(images) {
+        return vec![Row::good("pids", "the tree has a pid namespace of its own")];
+    }
     let mut rows = Vec::new();
     let mut count = 0;
     for id in tree.ids(images) {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{CoreEntry, SeccompEntry, SeccompFilter};
-use floe_inject::{Program, Stopped};
+use floe_inject::{Arg, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
 use floe_plan::Handle;
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, World};
@@ -96,11 +96,22 @@ pub fn plan<'i>(
                     let host = world.puppet(pid)?.pid();
                     rebuild::attributes::write_proc(host, core)?;
                 }
+                close_kept(world, pid)?;
                 run_all(world, pid, &programs)
             },
         );
     }
     Ok(())
+}
+
+/// Closes what tasks had for us; of those that share their descriptors, the first does.
+fn close_kept(world: &mut World<'_>, pid: u32) -> Result<(), ExecuteError> {
+    let Some(kept) = world.kept_in_tasks() else {
+        return Ok(());
+    };
+    let mut program = Program::new();
+    program.try_call("close", libc::SYS_close, &[Arg::from(kept)]);
+    world.run(pid, &program).map(drop)
 }
 
 /// Adds the steps of one task but the last one, for which it answers the programs.

@@ -11,6 +11,7 @@ mod state;
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use floe_image::ImageKind;
@@ -22,6 +23,7 @@ use floe_memory::{
     Selection, TrackerKind, intersection, push_run,
 };
 use floe_options::{DumpOptions, TrackerChoice};
+use floe_resources::namespace::PidView;
 use floe_resources::vma::TrackedTasks;
 
 use crate::error::DumpError;
@@ -44,7 +46,9 @@ pub struct Tracking {
     last: Option<RoundState>,
     arms: bool,
     trackers: HashMap<HostPid, Box<dyn DirtyTracker>>,
-    parents: HashMap<HostPid, Arc<PageIndex>>,
+    /// By their pid in the images.
+    parents: HashMap<u32, Arc<PageIndex>>,
+    pids: Rc<PidView>,
     /// Start times, for the next round's state.
     tasks: Vec<Tracked>,
 }
@@ -84,6 +88,7 @@ impl Tracking {
             arms,
             trackers: HashMap::new(),
             parents: HashMap::new(),
+            pids: Rc::default(),
             tasks: Vec::new(),
         };
         tracking.recall();
@@ -150,6 +155,7 @@ impl Tracking {
 
     /// Makes the trackers of a stopped tree and, for a new round, arms them.
     pub fn begin_round(&mut self, tree: &mut FrozenTree) -> Result<Vec<TaskAreas>, DumpError> {
+        self.pids = Rc::clone(&tree.pids);
         let mut all = Vec::new();
         for task in &mut tree.tasks {
             if task.is_dead() {
@@ -180,7 +186,7 @@ impl Tracking {
         };
         for id in parent.ids(ImageKind::Pagemap)? {
             let index = PageIndex::read(parent, ImageKind::Pagemap, id)?;
-            self.parents.insert(HostPid(id as i32), Arc::new(index));
+            self.parents.insert(id as u32, Arc::new(index));
         }
         Ok(())
     }
@@ -228,7 +234,7 @@ impl Tracking {
         present: &[PageRun],
         source: &Arc<dyn PageSource>,
     ) -> Result<Vec<PageRun>, DumpError> {
-        let Some(parent) = self.parents.get(&pid) else {
+        let Some(parent) = self.parents.get(&self.pids.number(pid)) else {
             return Ok(Vec::new());
         };
         let unchanged = if self.kind == TrackerKind::Content {

@@ -18,7 +18,7 @@ pub fn collect_fd_table(
 ) -> Result<Vec<FdinfoEntry>, CollectError> {
     let mut table = Vec::new();
     for number in proc.list("fd")? {
-        let probe = FdProbe::open(proc, pidfd, TaskFd(number))?;
+        let probe = FdProbe::open(proc, pidfd, TaskFd(number), collector.pids())?;
         let entry = collect_fd(&probe, collector);
         table.extend(collector.note(entry)?);
     }

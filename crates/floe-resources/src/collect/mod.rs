@@ -12,15 +12,17 @@ mod segments;
 
 use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
 
 use floe_image::messages::FileEntry;
 use floe_image::writer::EntryStream;
 use floe_image::{ImageKind, ImageMessage, ImageWriter, WriteError};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
+use floe_kernel::proc::ProcDir;
 use floe_options::DumpOptions;
 
-use crate::namespace::TreeNamespaces;
+use crate::namespace::{PidView, TreeNamespaces};
 
 pub use error::{CollectError, Obstacle};
 pub(crate) use fd_table::collect_description;
@@ -55,6 +57,7 @@ pub struct Collector<'a> {
     obstacles: Vec<Obstacle>,
     segments: BTreeMap<u64, Segment>,
     tree: HashSet<HostPid>,
+    pids: Rc<PidView>,
     namespaces: TreeNamespaces,
 }
 
@@ -78,13 +81,27 @@ impl<'a> Collector<'a> {
             obstacles: Vec::new(),
             segments: BTreeMap::new(),
             tree: HashSet::new(),
+            pids: Rc::new(PidView::default()),
             namespaces: TreeNamespaces::new()?,
         })
     }
 
-    /// Names the processes that are dumped.
-    pub fn set_tree(&mut self, processes: impl IntoIterator<Item = HostPid>) {
+    /// Names the processes that are dumped, and how the images number them.
+    pub fn set_tree(&mut self, processes: impl IntoIterator<Item = HostPid>, pids: Rc<PidView>) {
         self.tree = processes.into_iter().collect();
+        self.pids = pids;
+    }
+
+    /// Whether a process with this number in the images is dumped.
+    pub fn has_number(&self, number: u32) -> bool {
+        self.tree
+            .iter()
+            .any(|process| self.pids.number(*process) == number)
+    }
+
+    /// How the images number processes.
+    pub fn pids(&self) -> &Rc<PidView> {
+        &self.pids
     }
 
     /// Whether a process is dumped.
@@ -95,6 +112,11 @@ impl<'a> Collector<'a> {
     /// The namespaces that the tree has of its own.
     pub fn namespaces(&self) -> &TreeNamespaces {
         &self.namespaces
+    }
+
+    /// Notes the namespaces of a living task, the root's before all others.
+    pub fn learn_namespaces(&mut self, task: &ProcDir) -> Result<(), CollectError> {
+        self.namespaces.learn(task)
     }
 
     /// Where images go.

@@ -1,6 +1,7 @@
 //! One descriptor of a task, opened up for the kinds to look at.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
 
 use floe_image::messages::FownEntry;
 use floe_kernel::file_owner::file_owner;
@@ -10,6 +11,7 @@ use floe_kernel::proc::{FdInfo, ProcDir, parse_fdinfo};
 use rustix::fs::{FileType, OFlags, Stat};
 
 use super::CollectError;
+use crate::namespace::PidView;
 
 /// A descriptor of a stopped task: our own duplicate of it, and what `/proc` says.
 #[derive(Debug)]
@@ -21,11 +23,17 @@ pub struct FdProbe<'a> {
     target: Vec<u8>,
     info: FdInfo,
     carrier: Option<HostPid>,
+    pids: Rc<PidView>,
 }
 
 impl<'a> FdProbe<'a> {
     /// Opens up descriptor `fd` of the task behind `proc` and `pidfd`.
-    pub fn open(proc: &'a ProcDir, pidfd: &Pidfd, fd: TaskFd) -> Result<Self, CollectError> {
+    pub fn open(
+        proc: &'a ProcDir,
+        pidfd: &Pidfd,
+        fd: TaskFd,
+        pids: &Rc<PidView>,
+    ) -> Result<Self, CollectError> {
         let failed = |action, source| CollectError::Fd {
             pid: proc.pid(),
             fd,
@@ -47,6 +55,7 @@ impl<'a> FdProbe<'a> {
             target,
             info,
             carrier: None,
+            pids: Rc::clone(pids),
         })
     }
 
@@ -66,6 +75,11 @@ impl<'a> FdProbe<'a> {
     /// The task whose table it is in.
     pub fn pid(&self) -> HostPid {
         self.proc.pid()
+    }
+
+    /// How the images number processes.
+    pub fn pids(&self) -> &PidView {
+        &self.pids
     }
 
     /// `/proc/<pid>` of the task.
@@ -136,7 +150,7 @@ impl<'a> FdProbe<'a> {
             euid: owner.euid,
             signum: owner.signal,
             pid_type: owner.kind,
-            pid: owner.pid,
+            pid: self.pids.owner(owner.pid),
         })
     }
 

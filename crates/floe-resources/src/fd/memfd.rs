@@ -14,9 +14,10 @@ use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use rustix::fs::{FileType, Mode, OFlags, Stat};
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use floe_kernel::namespace::own_fd_path;
 use floe_kernel::shared_anonymous::SharedAnonymous;
 use floe_plan::Handle;
 use rustix::fs::{Gid, MemfdFlags, SealFlags, Uid};
@@ -343,7 +344,7 @@ fn open_descriptions(
     file: OwnedFd,
     descriptions: &[Description<'_>],
 ) -> Result<(), ExecuteError> {
-    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let path = own_fd_path(&file);
     let mut first = None;
     for Description { entry, access } in descriptions {
         if first.is_none() && *access == OFlags::RDWR {

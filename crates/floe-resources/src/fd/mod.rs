@@ -117,7 +117,6 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
 /// Adds the steps for every entry of `files.img`.
 pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
-    namespace::check_namespaces(planner)?;
     remap::plan_names(planner)?;
     for file in images.files.values() {
         if inherit::plan_inherited(file, planner) {

@@ -44,7 +44,7 @@ impl FdKind for PidFd {
                 remedy,
             )));
         }
-        let process = HostPid(ns_pid(fd)?);
+        let process = process_of(fd)?;
         if process.0 > 0 && !collector.is_in_tree(process) {
             return Err(CollectError::Unsupported(Obstacle::fd(
                 fd.pid(),
@@ -57,7 +57,10 @@ impl FdKind for PidFd {
             id: id.0,
             ino: fd.stat().st_ino as u32,
             flags: fd.flags() & !OFlags::RDWR.bits(),
-            nspid: process.0,
+            nspid: match process {
+                HostPid(GONE) => GONE,
+                process => fd.pids().number(process).cast_signed(),
+            },
             fown: fd.owner()?,
         };
         Ok(FileEntry {
@@ -67,17 +70,11 @@ impl FdKind for PidFd {
     }
 }
 
-/// The pid in the innermost namespace; -1 when the process is gone.
-fn ns_pid(fd: &FdProbe<'_>) -> Result<i32, CollectError> {
-    let text = |key| {
-        fd.info()
-            .value(key)
-            .map(|value| String::from_utf8_lossy(value).into_owned())
-    };
-    let last = text("NSpid").or_else(|| text("Pid")).unwrap_or_default();
-    last.split_whitespace()
-        .last()
-        .and_then(|pid| pid.parse().ok())
+/// The process; -1 when it is gone.
+fn process_of(fd: &FdProbe<'_>) -> Result<HostPid, CollectError> {
+    let text = fd.info().value("Pid").map(String::from_utf8_lossy);
+    text.and_then(|pid| pid.trim().parse().ok())
+        .map(HostPid)
         .ok_or_else(|| fd.garbled("Pid"))
 }
 

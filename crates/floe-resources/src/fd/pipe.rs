@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, PipeDataEntry, PipeEntry};
+use floe_kernel::namespace::own_fd_path;
 use rustix::fs::OFlags;
 use rustix::pipe::SpliceFlags;
 
@@ -19,7 +20,7 @@ use crate::collect::{CollectError, Collector, FdProbe, FileId};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
 use floe_plan::Handle;
 use rustix::fs::Mode;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 /// See the module.
 pub struct Pipe;
@@ -185,7 +186,7 @@ fn make(world: &mut World<'_>, ends: &[&PipeEntry], data: Queued) -> Result<(), 
 
 /// Another open file description of a pipe.
 pub(super) fn reopen(pipe: BorrowedFd<'_>, access: OFlags) -> Result<OwnedFd, ExecuteError> {
-    let path = format!("/proc/self/fd/{}", pipe.as_raw_fd());
+    let path = own_fd_path(pipe);
     rustix::fs::open(
         &path,
         access | OFlags::NONBLOCK | OFlags::CLOEXEC,

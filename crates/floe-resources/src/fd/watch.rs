@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use floe_image::messages::{FhEntry, RemapType};
+use floe_kernel::namespace::{own_fd_path, own_proc_path};
 use floe_kernel::proc::{Mount, parse_mountinfo};
 use floe_kernel::watch::{FileHandle, MAX_HANDLE_BYTES, open_by_handle};
 use floe_plan::Handle;
@@ -261,9 +262,9 @@ impl Target {
 
     /// A path that leads to the file, whatever its name; it holds while the descriptor is open.
     pub fn find(&self, world: &World<'_>) -> Result<(PathBuf, Option<OwnedFd>), ExecuteError> {
-        let link = |fd: i32| PathBuf::from(format!("/proc/self/fd/{fd}"));
+        let link = |fd: BorrowedFd<'_>| PathBuf::from(own_fd_path(fd));
         let file = match self {
-            Target::Open(id) => return Ok((link(world.file(*id)?.as_raw_fd()), None)),
+            Target::Open(id) => return Ok((link(world.file(*id)?), None)),
             Target::Path(path) => {
                 let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 rustix::fs::open(path, flags, Mode::empty())
@@ -272,12 +273,12 @@ impl Target {
             Target::Handle(dev, handle) => open_handle(*dev, handle)
                 .during("Opening the watched file on device", || format!("{dev:#x}"))?,
         };
-        Ok((link(file.as_raw_fd()), Some(file)))
+        Ok((link(file.as_fd()), Some(file)))
     }
 }
 
 fn open_handle(dev: u32, handle: &FhEntry) -> io::Result<OwnedFd> {
-    let text = std::fs::read("/proc/self/mountinfo")?;
+    let text = std::fs::read(own_proc_path("thread-self/mountinfo"))?;
     let mounts = parse_mountinfo(&text)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
     open(dev, handle, &mounts).ok_or_else(|| io::Error::from_raw_os_error(libc::ESTALE))

@@ -13,6 +13,7 @@ use floe_image::ImageKind;
 use floe_image::messages::{IpcDescEntry, IpcShmEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::janitor::NameKind;
+use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::{IpcOwner, ShmSegment, parse_sysvipc_shm};
 use floe_kernel::shared_anonymous::SharedAnonymous;
 use floe_kernel::sysv;
@@ -21,7 +22,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::collect::{CollectError, Collector, Obstacle, PathFile, Segment};
 use crate::fd::memfd::{huge_flag, reopen};
-use crate::fd::namespace::KINDS;
+use crate::namespace::ids::host_number;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 const LIST: &str = "/proc/sysvipc/shm";
@@ -98,8 +99,7 @@ fn describe(owner: &IpcOwner) -> IpcDescEntry {
 
 /// The number that our own IPC namespace has in our images.
 fn host_namespace() -> u64 {
-    let kind = KINDS.iter().find(|kind| kind.name == "ipc");
-    kind.map_or(0, |kind| u64::from(kind.number))
+    u64::from(host_number(NsKind::Ipc))
 }
 
 /// The namespace of the root task in the images.

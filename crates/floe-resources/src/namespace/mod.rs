@@ -18,8 +18,16 @@
 //!   the proc of a new pid namespace) is a step that needs the root's `Handle::Born` and uses
 //!   `world.run` and `world.fetch`.
 
+mod collect;
+pub mod ids;
+mod pids;
+mod plan;
 mod tree;
+mod uts;
 
+pub use collect::{check_task, collect_namespaces};
+pub use pids::PidView;
+pub use plan::{READY, has_own_pids, of_root, plan_namespaces};
 pub use tree::{TreeNamespace, TreeNamespaces};
 
 use floe_plan::Handle;

@@ -1,10 +1,14 @@
 //! The namespaces of a tree that is dumped.
 
+use std::collections::HashMap;
 use std::rc::Rc;
 
+use floe_image::messages::TaskKobjIdsEntry;
 use floe_kernel::ids::HostPid;
-use floe_kernel::namespace::{Home, Namespace, NsKind, Visit};
+use floe_kernel::namespace::{Home, Namespace, NsIdentity, NsKind, Visit};
+use floe_kernel::proc::ProcDir;
 
+use super::ids::{self, FIRST_OF_TREE, host_number};
 use crate::collect::CollectError;
 
 /// A namespace that tasks of the tree are in, and the coordinator is not.
@@ -16,6 +20,8 @@ pub struct TreeNamespace {
     pub namespace: Namespace,
     /// A task that is in it.
     pub member: HostPid,
+    /// Whether the root task is in it.
+    pub of_root: bool,
 }
 
 impl TreeNamespace {
@@ -26,9 +32,12 @@ impl TreeNamespace {
 }
 
 /// The namespaces of a tree, and the way to them.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct TreeNamespaces {
     home: Rc<Home>,
+    root: Option<HostPid>,
+    root_is_in: HashMap<NsKind, NsIdentity>,
+    own: HashMap<NsKind, NsIdentity>,
     known: Vec<Rc<TreeNamespace>>,
 }
 
@@ -39,14 +48,22 @@ impl TreeNamespaces {
             action: "Opening our own namespaces".to_string(),
             source,
         })?;
+        let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
+        let mut own = HashMap::new();
+        for kind in NsKind::ALL {
+            own.extend(identity(&ourselves, kind)?.map(|identity| (kind, identity)));
+        }
         Ok(TreeNamespaces {
             home: Rc::new(home),
+            root: None,
+            root_is_in: HashMap::new(),
+            own,
             known: Vec::new(),
         })
     }
 
     /// Our own place.
-    pub fn home(&self) -> &Home {
+    pub fn home(&self) -> &Rc<Home> {
         &self.home
     }
 
@@ -55,8 +72,76 @@ impl TreeNamespaces {
         &self.known
     }
 
+    /// The root task's own namespace of a kind, where it is not ours.
+    pub fn of_root(&self, kind: NsKind) -> Option<&Rc<TreeNamespace>> {
+        self.known
+            .iter()
+            .find(|known| known.of_root && known.kind() == kind)
+    }
+
+    /// The one of these that has this identity.
+    pub fn find(&self, kind: NsKind, identity: NsIdentity) -> Option<&Rc<TreeNamespace>> {
+        self.known
+            .iter()
+            .find(|known| known.kind() == kind && known.namespace.identity() == identity)
+    }
+
+    /// Which namespace of a kind the root task is in.
+    pub(super) fn root_identity(&self, kind: NsKind) -> Option<NsIdentity> {
+        self.root_is_in.get(&kind).copied()
+    }
+
+    /// The number of a namespace in the images: one of the tree's, or our own; `None` for others.
+    pub fn number(&self, kind: NsKind, identity: NsIdentity) -> Option<u32> {
+        if self.own.get(&kind) == Some(&identity) {
+            return Some(host_number(kind));
+        }
+        self.find(kind, identity).map(|known| known.id)
+    }
+
+    /// Notes the namespaces of a living task; the root comes first.
+    pub fn learn(&mut self, task: &ProcDir) -> Result<(), CollectError> {
+        let member = task.pid();
+        let of_root = *self.root.get_or_insert(member) == member;
+        for kind in NsKind::ALL {
+            let Some(found) = identity(task, kind)? else {
+                continue;
+            };
+            if of_root {
+                self.root_is_in.insert(kind, found);
+            }
+            if self.number(kind, found).is_some() {
+                continue;
+            }
+            let namespace = Namespace::of_task(member, kind);
+            let namespace = namespace.map_err(|source| CollectError::Task {
+                pid: member,
+                action: "Opening a namespace",
+                source,
+            })?;
+            self.known.push(Rc::new(TreeNamespace {
+                id: FIRST_OF_TREE + self.known.len() as u32,
+                namespace,
+                member,
+                of_root,
+            }));
+        }
+        Ok(())
+    }
+
+    /// Which namespaces a task is in; what does not concern namespaces is zero.
+    pub fn ids(&self, task: &ProcDir) -> Result<TaskKobjIdsEntry, CollectError> {
+        let mut entry = ids::of_host();
+        for kind in NsKind::ALL {
+            if let Some(found) = identity(task, kind)? {
+                ids::set(&mut entry, kind, self.number(kind, found));
+            }
+        }
+        Ok(entry)
+    }
+
     /// Goes into some of them until the visit is dropped.
-    pub fn visit(&self, namespaces: &[&TreeNamespace]) -> Result<Visit<'_>, CollectError> {
+    pub fn visit(&self, namespaces: &[&TreeNamespace]) -> Result<Visit, CollectError> {
         let inside = namespaces.iter().map(|visited| &visited.namespace);
         self.home.visit(inside).map_err(|source| {
             let names: Vec<String> = namespaces.iter().map(|ns| ns.kind().to_string()).collect();
@@ -65,5 +150,22 @@ impl TreeNamespaces {
                 source,
             }
         })
+    }
+}
+
+/// Which namespace a task is in; `None` on a kernel that has no such kind.
+pub(super) fn identity(task: &ProcDir, kind: NsKind) -> Result<Option<NsIdentity>, CollectError> {
+    identity_of(task, kind.name())
+}
+
+/// As [`identity`], for any name in `ns/`.
+pub(super) fn identity_of(task: &ProcDir, name: &str) -> Result<Option<NsIdentity>, CollectError> {
+    match task.stat(&format!("ns/{name}")) {
+        Ok(stat) => Ok(Some(NsIdentity {
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        })),
+        Err(error) if error.is_gone() => Ok(None),
+        Err(error) => Err(error.into()),
     }
 }

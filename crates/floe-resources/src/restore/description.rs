@@ -50,8 +50,13 @@ pub fn plan_owner(planner: &mut Planner<'_>, id: u32, owner: &FownEntry) {
             &[Handle::Object("owner", u64::from(id))],
         ),
         move |world| {
+            let known = world.host_pid(owner.pid);
+            let owner = FileOwner {
+                pid: known.map_or(0, |pid| pid.0.cast_unsigned()),
+                ..file_owner_of(&owner)
+            };
             let file = world.file(id)?;
-            set_file_owner(file.as_fd(), &file_owner_of(&owner))
+            set_file_owner(file.as_fd(), &owner)
                 .during("Setting the owner of file", || format!("{id:#x}"))
         },
     );

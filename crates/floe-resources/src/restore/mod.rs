@@ -3,6 +3,7 @@
 //! A kind turns each of its image entries into steps ([`Planner`]), which act on what exists so far
 //! ([`World`]) when their turn comes.
 
+mod courier;
 mod description;
 mod error;
 mod images;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::rc::Rc;
 
-use floe_kernel::namespace::{Home, Namespace};
+use floe_kernel::namespace::{Home, Namespace, Visit};
 
 use super::{Attempt, ExecuteError};
 
@@ -13,6 +13,9 @@ use super::{Attempt, ExecuteError};
 pub struct Namespaces {
     home: Option<Rc<Home>>,
     made: BTreeMap<u32, Rc<Namespace>>,
+    /// Those of the root task that the coordinator opens files in.
+    of_root: Vec<u32>,
+    visit: Option<Visit>,
 }
 
 impl Namespaces {
@@ -28,6 +31,33 @@ impl Namespaces {
     /// Keeps a namespace of the images.
     pub fn keep(&mut self, id: u32, namespace: Namespace) {
         self.made.insert(id, Rc::new(namespace));
+    }
+
+    /// Notes which of them the root task is in, now that they have their content.
+    pub fn set_root(&mut self, ids: Vec<u32>) {
+        self.of_root = ids;
+    }
+
+    /// Takes the coordinator into those of the root task, where it is not there already.
+    pub(super) fn go_inside(&mut self) -> Result<(), ExecuteError> {
+        if self.visit.is_some() || self.of_root.is_empty() {
+            return Ok(());
+        }
+        let (home, inside) = self.way_to(&self.of_root.clone())?;
+        let visit = home.visit(inside.iter().map(|namespace| &**namespace));
+        self.visit = Some(visit.during("Entering", || "the namespaces of the tree".to_string())?);
+        Ok(())
+    }
+
+    /// Brings the coordinator back.
+    pub(super) fn go_home(&mut self) {
+        self.visit = None;
+    }
+
+    /// The way to where the coordinator is now; `None` at home.
+    pub(super) fn road_back(&mut self) -> Option<(Rc<Home>, Vec<Rc<Namespace>>)> {
+        self.visit.as_ref()?;
+        self.way_to(&self.of_root.clone()).ok()
     }
 
     /// A namespace that a step before has made.

@@ -9,6 +9,7 @@ use floe_options::RestoreOptions;
 use floe_plan::{Actor, Coverage, EntryKey, Handle, Plan, PlanBuilder, Step};
 
 use super::{ExecuteError, PlanError, TreeImages, World};
+use crate::namespace::READY;
 
 /// What a step does when its turn comes.
 pub type Op<'i> = Box<dyn FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i>;
@@ -25,6 +26,8 @@ pub struct Planner<'i> {
     coverage: Coverage,
     /// Handles that exist only after the first task: nobody inherits those files.
     late: BTreeSet<Handle>,
+    /// Whether files are opened in namespaces that are made first.
+    inside: bool,
 }
 
 impl<'i> Planner<'i> {
@@ -48,6 +51,7 @@ impl<'i> Planner<'i> {
             builder: PlanBuilder::default(),
             coverage,
             late: BTreeSet::new(),
+            inside: false,
         }
     }
 
@@ -56,19 +60,42 @@ impl<'i> Planner<'i> {
         self.coverage.consume(EntryKey { image, id });
     }
 
-    /// Adds a step of the coordinator.
+    /// From now on steps of the coordinator wait for the namespaces of the root task.
+    pub fn work_inside(&mut self) {
+        self.inside = true;
+    }
+
+    /// Adds a step of the coordinator. It is done in the mount, network, IPC and UTS namespaces of the
+    /// root task: paths are the tree's ([`World::own_proc`] has our own `/proc`).
     pub fn step(
         &mut self,
         name: impl Into<Cow<'static, str>>,
         (needs, makes): (&[Handle], &[Handle]),
         op: impl FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i,
     ) {
-        self.add(
-            Actor::Coordinator,
-            name.into(),
-            (needs, makes),
-            Box::new(op),
-        );
+        if !self.inside {
+            return self.step_at_home(name, (needs, makes), op);
+        }
+        let needs = [needs, &[READY]].concat();
+        let inside: Op<'i> = Box::new(move |world| {
+            world.go_inside()?;
+            op(world)
+        });
+        self.add(Actor::Coordinator, name.into(), (&needs, makes), inside);
+    }
+
+    /// As [`Planner::step`], done where the coordinator comes from: it goes into namespaces by itself.
+    pub fn step_at_home(
+        &mut self,
+        name: impl Into<Cow<'static, str>>,
+        handles: (&[Handle], &[Handle]),
+        op: impl FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i,
+    ) {
+        let at_home: Op<'i> = Box::new(move |world| {
+            world.go_home();
+            op(world)
+        });
+        self.add(Actor::Coordinator, name.into(), handles, at_home);
     }
 
     /// Adds a step in which a task acts: its puppet exists, and what else `needs` lists.
@@ -81,7 +108,11 @@ impl<'i> Planner<'i> {
     ) {
         let mut all = vec![Handle::Born(pid)];
         all.extend_from_slice(needs);
-        self.add(Actor::Task(pid), name.into(), (&all, makes), Box::new(op));
+        let at_home: Op<'i> = Box::new(move |world| {
+            world.go_home();
+            op(world)
+        });
+        self.add(Actor::Task(pid), name.into(), (&all, makes), at_home);
     }
 
     fn add(

@@ -13,8 +13,10 @@ use floe_kernel::janitor::{Janitor, NameKind};
 use floe_kernel::pidfd::Pidfd;
 use floe_options::RestoreOptions;
 
+use super::courier::Courier;
 use super::namespaces::Namespaces;
 use super::{Attempt, ExecuteError, TreeImages};
+use crate::namespace::has_own_pids;
 
 /// A task that is being restored: stopped, in the executor.
 #[derive(Debug)]
@@ -63,6 +65,8 @@ pub struct World<'i> {
     first_fd: RawFd,
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
+    /// How tasks get what they cannot fetch by themselves.
+    courier: Option<Courier>,
     janitor: Option<Rc<Janitor>>,
     before_release: Vec<Undo>,
     tidy: Vec<Undo>,
@@ -90,11 +94,17 @@ impl<'i> World<'i> {
             first_fd,
             state: HashMap::new(),
             undo: Vec::new(),
+            courier: None,
             janitor: None,
             before_release: Vec::new(),
             tidy: Vec::new(),
             namespaces: Namespaces::default(),
         }
+    }
+
+    /// The lowest number above all that tasks use.
+    pub(super) fn first_fd(&self) -> RawFd {
+        self.first_fd
     }
 
     /// Keeps an open file description of the images.
@@ -143,9 +153,30 @@ impl<'i> World<'i> {
         self.files.contains_key(&id)
     }
 
-    /// From now on files are not inherited any more: the first task exists.
-    pub fn end_of_inheritance(&mut self) {
+    /// From now on files are not inherited any more: the first task exists soon.
+    pub fn end_of_inheritance(&mut self) -> Result<(), ExecuteError> {
         self.born = true;
+        if has_own_pids(self.images) {
+            self.courier = Some(Courier::new(self)?);
+        }
+        Ok(())
+    }
+
+    /// A descriptor of ours that tasks need until their release.
+    pub fn kept_in_tasks(&self) -> Option<RawFd> {
+        self.courier.as_ref().map(Courier::number_in_task)
+    }
+
+    /// The pid by which the coordinator knows a task or thread of the images.
+    pub fn host_pid(&self, number: u32) -> Option<HostPid> {
+        if !has_own_pids(self.images) {
+            return Some(HostPid(number.cast_signed()));
+        }
+        if let Some(puppet) = self.puppets.get(&number) {
+            return Some(puppet.pid());
+        }
+        let mut puppets = self.puppets.values();
+        puppets.find_map(|puppet| puppet.threads.get(&number).map(Stopped::pid))
     }
 
     /// The number by which a task finds a file before its own descriptors are in place.
@@ -176,6 +207,11 @@ impl<'i> World<'i> {
 
     /// Hands a descriptor of the coordinator to a task; returns its number there.
     pub fn hand_over(&mut self, pid: u32, file: RawFd) -> Result<RawFd, ExecuteError> {
+        if let Some(courier) = self.courier.take() {
+            let handed = courier.hand_over(self, pid, file);
+            self.courier = Some(courier);
+            return handed;
+        }
         let coordinator = rustix::process::getpid().as_raw_nonzero().get();
         let mut program = Program::new();
         let pidfd = program.call(
@@ -214,6 +250,27 @@ impl<'i> World<'i> {
         &mut self.namespaces
     }
 
+    /// Takes the coordinator into the namespaces of the root task that can be visited.
+    pub(super) fn go_inside(&mut self) -> Result<(), ExecuteError> {
+        self.namespaces.go_inside()
+    }
+
+    /// Brings the coordinator back to its own namespaces.
+    pub fn go_home(&mut self) {
+        self.namespaces.go_home();
+    }
+
+    /// Does something in the namespaces of the root task that can be visited.
+    pub fn inside<T>(
+        &mut self,
+        work: impl FnOnce(&mut Self) -> Result<T, ExecuteError>,
+    ) -> Result<T, ExecuteError> {
+        self.go_inside()?;
+        let done = work(self);
+        self.go_home();
+        done
+    }
+
     /// Does something while the coordinator is in a namespace of the tree.
     pub fn in_namespace<T>(
         &mut self,
@@ -229,6 +286,7 @@ impl<'i> World<'i> {
         ids: &[u32],
         work: impl FnOnce(&mut Self) -> Result<T, ExecuteError>,
     ) -> Result<T, ExecuteError> {
+        self.go_home();
         let (home, inside) = self.namespaces.way_to(ids)?;
         let _visit = home
             .visit(inside.iter().map(|namespace| &**namespace))
@@ -246,9 +304,27 @@ impl<'i> World<'i> {
         value.downcast_mut().expect("the key is the type's own id")
     }
 
+    /// Has work done later in the namespaces where the coordinator is now.
+    fn at_this_place(&mut self, work: impl FnOnce() + 'static) -> Undo {
+        match self.namespaces.road_back() {
+            None => Box::new(work),
+            Some((home, inside)) => {
+                Box::new(
+                    move || match home.visit(inside.iter().map(|namespace| &**namespace)) {
+                        Ok(_visit) => work(),
+                        Err(error) => {
+                            tracing::warn!(%error, "the tree's namespaces cannot be entered")
+                        }
+                    },
+                )
+            }
+        }
+    }
+
     /// Remembers how to take back what a step has made outside of the tree, should a later one fail.
     pub fn on_failure(&mut self, undo: impl FnOnce() + 'static) {
-        self.undo.push(Box::new(undo));
+        let undo = self.at_this_place(undo);
+        self.undo.push(undo);
     }
 
     /// Notes a name that a step has made: it goes when a later step fails, or when we are killed.
@@ -280,11 +356,13 @@ impl<'i> World<'i> {
 
     /// Remembers what is to be done when everything is in place, while no task runs yet.
     pub fn before_release(&mut self, work: impl FnOnce() + 'static) {
-        self.before_release.push(Box::new(work));
+        let work = self.at_this_place(work);
+        self.before_release.push(work);
     }
 
     /// Does what was to be done before the release.
     pub fn prepare_release(&mut self) {
+        self.go_home();
         for work in self.before_release.drain(..) {
             work();
         }
@@ -292,11 +370,13 @@ impl<'i> World<'i> {
 
     /// Remembers what is to go once all tasks run: what a second attempt would need, should this one fail.
     pub fn on_success(&mut self, tidy: impl FnOnce() + 'static) {
-        self.tidy.push(Box::new(tidy));
+        let tidy = self.at_this_place(tidy);
+        self.tidy.push(tidy);
     }
 
     /// Clears away what only the restore needed.
     pub fn tidy_up(&mut self) {
+        self.go_home();
         for tidy in self.tidy.drain(..) {
             tidy();
         }
@@ -304,6 +384,7 @@ impl<'i> World<'i> {
 
     /// Takes back everything outside of the tree, last made first.
     pub fn take_back(&mut self) {
+        self.go_home();
         while let Some(undo) = self.undo.pop() {
             undo();
         }

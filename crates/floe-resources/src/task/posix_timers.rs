@@ -7,12 +7,14 @@
 
 use floe_image::messages::{PosixTimerEntry, TaskTimersEntry};
 use floe_inject::{Arg, BufferId, CallId, Outcome, Program};
+use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{PosixTimer, ProcDir, parse_timers};
 
 use super::itimers::setting;
 use super::rebuild::TaskContext;
 use super::word;
 use crate::collect::CollectError;
+use crate::namespace::PidView;
 use crate::restore::PlanError;
 
 /// `PR_TIMER_CREATE_RESTORE_IDS`: `timer_create` takes the number that it is given (Linux 6.16).
@@ -59,8 +61,16 @@ impl PosixTimers {
     }
 
     /// The timers in the order of `/proc/<pid>/timers`.
-    pub fn read(&self, outcome: &Outcome) -> Vec<PosixTimerEntry> {
-        self.0.iter().map(|asked| asked.read(outcome)).collect()
+    pub fn read(&self, outcome: &Outcome, pids: &PidView) -> Vec<PosixTimerEntry> {
+        let entry = |asked: &Asked| {
+            let entry = asked.read(outcome);
+            let thread = entry.notify_thread_id;
+            PosixTimerEntry {
+                notify_thread_id: thread.map(|tid| pids.number(HostPid(tid)).cast_signed()),
+                ..entry
+            }
+        };
+        self.0.iter().map(entry).collect()
     }
 }
 

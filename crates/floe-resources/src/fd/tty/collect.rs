@@ -159,8 +159,9 @@ fn is_on(tty: BorrowedFd<'_>, which: Switch) -> io::Result<bool> {
 fn session_of(fd: &FdProbe<'_>, kind: Kind) -> Result<(u32, u32), CollectError> {
     if kind == Kind::Master {
         return Ok((
-            tty::session(fd.file()).unwrap_or(0),
-            tty::foreground_group(fd.file()).unwrap_or(0),
+            fd.pids().owner(tty::session(fd.file()).unwrap_or(0)),
+            fd.pids()
+                .owner(tty::foreground_group(fd.file()).unwrap_or(0)),
         ));
     }
     let proc = fd.proc();
@@ -172,7 +173,7 @@ fn session_of(fd: &FdProbe<'_>, kind: Kind) -> Result<(u32, u32), CollectError> 
     };
     if controls {
         let group = u32::try_from(stat.tty_group).unwrap_or(0);
-        Ok((stat.sid.0.cast_unsigned(), group))
+        Ok((fd.pids().number(stat.sid), fd.pids().owner(group)))
     } else {
         Ok((0, 0))
     }
@@ -267,10 +268,10 @@ fn obstacles(terminals: &BTreeMap<u32, Terminal>, collector: &Collector<'_>) -> 
             let remedy = "only one terminal can be taken over at restore; redirect the other";
             found.push(Obstacle::fd(terminal.pid, terminal.fd, what, remedy));
         }
-        let leader = HostPid(info.sid.cast_signed());
+        let leader = info.sid;
         let has_master = is_master(*id) || terminals.contains_key(&other_end(*id));
         let is_pair = info.pty.is_some() && has_master;
-        if is_pair && info.sid != 0 && !collector.is_in_tree(leader) {
+        if is_pair && info.sid != 0 && !collector.has_number(leader) {
             let what = format!(
                 "terminal /dev/pts/{}, which controls session {leader} outside of the tree",
                 id >> 1

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use floe_image::messages::TtyInfoEntry;
 use floe_inject::{Arg, Program};
 use floe_kernel::ids::TaskFd;
+use floe_kernel::namespace::own_proc_path;
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::tty::{self, Switch};
 use floe_options::RestoreOptions;
@@ -258,7 +259,7 @@ pub(super) fn note_control(world: &mut World<'_>, end: &End<'_>) {
 
 /// Another description, so that flags of the caller's are left alone.
 fn reopen(fd: RawFd, end: &End<'_>) -> Result<OwnedFd, ExecuteError> {
-    let path = format!("/proc/self/fd/{fd}");
+    let path = own_proc_path(&format!("self/fd/{fd}"));
     rustix::fs::open(&path, open_flags(end), Mode::empty()).during("Opening again", || path.clone())
 }
 

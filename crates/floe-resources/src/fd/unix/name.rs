@@ -1,12 +1,13 @@
 //! Names of unix sockets: abstract ones, files, files that are deleted.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use floe_image::messages::UnixSkEntry;
 use floe_kernel::janitor::NameKind;
+use floe_kernel::namespace::own_fd_path;
 use floe_kernel::socket::{bind, bound_file};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::process::{Gid, Uid};
@@ -117,7 +118,7 @@ fn set_permissions(socket: BorrowedFd<'_>, entry: &UnixSkEntry) -> Result<(), Ex
 
 /// A path to a file that we have open, whether it has a name or not.
 fn own_path(file: BorrowedFd<'_>) -> String {
-    format!("/proc/self/fd/{}", file.as_raw_fd())
+    own_fd_path(file)
 }
 
 /// Binds to a name that is deleted, or another file's by now: that one is moved aside for a moment.

@@ -1,0 +1,96 @@
+//! What is in the namespaces of the tree, and which of them cannot be saved.
+
+use std::rc::Rc;
+
+use floe_kernel::namespace::NsKind;
+use floe_kernel::proc::ProcDir;
+
+use super::tree::{identity, identity_of};
+use super::{TreeNamespace, uts};
+use crate::collect::{CollectError, Collector, Obstacle};
+use crate::{ipc, mount, net};
+
+/// Namespaces that only children will be in.
+const OF_CHILDREN: [(NsKind, &str); 2] = [
+    (NsKind::Pid, "pid_for_children"),
+    (NsKind::Time, "time_for_children"),
+];
+
+/// Writes the images of all namespaces that the collector knows of.
+pub fn collect_namespaces(
+    root: &ProcDir,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    for namespace in collector.namespaces().all().to_vec() {
+        let collected = collect_one(root, &namespace, collector);
+        collector.note(collected)?;
+    }
+    Ok(())
+}
+
+fn collect_one(
+    root: &ProcDir,
+    namespace: &Rc<TreeNamespace>,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    if !namespace.of_root {
+        return Err(refused(
+            namespace,
+            "only the whole tree may be in one of its own",
+        ));
+    }
+    match namespace.kind() {
+        NsKind::Pid if collector.pids().number(root.pid()) != 1 => {
+            let remedy = "dump the tree of its first process, or enter that namespace to dump";
+            Err(refused(namespace, remedy))
+        }
+        // Nothing is in it but the tree; groups are saved with their hierarchy.
+        NsKind::Pid | NsKind::Cgroup => Ok(()),
+        NsKind::Net => net::collect(namespace, collector),
+        NsKind::Ipc => ipc::collect(namespace, collector),
+        NsKind::Uts => uts::collect(namespace, collector),
+        NsKind::Mnt => mount::collect(namespace, collector),
+        NsKind::User | NsKind::Time => {
+            Err(refused(namespace, "such namespaces are not supported yet"))
+        }
+    }
+}
+
+fn refused(namespace: &TreeNamespace, remedy: &str) -> CollectError {
+    CollectError::Unsupported(Obstacle {
+        pid: namespace.member,
+        object: format!("a {} namespace of its own", namespace.kind()),
+        remedy: remedy.to_string(),
+    })
+}
+
+/// Refuses a task that has left the namespaces of the root, or whose children would.
+pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), CollectError> {
+    let mut foreign = Vec::new();
+    let namespaces = collector.namespaces();
+    for kind in NsKind::ALL {
+        let Some(found) = identity(task, kind)? else {
+            continue;
+        };
+        // One that nobody had before is refused by itself.
+        let is_own = namespaces
+            .find(kind, found)
+            .is_some_and(|known| !known.of_root);
+        if namespaces.root_identity(kind) != Some(found) && !is_own {
+            foreign.push(format!("the {kind} namespace of its caller"));
+        }
+    }
+    for (kind, name) in OF_CHILDREN {
+        if identity_of(task, name)? != identity(task, kind)? {
+            foreign.push(format!("a {kind} namespace for its children"));
+        }
+    }
+    for object in foreign {
+        collector.obstacle(Obstacle {
+            pid: task.pid(),
+            object,
+            remedy: "all tasks must be in the namespaces of the root task".to_string(),
+        });
+    }
+    Ok(())
+}

@@ -1,0 +1,100 @@
+//! Pids as the images have them: those of the root task's pid namespace.
+
+use std::collections::HashMap;
+
+use floe_kernel::ids::{HostPid, NsPid};
+use floe_kernel::namespace::NsKind;
+use floe_kernel::proc::{ProcDir, ProcError, Status, parse_status};
+
+/// Translates the coordinator's pids into those of the images.
+#[derive(Debug, Default)]
+pub struct PidView {
+    /// How many pid namespaces lie between ours and the root's.
+    depth: usize,
+    known: HashMap<HostPid, u32>,
+}
+
+impl PidView {
+    /// The view of the pid namespace that the task `root` is in.
+    pub fn of(root: &ProcDir) -> Result<Self, ProcError> {
+        let own = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
+        let name = format!("ns/{}", NsKind::Pid);
+        let same = own.read_link(&name)? == root.read_link(&name)?;
+        Ok(PidView {
+            depth: match same {
+                true => 0,
+                false => status(root, "status")?.ns_pids.len().saturating_sub(1),
+            },
+            known: HashMap::new(),
+        })
+    }
+
+    /// Whether the pids are not those that the coordinator sees.
+    pub fn is_foreign(&self) -> bool {
+        self.depth > 0
+    }
+
+    /// Notes the ids of a process: its threads', its group's and its session's.
+    pub fn learn(
+        &mut self,
+        process: &ProcDir,
+        threads: impl IntoIterator<Item = HostPid>,
+    ) -> Result<(), ProcError> {
+        if !self.is_foreign() {
+            return Ok(());
+        }
+        let leader = status(process, "status")?;
+        for ids in [&leader.ns_pids, &leader.ns_sids, &leader.ns_pgids] {
+            self.note(ids);
+        }
+        for thread in threads {
+            self.note(&status(process, &format!("task/{thread}/status"))?.ns_pids);
+        }
+        Ok(())
+    }
+
+    /// Notes an id as `/proc` shows it: ours first, then those of inner namespaces.
+    fn note(&mut self, ids: &[NsPid]) {
+        if let (Some(host), Some(inner)) = (ids.first(), ids.get(self.depth)) {
+            self.known.insert(HostPid(host.0), inner.0.cast_unsigned());
+        }
+    }
+
+    /// The number in the images; zero for what is not in the tree's pid namespace, or not known there.
+    pub fn number(&self, host: HostPid) -> u32 {
+        match self.depth {
+            0 => host.0.cast_unsigned(),
+            _ => self.known.get(&host).copied().unwrap_or(0),
+        }
+    }
+
+    /// As [`PidView::number`], of an id that may be negative for a process group.
+    pub fn owner(&self, pid: u32) -> u32 {
+        match pid {
+            0 => 0,
+            _ => self.number(HostPid(pid.cast_signed())),
+        }
+    }
+}
+
+fn status(proc: &ProcDir, name: &str) -> Result<Status, ProcError> {
+    parse_status(&proc.read_record(name)?).map_err(|error| proc.bad(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn inner_pids_are_those_of_the_roots_namespace() {
+        let mut view = PidView {
+            depth: 1,
+            known: HashMap::new(),
+        };
+        view.note(&[NsPid(900), NsPid(3), NsPid(1)]);
+        view.note(&[NsPid(50)]);
+        assert_eq!(view.number(HostPid(900)), 3);
+        assert_eq!(view.number(HostPid(50)), 0);
+        assert_eq!(PidView::default().number(HostPid(50)), 50);
+    }
+}

@@ -1,0 +1,132 @@
+//! Making the namespaces of a tree, before its first task.
+
+use floe_kernel::namespace::{Namespace, NsKind, VISITED};
+use floe_plan::Handle;
+
+use super::{filled, ids, made, uts};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
+use crate::{ipc, mount, net};
+
+/// All namespaces of the root task have their content: from here on files are opened inside.
+pub const READY: Handle = Handle::Object("namespaces", 0);
+
+/// Kinds that the root is not born into but enters by itself, when it is in its control groups.
+const ENTERED_LATER: NsKind = NsKind::Cgroup;
+
+/// The root's namespaces that were not those of the dumping process, with their numbers.
+pub fn of_root(images: &TreeImages) -> Vec<(NsKind, u32)> {
+    let (Some(host), Some(root)) = (&images.inventory.root_ids, &images.root().ids) else {
+        return Vec::new(); // Older than namespaces in images.
+    };
+    let own = NsKind::ALL.into_iter().filter_map(|kind| {
+        let number = ids::get(root, kind)?;
+        let host = ids::get(host, kind)?;
+        (number != host).then_some((kind, number))
+    });
+    own.collect()
+}
+
+/// Whether the root is the first task of a pid namespace that is to be made.
+pub fn has_own_pids(images: &TreeImages) -> bool {
+    of_root(images).iter().any(|(kind, _)| *kind == NsKind::Pid)
+}
+
+/// Adds the steps that make and fill all namespaces.
+pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    check_tasks(images)?;
+    let own: Vec<(NsKind, u32)> = of_root(images)
+        .into_iter()
+        .filter(|(kind, _)| *kind != ENTERED_LATER)
+        .collect();
+    if own.is_empty() {
+        return Ok(());
+    }
+    check_root(images, &own)?;
+    let visited: Vec<(NsKind, u32)> = own
+        .iter()
+        .copied()
+        .filter(|(kind, _)| VISITED.contains(kind))
+        .collect();
+    let makes: Vec<Handle> = visited.iter().map(|(_, id)| made(*id)).collect();
+    let kinds = visited.clone();
+    planner.step_at_home("make namespaces", (&[], &makes), move |world| {
+        make(world, &kinds)
+    });
+    for (kind, id) in &own {
+        match kind {
+            NsKind::Net => net::plan(*id, planner)?,
+            NsKind::Ipc => ipc::plan(*id, planner)?,
+            NsKind::Uts => uts::plan(*id, planner)?,
+            NsKind::Mnt => mount::plan(*id, planner)?,
+            NsKind::Pid | NsKind::Cgroup => {}
+            NsKind::User | NsKind::Time => {
+                return Err(PlanError::Unsupported {
+                    object: format!("The {kind} namespace {id}"),
+                    remedy: "such namespaces are not supported yet; restore it with CRIU",
+                });
+            }
+        }
+    }
+    let needs: Vec<Handle> = visited.iter().map(|(_, id)| filled(*id)).collect();
+    let inside: Vec<u32> = visited.iter().map(|(_, id)| *id).collect();
+    planner.step_at_home(
+        "the namespaces are ready",
+        (&needs, &[READY]),
+        move |world| {
+            world.namespaces().set_root(inside);
+            Ok(())
+        },
+    );
+    planner.work_inside();
+    Ok(())
+}
+
+/// Makes empty namespaces for the tree.
+fn make(world: &mut World<'_>, wanted: &[(NsKind, u32)]) -> Result<(), ExecuteError> {
+    let kinds: Vec<NsKind> = wanted.iter().map(|(kind, _)| *kind).collect();
+    let home = world.namespaces().home()?;
+    let _visit = home
+        .visit_new(&kinds)
+        .during("Making namespaces", || format!("{kinds:?}"))?;
+    for (kind, id) in wanted {
+        let namespace =
+            Namespace::own(*kind).during("Opening the new namespace", || kind.to_string())?;
+        world.namespaces().keep(*id, namespace);
+    }
+    Ok(())
+}
+
+fn check_root(images: &TreeImages, own: &[(NsKind, u32)]) -> Result<(), PlanError> {
+    let own_pids = own.iter().any(|(kind, _)| *kind == NsKind::Pid);
+    let root = images.root().pid();
+    if own_pids && root != 1 {
+        return Err(PlanError::Unsupported {
+            object: format!("Root task {root} of a pid namespace that it is not the first task of"),
+            remedy: "dump the whole pid namespace",
+        });
+    }
+    Ok(())
+}
+
+/// Refuses trees whose tasks are not all in the same namespaces.
+fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
+    let Some(root) = &images.root().ids else {
+        return Ok(());
+    };
+    for task in &images.tasks {
+        let Some(own) = &task.ids else {
+            continue;
+        };
+        for kind in NsKind::ALL {
+            let number = ids::get(own, kind);
+            if number.is_some() && number != ids::get(root, kind) {
+                return Err(PlanError::Unsupported {
+                    object: format!("The {kind} namespace of task {}", task.pid()),
+                    remedy: "only the whole tree may be in one of its own; restore it with CRIU",
+                });
+            }
+        }
+    }
+    Ok(())
+}
