@@ -178,6 +178,9 @@ pub enum FreezeError {
         "The tree did not come to rest within {seconds} s: {tasks} tasks were stopped (raise --timeout)"
     )]
     Timeout { seconds: u64, tasks: usize },
+    /// The control group of `--freeze-cgroup`.
+    #[error(transparent)]
+    Group(#[from] floe_resources::cgroup::freezer::FreezerError),
     /// `/proc` could not be read.
     #[error(transparent)]
     Proc(#[from] ProcError),

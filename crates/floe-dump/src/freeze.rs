@@ -3,8 +3,12 @@
 //! Threads are seized and interrupted, all of a process before the first is waited for. A process whose
 //! threads have all stopped makes no more threads or children, so listing goes on until a whole pass over
 //! the tree finds nothing new. All ptrace requests must come from this one thread.
+//!
+//! With a control group all its members stand still while they are seized, however fast they fork. They
+//! are waited for once it is thawed; whoever is not in the group is found afterwards.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -13,12 +17,16 @@ use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
 use floe_kernel::ptrace::options;
+use floe_resources::cgroup::freezer::Freezer as Group;
 use floe_resources::namespace::PidView;
 
 use crate::error::FreezeError;
 
 /// Remote calls need stops at system calls, and filters of the task must not forbid them.
 const OPTIONS: u32 = options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP;
+
+/// What a timeout of zero stands for, as in CRIU.
+const NO_LIMIT: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// How a task was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +63,8 @@ impl FrozenTask {
 /// A stopped tree. Dropping it releases every task as it was.
 #[derive(Debug)]
 pub struct FrozenTree {
+    /// Frozen again, if it was, before the tasks are released.
+    group: Option<Group>,
     /// Parents before their children; the root is the first.
     pub tasks: Vec<FrozenTask>,
     /// How the images number its processes and threads.
@@ -72,20 +82,41 @@ impl FrozenTree {
         self.tasks.iter().filter(|task| !task.is_dead())
     }
 
+    /// The tasks, for whoever ends them: their group stays thawed, or they could not end.
+    pub fn into_tasks_to_end(self) -> Vec<FrozenTask> {
+        if let Some(group) = self.group {
+            group.leave_thawed();
+        }
+        self.tasks
+    }
+
+    /// The tasks, to be released: a group that was frozen is so again.
+    pub fn into_tasks_to_release(self) -> Vec<FrozenTask> {
+        drop(self.group);
+        self.tasks
+    }
+
     /// Threads of all tasks.
     pub fn thread_count(&self) -> usize {
         self.tasks.iter().map(|task| task.threads.len()).sum()
     }
 }
 
-/// Stops the tree under `root` within `timeout`.
-pub fn freeze(root: HostPid, timeout: Duration) -> Result<FrozenTree, FreezeError> {
+/// Stops the tree under `root` within `timeout`, by the freezer of `group` if there is one.
+pub fn freeze(
+    root: HostPid,
+    timeout: Duration,
+    group: Option<&Path>,
+) -> Result<FrozenTree, FreezeError> {
     let mut freezer = Freezer {
         tasks: Vec::new(),
         known: HashSet::new(),
         started: Instant::now(),
-        timeout,
+        timeout: if timeout.is_zero() { NO_LIMIT } else { timeout },
+        seized: Interrupted::default(),
     };
+    let group = group.map(|path| freezer.seize_frozen(root, path));
+    let group = group.transpose()?;
     if !freezer.add(root, None)? {
         return Err(FreezeError::NoTask { pid: root });
     }
@@ -99,7 +130,8 @@ pub fn freeze(root: HostPid, timeout: Duration) -> Result<FrozenTree, FreezeErro
         task.number = pids.number(task.pid);
     }
     Ok(FrozenTree {
-        tasks: freezer.tasks,
+        group,
+        tasks: std::mem::take(&mut freezer.tasks),
         pids: Rc::new(pids),
     })
 }
@@ -109,9 +141,40 @@ struct Freezer {
     known: HashSet<HostPid>,
     started: Instant,
     timeout: Duration,
+    /// Threads that were seized while their group was frozen.
+    seized: Interrupted,
 }
 
 impl Freezer {
+    /// Seizes the tree while its group stands still, and thaws it.
+    fn seize_frozen(&mut self, root: HostPid, path: &Path) -> Result<Group, FreezeError> {
+        let mut group = Group::open(path)?;
+        // Half of the time is left for what the group does not stop.
+        if !group.freeze(self.started + self.timeout / 2)? {
+            tracing::warn!("{} does not freeze; going on without", path.display());
+            return Ok(group);
+        }
+        let mut waiting = vec![root];
+        while let Some(pid) = waiting.pop() {
+            // What is wrong with a task is found out again, and reported, once all run.
+            let Ok(proc) = ProcDir::open(pid) else {
+                continue;
+            };
+            if let Ok(mut new) = seize_new(&proc, &[], &mut Interrupted::default()) {
+                self.seized.threads.append(&mut new.threads);
+            }
+            for tid in proc.threads().unwrap_or_default() {
+                waiting.extend(proc.children(tid).unwrap_or_default());
+            }
+        }
+        group.thaw()?;
+        tracing::debug!(
+            threads = self.seized.threads.len(),
+            "seized in a frozen group"
+        );
+        Ok(group)
+    }
+
     /// One pass over the tree, new tasks included; true when it found any.
     fn add_children_of_all(&mut self) -> Result<bool, FreezeError> {
         let mut found = false;
@@ -170,11 +233,11 @@ impl Freezer {
     }
 
     /// Stops all threads of a process, the leader first in the result; none for a zombie.
-    fn stop_threads(&self, proc: &ProcDir) -> Result<(Vec<Stopped>, Stat), FreezeError> {
+    fn stop_threads(&mut self, proc: &ProcDir) -> Result<(Vec<Stopped>, Stat), FreezeError> {
         let mut stopped: Vec<Stopped> = Vec::new();
         loop {
             self.check_time()?;
-            let new = seize_new(proc, &stopped)?;
+            let new = seize_new(proc, &stopped, &mut self.seized)?;
             let nothing_new = new.threads.is_empty();
             stopped.extend(wait_for_all(new)?);
             let stat = parse_stat(&proc.read_record("stat")?).map_err(|error| proc.bad(error))?;
@@ -200,6 +263,7 @@ impl Freezer {
 
 /// Threads on their way to a stop. They are waited for in any case: giving up a thread that is still
 /// running is not possible.
+#[derive(Default)]
 struct Interrupted {
     threads: Vec<Seized>,
 }
@@ -213,15 +277,32 @@ impl Drop for Interrupted {
     }
 }
 
-/// Seizes and interrupts the threads that were not stopped yet; none of a zombie.
-fn seize_new(proc: &ProcDir, stopped: &[Stopped]) -> Result<Interrupted, FreezeError> {
+impl Interrupted {
+    /// Takes the thread `tid` out, if it is here.
+    fn take(&mut self, tid: HostPid) -> Option<Seized> {
+        let place = self.threads.iter().position(|thread| thread.pid() == tid)?;
+        Some(self.threads.swap_remove(place))
+    }
+}
+
+/// Seizes and interrupts the threads that were not stopped yet, where `seized` does not have them
+/// already; none of a zombie.
+fn seize_new(
+    proc: &ProcDir,
+    stopped: &[Stopped],
+    seized: &mut Interrupted,
+) -> Result<Interrupted, FreezeError> {
     let have: HashSet<HostPid> = stopped.iter().map(Stopped::pid).collect();
     let mut new = Interrupted {
         threads: Vec::new(),
     };
     let all = proc.threads()?;
     for &tid in all.iter().filter(|tid| !have.contains(tid)) {
-        match seize(proc, tid)? {
+        let seizing = match seized.take(tid) {
+            Some(thread) => Seizing::Done(thread),
+            None => seize(proc, tid)?,
+        };
+        match seizing {
             Seizing::Done(thread) => new.threads.push(thread),
             Seizing::Gone => {}
             Seizing::Zombie if all.len() == 1 => {}

@@ -149,7 +149,8 @@ fn stop(
     options: &DumpOptions,
     watch: Option<&Watch>,
 ) -> Result<FrozenTree, DumpError> {
-    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    let group = options.cgroups.freeze.as_deref();
+    let mut tree = freeze::freeze(root, options.freeze_timeout, group)?;
     if let Some(watch) = watch {
         for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
             thread.guard(watch.journal());

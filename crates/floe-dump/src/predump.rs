@@ -46,7 +46,8 @@ pub fn pre_dump(
     let mut tracking = Tracking::open(options, features, Round::New)?;
     tracking.lineage().write_link(&writer)?;
     let stopping = Instant::now();
-    let mut tree = freeze::freeze(root, options.freeze_timeout)?;
+    let group = options.cgroups.freeze.as_deref();
+    let mut tree = freeze::freeze(root, options.freeze_timeout, group)?;
     if let Some(watch) = watch {
         for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
             thread.guard(watch.journal());

@@ -16,7 +16,7 @@ const END_DEADLINE: Duration = Duration::from_secs(10);
 pub fn resume(tree: FrozenTree) -> Result<(), DumpError> {
     let mut first_error = None;
     // Children first, so that no parent acts on a child that is still stopped.
-    for task in tree.tasks.into_iter().rev() {
+    for task in tree.into_tasks_to_release().into_iter().rev() {
         for thread in task.threads {
             if let Err(error) = thread.release() {
                 first_error.get_or_insert(error);
@@ -52,7 +52,7 @@ pub fn kill(tree: FrozenTree) -> Result<(), DumpError> {
     }
     let started = Instant::now();
     // The end of the first task of a pid namespace is reported after that of all others in there.
-    for task in tree.tasks.into_iter().rev() {
+    for task in tree.into_tasks_to_end().into_iter().rev() {
         // The leader's end is reported after that of all other threads.
         for thread in task.threads.into_iter().rev() {
             let tid = thread.pid();

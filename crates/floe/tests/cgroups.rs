@@ -153,3 +153,38 @@ fn groups_are_left_alone_when_told_so() {
     end(pid);
     assert!(!member && !group.path.exists());
 }
+
+#[test]
+fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let Some(group) = Group::make("frozen") else {
+        return;
+    };
+    let images = tempfile::tempdir().expect("a temporary directory");
+    let mut task = start_in(&group);
+    let line = format!(
+        "dump -t {} --leave-running -v4 -o log --freeze-cgroup {}",
+        task.id(),
+        group.path.display()
+    );
+    let mut ends = Vec::new();
+    for before in ["0", "1"] {
+        fs::write(group.file("cgroup.freeze"), before).expect("the group is ours");
+        let output = floe(images.path(), &line);
+        let after = fs::read_to_string(group.file("cgroup.freeze")).expect("the group is there");
+        ends.push((output, before, after));
+    }
+    let log = fs::read_to_string(images.path().join("log")).unwrap_or_default();
+    fs::write(group.file("cgroup.freeze"), "0").expect("the group is ours");
+    task.kill().expect("our own child");
+    task.wait().expect("our own child");
+    for (output, before, after) in ends {
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{errors}");
+        assert_eq!(after.trim(), before);
+    }
+    assert!(log.contains("seized in a frozen group"), "{log}");
+}

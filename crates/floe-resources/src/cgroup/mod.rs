@@ -8,6 +8,7 @@
 
 mod collect;
 mod execute;
+pub mod freezer;
 mod hierarchy;
 mod namespace;
 mod plan;
