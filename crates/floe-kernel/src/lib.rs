@@ -13,6 +13,7 @@ pub mod ids;
 pub mod inherited;
 pub mod janitor;
 pub mod kcmp;
+pub mod mount;
 pub mod namespace;
 pub mod netlink;
 pub mod nftables;

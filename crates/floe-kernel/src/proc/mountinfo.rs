@@ -21,6 +21,8 @@ pub struct Mount {
     pub shared: Option<u32>,
     /// Peer group that a slave mount receives from.
     pub master: Option<u32>,
+    /// Whether it cannot be bound elsewhere.
+    pub unbindable: bool,
 }
 
 /// Reads a whole `mountinfo` file; lines may be of any length.
@@ -39,12 +41,14 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
     let root = unescape(parts.next()?);
     let point = unescape(parts.next()?);
     let options = parts.next()?.to_vec();
-    let (mut shared, mut master) = (None, None);
+    let (mut shared, mut master, mut unbindable) = (None, None, false);
     for word in parts.by_ref().take_while(|word| *word != b"-") {
         if let Some(group) = word.strip_prefix(b"shared:") {
             shared = Some(small(group)?.cast_unsigned());
         } else if let Some(group) = word.strip_prefix(b"master:") {
             master = Some(small(group)?.cast_unsigned());
+        } else if word == b"unbindable" {
+            unbindable = true;
         }
     }
     let fs_type = unescape(parts.next()?);
@@ -68,6 +72,7 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
         super_options,
         shared,
         master,
+        unbindable,
     })
 }
 

@@ -4,6 +4,10 @@
 //! Rebuilt:  nothing yet.
 //! Not kept: everything; a tree with a mount namespace of its own is refused.
 
+pub mod groups;
+pub mod model;
+pub mod tree;
+
 use floe_kernel::namespace::NsKind;
 
 use crate::collect::{CollectError, Collector, Obstacle};

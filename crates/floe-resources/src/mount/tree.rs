@@ -1,0 +1,497 @@
+//! In which order mounts are attached, and what each is a copy of: pure.
+//!
+//! Every mount is made on its own, as a copy of some part of a [`Source`], and attached afterwards.
+//! Parents come before children. Among the children of one mount the deeper points come first: a
+//! mount that hides another one cannot be in its way then.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use floe_image::messages::{Fstype, MntEntry};
+use floe_options::{External, MountOptions};
+
+use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, below};
+use crate::restore::PlanError;
+
+/// What is to be restored, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<'a> {
+    /// The mounts of every namespace.
+    pub namespaces: &'a BTreeMap<u32, Vec<MntEntry>>,
+    /// The namespace of the root task.
+    pub root_namespace: u32,
+    /// Whether the tree has a pid namespace of its own: `proc` cannot be mounted before its first task.
+    pub own_pids: bool,
+    /// Whether the tree has a cgroup namespace of its own, below whose root it sees nothing.
+    pub own_cgroups: bool,
+    pub options: &'a MountOptions,
+    pub external: &'a [External],
+}
+
+/// Where the mounts of one file system, or of one directory of the host, are copied from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Source {
+    pub origin: Origin,
+    /// Its root, as a path in its file system.
+    pub root: String,
+    /// Device number of its file system in the images.
+    pub device: u32,
+    /// It can be made only when the first task exists.
+    pub late: bool,
+}
+
+/// How a source comes to be.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Origin {
+    /// Mounted anew, as this entry says.
+    New(Box<NewFs>),
+    /// A directory or file of the host.
+    Host(PathBuf),
+}
+
+/// A file system to be mounted anew.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NewFs {
+    /// The name of its type.
+    pub name: String,
+    /// One of its mounts.
+    pub entry: MntEntry,
+}
+
+/// A mount with its place.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Placed {
+    pub namespace: u32,
+    pub entry: MntEntry,
+    /// The mount that it is attached to; the root of a namespace has none.
+    pub parent: Option<usize>,
+    /// Its point in the parent, relative to the parent's root.
+    pub point: String,
+    pub source: usize,
+    /// Its root in the source, relative to the source's root.
+    pub part: String,
+    /// It is attached when the first task exists.
+    pub late: bool,
+}
+
+/// All mounts of a tree.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct MountTree {
+    pub sources: Vec<Source>,
+    /// In the order of attaching; the roots of the namespaces are among them.
+    pub mounts: Vec<Placed>,
+}
+
+/// The image of a namespace's mounts, for messages.
+pub fn image_name(namespace: u32) -> String {
+    format!("mountpoints-{namespace}.img")
+}
+
+/// Plans the mounts of all namespaces.
+pub fn plan_tree(request: &Request<'_>) -> Result<MountTree, PlanError> {
+    let mut tree = MountTree::default();
+    // The namespace of the root task first: the others may have copies of its root.
+    let first = request.namespaces.get_key_value(&request.root_namespace);
+    let others = request
+        .namespaces
+        .iter()
+        .filter(|(id, _)| **id != request.root_namespace);
+    for (id, entries) in first.into_iter().chain(others) {
+        place(*id, entries, &mut tree.mounts)?;
+    }
+    let mut sources = Sources {
+        request,
+        known: Vec::new(),
+    };
+    sources.add_given(&tree.mounts)?;
+    sources.add_new(&tree.mounts)?;
+    for index in 0..tree.mounts.len() {
+        let mount = &tree.mounts[index];
+        let source = sources.of(mount)?;
+        let root = entry_root(&mount.entry);
+        let part = below(root, &sources.known[source].root).unwrap_or("");
+        let part = checked(part, mount, "the root")?;
+        let late = sources.known[source].late
+            || mount.parent.is_some_and(|parent| tree.mounts[parent].late);
+        let mount = &mut tree.mounts[index];
+        (mount.source, mount.part, mount.late) = (source, part, late);
+    }
+    tree.sources = sources.known;
+    Ok(tree)
+}
+
+/// The root of a mount; the oldest images have something else there for external ones.
+fn entry_root(entry: &MntEntry) -> &str {
+    if entry.root == NO_ROOT {
+        "/"
+    } else {
+        &entry.root
+    }
+}
+
+/// Adds the mounts of one namespace, in the order of attaching.
+fn place(namespace: u32, entries: &[MntEntry], placed: &mut Vec<Placed>) -> Result<(), PlanError> {
+    let damaged = |what: String| PlanError::damaged(image_name(namespace), what);
+    let mut ids = BTreeSet::new();
+    if let Some(twice) = entries.iter().find(|entry| !ids.insert(entry.mnt_id)) {
+        return Err(damaged(format!("mount {} is there twice", twice.mnt_id)));
+    }
+    let mut children: BTreeMap<u32, Vec<&MntEntry>> = BTreeMap::new();
+    let mut roots = Vec::new();
+    for entry in entries {
+        let parent = entry.parent_mnt_id;
+        if parent != entry.mnt_id && ids.contains(&parent) {
+            children.entry(parent).or_default().push(entry);
+        } else {
+            roots.push(entry);
+        }
+    }
+    let [root] = roots[..] else {
+        let points: Vec<&str> = roots.iter().map(|root| root.mountpoint.as_str()).collect();
+        return Err(damaged(format!(
+            "one mount must be the root, but {} have no parent: {}",
+            roots.len(),
+            points.join(", ")
+        )));
+    };
+    let mut waiting = vec![(root, None)];
+    let before = placed.len();
+    while let Some((entry, parent)) = waiting.pop() {
+        let above = parent.map_or("/", |parent: usize| {
+            placed[parent].entry.mountpoint.as_str()
+        });
+        let point = below(&entry.mountpoint, above).ok_or_else(|| {
+            damaged(format!(
+                "mount {} at {} is not below its parent at {above}",
+                entry.mnt_id, entry.mountpoint
+            ))
+        })?;
+        let mount = Placed {
+            namespace,
+            entry: entry.clone(),
+            parent,
+            point: point.to_string(),
+            source: 0,
+            part: String::new(),
+            late: false,
+        };
+        let point = checked(&mount.point, &mount, "the point")?;
+        placed.push(Placed { point, ..mount });
+        let index = placed.len() - 1;
+        let mut below = children.remove(&entry.mnt_id).unwrap_or_default();
+        // The last one is taken first.
+        below.sort_by_key(|child| (depth(&child.mountpoint), std::cmp::Reverse(child.mnt_id)));
+        waiting.extend(below.into_iter().map(|child| (child, Some(index))));
+    }
+    if placed.len() - before != entries.len() {
+        return Err(damaged("some mounts are each other's parents".to_string()));
+    }
+    Ok(())
+}
+
+fn depth(path: &str) -> usize {
+    path.split('/').filter(|name| !name.is_empty()).count()
+}
+
+/// A relative path of plain names.
+fn checked(path: &str, mount: &Placed, what: &str) -> Result<String, PlanError> {
+    let plain = |name: &str| !matches!(name, "" | "." | "..") && !name.contains('\0');
+    if path.is_empty() || path.split('/').all(plain) {
+        return Ok(path.to_string());
+    }
+    let text = format!("{what} of mount {} is {path}", mount.entry.mnt_id);
+    Err(PlanError::damaged(image_name(mount.namespace), text))
+}
+
+struct Sources<'a> {
+    request: &'a Request<'a>,
+    known: Vec<Source>,
+}
+
+impl Sources<'_> {
+    /// Adds what comes from the host: the root of the root's namespace, and external mounts.
+    fn add_given(&mut self, mounts: &[Placed]) -> Result<(), PlanError> {
+        for mount in mounts {
+            let Some(path) = self.host_path(mount)? else {
+                continue;
+            };
+            let source = Source {
+                origin: Origin::Host(path),
+                root: entry_root(&mount.entry).to_string(),
+                device: mount.entry.root_dev,
+                late: false,
+            };
+            if !self.known.contains(&source) {
+                self.known.push(source);
+            }
+        }
+        Ok(())
+    }
+
+    fn host_path(&self, mount: &Placed) -> Result<Option<PathBuf>, PlanError> {
+        let entry = &mount.entry;
+        let options = self.request.options;
+        if mount.parent.is_none() && mount.namespace == self.request.root_namespace {
+            let root = options.root.clone();
+            return Ok(Some(root.unwrap_or_else(|| PathBuf::from("/"))));
+        }
+        if entry.with_plugin == Some(true) {
+            return Err(PlanError::Unsupported {
+                object: format!("Mount {}, which a plugin saved,", entry.mountpoint),
+                remedy: "plugins of CRIU cannot be used; dump again with --external mnt[POINT]:NAME",
+            });
+        }
+        // The oldest images have the name in place of the root.
+        let old = (entry.ext_mount == Some(true)).then_some(&entry.root);
+        let Some(key) = entry.ext_key.as_ref().or(old) else {
+            return Ok(None);
+        };
+        if key == EXTERNAL_DEVICE {
+            return Ok(None);
+        }
+        if key == AUTODETECTED {
+            let wanted = options.ext_mount_auto
+                || (self.request.external.iter())
+                    .any(|external| matches!(external, External::MountAuto { .. }));
+            return match wanted {
+                true => Ok(Some(PathBuf::from(&entry.source))),
+                false => Err(PlanError::Unsupported {
+                    object: format!("Mount {}, found outside at the dump,", entry.mountpoint),
+                    remedy: "use --external mnt[] (or --ext-mount-map auto) at the restore too",
+                }),
+            };
+        }
+        match external_value(key, options, self.request.external) {
+            Some(path) => Ok(Some(PathBuf::from(path))),
+            None => Err(PlanError::Unsupported {
+                object: format!("External mount {} (`{key}`)", entry.mountpoint),
+                remedy: "say where it is now by --external mnt[NAME]:PATH",
+            }),
+        }
+    }
+
+    /// Adds the file systems that are mounted anew.
+    fn add_new(&mut self, mounts: &[Placed]) -> Result<(), PlanError> {
+        for mount in mounts {
+            let entry = &mount.entry;
+            if self.given(mount).is_some() {
+                continue;
+            }
+            let narrow = self.is_rooted_in_namespace(entry);
+            if entry.root != "/" && !narrow {
+                continue;
+            }
+            let Some(name) = fs_name(entry) else {
+                return Err(PlanError::Unsupported {
+                    object: format!("The file system at {}", entry.mountpoint),
+                    remedy: "dump again with --external mnt[POINT]:NAME, or --enable-fs",
+                });
+            };
+            let known = self.known.iter_mut().find(|source| {
+                source.device == entry.root_dev && matches!(source.origin, Origin::New(_))
+            });
+            match known {
+                Some(source) if source.root.len() > entry.root.len() => {
+                    source.root = entry.root.clone();
+                }
+                Some(_) => {}
+                None => self.known.push(self.new_source(name, entry)),
+            }
+        }
+        Ok(())
+    }
+
+    fn new_source(&self, name: String, entry: &MntEntry) -> Source {
+        let shared_with_host =
+            name == "devpts" && !entry.options.split(',').any(|word| word == "newinstance");
+        Source {
+            late: name == "proc" && self.request.own_pids,
+            origin: if shared_with_host {
+                Origin::Host(PathBuf::from("/dev/pts"))
+            } else {
+                Origin::New(Box::new(NewFs {
+                    name,
+                    entry: entry.clone(),
+                }))
+            },
+            root: entry.root.clone(),
+            device: entry.root_dev,
+        }
+    }
+
+    /// Control groups: in a cgroup namespace the root of a mount is the namespace's.
+    fn is_rooted_in_namespace(&self, entry: &MntEntry) -> bool {
+        let kind = Fstype::try_from(entry.fstype.cast_signed());
+        self.request.own_cgroups && matches!(kind, Ok(Fstype::Cgroup | Fstype::Cgroup2))
+    }
+
+    /// The source of a mount that comes from the host, or is part of what does.
+    fn given(&self, mount: &Placed) -> Option<usize> {
+        let path = self.host_path(mount).ok().flatten();
+        let own = self.known.iter().position(|source| {
+            source.device == mount.entry.root_dev
+                && source.root == entry_root(&mount.entry)
+                && path
+                    .as_ref()
+                    .is_some_and(|path| source.origin == Origin::Host(path.clone()))
+        });
+        own.or_else(|| self.widest(mount, |source| matches!(source.origin, Origin::Host(_))))
+    }
+
+    fn widest(&self, mount: &Placed, wanted: impl Fn(&Source) -> bool) -> Option<usize> {
+        let fits = |source: &Source| {
+            source.device == mount.entry.root_dev
+                && below(entry_root(&mount.entry), &source.root).is_some()
+                && wanted(source)
+        };
+        let found = self
+            .known
+            .iter()
+            .enumerate()
+            .filter(|(_, source)| fits(source));
+        found
+            .min_by_key(|(_, source)| source.root.len())
+            .map(|(index, _)| index)
+    }
+
+    fn of(&self, mount: &Placed) -> Result<usize, PlanError> {
+        let found = self.given(mount).or_else(|| self.widest(mount, |_| true));
+        found.ok_or_else(|| PlanError::Unsupported {
+            object: format!(
+                "Mount {} of {} in a file system whose root is mounted nowhere in the tree",
+                mount.entry.mountpoint, mount.entry.root
+            ),
+            remedy: "dump again with --external mnt[POINT]:NAME",
+        })
+    }
+}
+
+/// The name of a file system that can be mounted anew.
+fn fs_name(entry: &MntEntry) -> Option<String> {
+    let code = Fstype::try_from(entry.fstype.cast_signed()).ok()?;
+    if code == Fstype::Auto {
+        return entry.fsname.clone();
+    }
+    FsKind::of_code(code).map(|kind| kind.name.to_string())
+}
+
+/// The value of `--external mnt[KEY]:VALUE` or `--ext-mount-map KEY:VALUE`.
+pub fn external_value<'o>(
+    key: &str,
+    options: &'o MountOptions,
+    external: &'o [External],
+) -> Option<&'o str> {
+    let mapped = options.ext_mount_map.iter().find(|map| map.key == key);
+    let named = external.iter().find_map(|external| match external {
+        External::Mount { key: name, value } if name == key => Some(value.as_str()),
+        _ => None,
+    });
+    named.or_else(|| mapped.map(|map| map.value.as_str()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mount(id: u32, parent: u32, point: &str, device: u32, root: &str) -> MntEntry {
+        MntEntry {
+            fstype: Fstype::Tmpfs as u32,
+            mnt_id: id,
+            parent_mnt_id: parent,
+            mountpoint: point.to_string(),
+            root_dev: device,
+            root: root.to_string(),
+            ..MntEntry::default()
+        }
+    }
+
+    fn planned(entries: Vec<MntEntry>, external: &[External]) -> Result<MountTree, PlanError> {
+        let namespaces = BTreeMap::from([(7, entries)]);
+        plan_tree(&Request {
+            namespaces: &namespaces,
+            root_namespace: 7,
+            own_pids: true,
+            own_cgroups: false,
+            options: &MountOptions::default(),
+            external,
+        })
+    }
+
+    #[test]
+    fn parents_come_first_and_hidden_points_before_what_hides_them() {
+        let entries = vec![
+            mount(5, 2, "/a/b", 3, "/"),
+            mount(4, 2, "/a", 2, "/"),
+            mount(6, 4, "/a/b", 4, "/"),
+            mount(2, 1, "/", 1, "/srv/root"),
+            mount(3, 2, "/", 5, "/"),
+        ];
+        let tree = planned(entries, &[]).expect("a tree");
+        let order: Vec<u32> = tree.mounts.iter().map(|m| m.entry.mnt_id).collect();
+        assert_eq!(order, [2, 5, 4, 6, 3]);
+        let points: Vec<&str> = tree.mounts.iter().map(|m| m.point.as_str()).collect();
+        assert_eq!(points, ["", "a/b", "a", "b", ""]);
+    }
+
+    #[test]
+    fn binds_are_parts_of_the_widest_source() {
+        let entries = vec![
+            mount(2, 1, "/", 1, "/srv/root"),
+            mount(3, 2, "/t", 9, "/"),
+            mount(4, 2, "/u", 9, "/x/y"),
+            mount(5, 2, "/v", 1, "/srv/root/home"),
+        ];
+        let tree = planned(entries, &[]).expect("a tree");
+        assert_eq!(tree.sources.len(), 2);
+        let parts: BTreeMap<u32, (usize, &str)> = tree
+            .mounts
+            .iter()
+            .map(|m| (m.entry.mnt_id, (m.source, m.part.as_str())))
+            .collect();
+        assert_eq!(parts[&4], (1, "x/y"));
+        assert_eq!(parts[&5], (0, "home"));
+    }
+
+    #[test]
+    fn what_lies_on_a_late_mount_is_late() {
+        let mut proc = mount(3, 2, "/proc", 9, "/");
+        proc.fstype = Fstype::Proc as u32;
+        let mut masked = mount(4, 3, "/proc/kcore", 6, "/null");
+        masked.ext_key = Some("/dev/null".into());
+        let entries = vec![mount(2, 1, "/", 1, "/"), proc, masked];
+        let external = External::Mount {
+            key: "/dev/null".into(),
+            value: "/dev/null".into(),
+        };
+        let tree = planned(entries.clone(), &[external]).expect("a tree");
+        let late: Vec<bool> = tree.mounts.iter().map(|m| m.late).collect();
+        assert_eq!(late, [false, true, true]);
+        assert!(!tree.sources[tree.mounts[2].source].late);
+        assert!(
+            planned(entries, &[]).is_err(),
+            "the external mount is not named"
+        );
+    }
+
+    #[test]
+    fn impossible_trees_are_damage() {
+        let root = || mount(2, 1, "/", 1, "/");
+        for bad in [
+            vec![],
+            vec![root(), root()],
+            vec![root(), mount(3, 9, "/a", 2, "/")],
+            vec![root(), mount(3, 4, "/a", 2, "/"), mount(4, 3, "/a", 2, "/")],
+            vec![root(), mount(3, 2, "/a/../b", 2, "/")],
+            vec![root(), mount(3, 2, "/a", 2, "/"), mount(4, 3, "/b", 2, "/")],
+            vec![root(), mount(3, 2, "/a", 1, "/x/../../y")],
+        ] {
+            assert!(planned(bad.clone(), &[]).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_part_of_an_unknown_file_system_is_refused() {
+        let entries = vec![mount(2, 1, "/", 1, "/srv"), mount(3, 2, "/a", 8, "/sub")];
+        assert!(planned(entries, &[]).is_err());
+    }
+}
