@@ -4,6 +4,7 @@
 //! Rebuilt:  nothing yet.
 //! Not kept: everything; a tree with a mount namespace of its own is refused.
 
+pub mod content;
 pub mod groups;
 pub mod model;
 pub mod tree;
