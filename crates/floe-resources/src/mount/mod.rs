@@ -1,33 +1,18 @@
 //! The content of a mount namespace: mounts (`mount_namespaces(7)`).
 //!
-//! Saved:    nothing yet.
-//! Rebuilt:  nothing yet.
-//! Not kept: everything; a tree with a mount namespace of its own is refused.
+//! Saved:    the mounts with their flags, options and sharing groups; the files of tmpfs.
+//! Rebuilt:  each is made on its own and attached when it is done, parents first; then they are put into
+//!           their groups. Needs: namespaces whose state a file system shows; a task, for its own `proc`.
+//! Not kept: numbers of mounts and groups; what is in file systems that come from outside.
 
-pub mod content;
-pub mod groups;
-pub mod model;
-pub mod tree;
+mod collect;
+mod content;
+mod execute;
+mod groups;
+mod model;
+mod plan;
+mod remote;
+mod tree;
 
-use floe_kernel::namespace::NsKind;
-
-use crate::collect::{CollectError, Collector, Obstacle};
-use crate::namespace::TreeNamespace;
-use crate::restore::{PlanError, Planner};
-
-/// Writes the images of a namespace; see [`crate::namespace`].
-pub fn collect(namespace: &TreeNamespace, _: &mut Collector<'_>) -> Result<(), CollectError> {
-    Err(CollectError::Unsupported(Obstacle {
-        pid: namespace.member,
-        object: format!("a {} namespace of its own", NsKind::Mnt),
-        remedy: "mount namespaces are not supported yet".to_string(),
-    }))
-}
-
-/// Adds the steps that fill a namespace; see [`crate::namespace`].
-pub fn plan(id: u32, _: &mut Planner<'_>) -> Result<(), PlanError> {
-    Err(PlanError::Unsupported {
-        object: format!("The {} namespace {id}", NsKind::Mnt),
-        remedy: "mount namespaces are not supported yet; restore it with CRIU",
-    })
-}
+pub use collect::{KnownMounts, collect, mount_id};
+pub use plan::{needs_of_file, plan};

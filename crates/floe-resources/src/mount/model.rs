@@ -49,8 +49,6 @@ pub enum Content {
     Files,
     /// Must be empty.
     Nothing,
-    /// Registered binary formats.
-    Formats,
 }
 
 /// A file system that can be mounted anew.
@@ -76,7 +74,7 @@ pub const FS_KINDS: [FsKind; 16] = [
     fs("proc", Fstype::Proc, Content::Given),
     fs("sysfs", Fstype::Sysfs, Content::Given),
     fs("devtmpfs", Fstype::Devtmpfs, Content::Given),
-    fs("binfmt_misc", Fstype::BinfmtMisc, Content::Formats),
+    fs("binfmt_misc", Fstype::BinfmtMisc, Content::Given),
     fs("tmpfs", Fstype::Tmpfs, Content::Files),
     fs("devpts", Fstype::Devpts, Content::Given),
     fs("simfs", Fstype::Simfs, Content::Given),

@@ -129,6 +129,13 @@ fn entry_root(entry: &MntEntry) -> &str {
     }
 }
 
+/// The mounts of one namespace, in the order of attaching.
+pub fn attach_order(namespace: u32, entries: &[MntEntry]) -> Result<Vec<MntEntry>, PlanError> {
+    let mut placed = Vec::new();
+    place(namespace, entries, &mut placed)?;
+    Ok(placed.into_iter().map(|mount| mount.entry).collect())
+}
+
 /// Adds the mounts of one namespace, in the order of attaching.
 fn place(namespace: u32, entries: &[MntEntry], placed: &mut Vec<Placed>) -> Result<(), PlanError> {
     let damaged = |what: String| PlanError::damaged(image_name(namespace), what);

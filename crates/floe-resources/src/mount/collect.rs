@@ -1,0 +1,449 @@
+//! Saving the mounts of a namespace.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::rc::Rc;
+
+use floe_image::ImageKind;
+use floe_image::messages::{Fstype, MntEntry};
+use floe_kernel::ids::HostPid;
+use floe_kernel::mount::{Propagation, Reach, copy_mount, set_propagation};
+use floe_kernel::namespace::{NsKind, Visit, open_in_proc, unshare};
+use floe_kernel::proc::{Mount, parse_mountinfo};
+use floe_options::External;
+use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use super::content;
+use super::groups::plan_groups;
+use super::model::{
+    AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, below, entry_of, kernel_device,
+};
+use super::tree::{Request, attach_order, external_value, plan_tree};
+use crate::collect::{CollectError, Collector, Obstacle};
+use crate::namespace::TreeNamespace;
+use crate::restore::PlanError;
+
+/// The mounts of the tree's namespaces.
+#[derive(Default)]
+pub struct KnownMounts {
+    namespaces: BTreeMap<u32, Vec<MntEntry>>,
+    /// The namespace of a mount.
+    places: HashMap<u32, u32>,
+    /// Devices of file systems whose content is saved, or need not be.
+    saved: BTreeSet<u32>,
+}
+
+impl KnownMounts {
+    /// The namespace that a mount is in.
+    pub fn place_of(&self, mount: u32) -> Option<u32> {
+        self.places.get(&mount).copied()
+    }
+
+    /// Whether the tree has mount namespaces of its own.
+    pub fn is_empty(&self) -> bool {
+        self.namespaces.is_empty()
+    }
+}
+
+/// Writes the mounts of a namespace, and the content of the file systems that only it has.
+pub fn collect(
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let own = own_mounts(collector)?;
+    let mounts = read_mounts(namespace, collector)?;
+    let mut entries = Vec::with_capacity(mounts.len());
+    for mount in &mounts {
+        let entry = describe(mount, namespace, &own, collector);
+        entries.extend(collector.note(entry)?);
+    }
+    skip(&mut entries, collector);
+    if collector.cache(KnownMounts::default).is_empty() {
+        let pid = namespace.member;
+        collector.defer(move |collector| check_whole(pid, collector));
+    }
+    let known = collector.cache(KnownMounts::default);
+    known.places.extend(entries.iter().map(|entry| (entry.mnt_id, namespace.id)));
+    known.namespaces.insert(namespace.id, entries.clone());
+    for entry in given_content(&entries, namespace.of_root) {
+        collector.cache(KnownMounts::default).saved.insert(entry);
+    }
+    for entry in &entries {
+        let saved = save_content(entry, &entries, namespace, collector);
+        collector.note(saved)?;
+    }
+    // Last mounted first, as others write and read them.
+    let stream = collector.side(ImageKind::Mnts, u64::from(namespace.id))?;
+    for entry in entries.iter().rev() {
+        stream.append(entry)?;
+    }
+    Ok(())
+}
+
+/// Our own mounts, as they are when the dump begins.
+struct OwnMounts(Rc<Vec<Mount>>);
+
+fn own_mounts(collector: &mut Collector<'_>) -> Result<Rc<Vec<Mount>>, CollectError> {
+    let own = collector.try_cache(|collector| {
+        Ok(OwnMounts(Rc::new(mountinfo_of_this_thread(collector)?)))
+    })?;
+    Ok(Rc::clone(&own.0))
+}
+
+fn mountinfo_of_this_thread(collector: &Collector<'_>) -> Result<Vec<Mount>, CollectError> {
+    let system = |source| CollectError::System {
+        action: "Reading the list of mounts".to_string(),
+        source,
+    };
+    let home = collector.namespaces().home();
+    let mut text = Vec::new();
+    open_in_proc(home, "thread-self/mountinfo", OFlags::RDONLY)
+        .and_then(|mut file| file.read_to_end(&mut text))
+        .map_err(system)?;
+    parse_mountinfo(&text)
+        .map_err(|error| system(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))
+}
+
+fn read_mounts(
+    namespace: &TreeNamespace,
+    collector: &Collector<'_>,
+) -> Result<Vec<Mount>, CollectError> {
+    let _visit = collector.namespaces().visit(&[namespace])?;
+    mountinfo_of_this_thread(collector)
+}
+
+/// The entry of a mount; `Unsupported` where it cannot be mounted again.
+fn describe(
+    mount: &Mount,
+    namespace: &TreeNamespace,
+    own: &[Mount],
+    collector: &Collector<'_>,
+) -> Result<MntEntry, CollectError> {
+    let point = String::from_utf8_lossy(&mount.point).into_owned();
+    let fs_type = String::from_utf8_lossy(&mount.fs_type).into_owned();
+    let refuse = |what: &str, remedy: String| {
+        Err(CollectError::Unsupported(Obstacle {
+            pid: namespace.member,
+            object: format!("the mount {point} ({fs_type}{what})"),
+            remedy,
+        }))
+    };
+    let mut entry = match entry_of(mount) {
+        Ok(entry) => entry,
+        Err(what) => return refuse("", format!("mount it elsewhere: {what} is not UTF-8")),
+    };
+    if mount.options.split(|b| *b == b',').any(|word| word == b"idmapped") {
+        return refuse(", with mapped ids", "unmount it: its mapping cannot be read".into());
+    }
+    if find_external(&mut entry, namespace, own, collector) || (entry.mountpoint == "/" && namespace.of_root) {
+        return Ok(entry);
+    }
+    match entry.fstype() {
+        Some(Fstype::Unsupported) if fs_type == "autofs" => {
+            return refuse("", "unmount it: automounters cannot be moved, stop this one".into());
+        }
+        Some(Fstype::Unsupported) if is_enabled(&fs_type, collector) => {
+            entry.fstype = Fstype::Auto as u32;
+            entry.fsname = Some(fs_type);
+        }
+        Some(Fstype::Unsupported) if is_device(mount, collector).is_some() => {
+            let name = is_device(mount, collector).unwrap_or_default();
+            entry.fstype = Fstype::Auto as u32;
+            entry.fsname = Some(fs_type);
+            entry.ext_key = Some(EXTERNAL_DEVICE.to_string());
+            entry.source = format!("dev[{name}]");
+        }
+        Some(Fstype::Unsupported) if entry.root == "/" => {
+            let remedy = format!("use --external mnt[{point}]:NAME, and supply it at the restore");
+            return refuse(", which cannot be mounted anew", remedy);
+        }
+        Some(Fstype::Devpts) if !has_device(own, mount) => add_option(&mut entry, "newinstance"),
+        _ => {}
+    }
+    Ok(entry)
+}
+
+trait Typed {
+    fn fstype(&self) -> Option<Fstype>;
+}
+
+impl Typed for MntEntry {
+    fn fstype(&self) -> Option<Fstype> {
+        Fstype::try_from(self.fstype.cast_signed()).ok()
+    }
+}
+
+fn add_option(entry: &mut MntEntry, word: &str) {
+    if !entry.options.is_empty() {
+        entry.options.push(',');
+    }
+    entry.options.push_str(word);
+}
+
+fn has_device(own: &[Mount], mount: &Mount) -> bool {
+    let same = |other: &Mount| {
+        (other.dev_major, other.dev_minor) == (mount.dev_major, mount.dev_minor)
+    };
+    own.iter().any(same)
+}
+
+fn is_enabled(fs_type: &str, collector: &Collector<'_>) -> bool {
+    let enabled = &collector.options.mounts.enable_fs;
+    enabled.iter().any(|name| name == fs_type || name == "all")
+}
+
+/// The name that `--external dev[MAJOR/MINOR]:NAME` gives the device of a mount.
+fn is_device(mount: &Mount, collector: &Collector<'_>) -> Option<String> {
+    let wanted = format!("{}/{}", mount.dev_major, mount.dev_minor);
+    collector.options.external.iter().find_map(|external| match external {
+        External::Device { key, value } if *key == wanted => Some(value.clone()),
+        _ => None,
+    })
+}
+
+/// Marks a mount that comes from outside; whether it does.
+fn find_external(
+    entry: &mut MntEntry,
+    namespace: &TreeNamespace,
+    own: &[Mount],
+    collector: &Collector<'_>,
+) -> bool {
+    let (mounts, external) = (&collector.options.mounts, &collector.options.external);
+    if namespace.of_root
+        && let Some(name) = external_value(&entry.mountpoint, mounts, external)
+    {
+        entry.ext_key = Some(name.to_string());
+        return true;
+    }
+    let (mut auto, mut masters, mut sharing) = (
+        mounts.ext_mount_auto,
+        mounts.external_masters,
+        mounts.external_sharing,
+    );
+    for external in external {
+        if let External::MountAuto { masters: m, sharing: s } = external {
+            auto = true;
+            masters |= m;
+            sharing |= s;
+        }
+    }
+    if !auto || entry.mountpoint == "/" {
+        return false;
+    }
+    let Some(found) = best_match(entry, own) else {
+        return false;
+    };
+    let (shared, master) = (entry.shared_id.unwrap_or(0), entry.master_id.unwrap_or(0));
+    let outside = (found.shared.unwrap_or(0), found.master.unwrap_or(0));
+    if shared != 0 {
+        if !sharing {
+            return false;
+        }
+        if shared != outside.0 {
+            entry.internal_sharing = Some(true);
+        }
+    }
+    if master != 0 && (!masters || (master != outside.0 && master != outside.1)) {
+        return false;
+    }
+    let inner = below(&entry.root, &String::from_utf8_lossy(&found.root)).unwrap_or("").to_string();
+    let point = String::from_utf8_lossy(&found.point);
+    entry.source = match inner.as_str() {
+        "" => point.into_owned(),
+        inner => format!("{}/{inner}", point.trim_end_matches('/')),
+    };
+    entry.ext_key = Some(AUTODETECTED.to_string());
+    true
+}
+
+/// Our mount that an external one is a copy of, if possible the one that it shares with.
+fn best_match<'m>(entry: &MntEntry, own: &'m [Mount]) -> Option<&'m Mount> {
+    let fits = |mount: &&Mount| {
+        kernel_device(mount.dev_major, mount.dev_minor) == entry.root_dev
+            && below(&entry.root, &String::from_utf8_lossy(&mount.root)).is_some()
+    };
+    let groups = [entry.shared_id, entry.master_id];
+    let shares = |mount: &&Mount| {
+        let group = mount.shared.filter(|group| *group != 0);
+        group.is_some() && groups.contains(&group)
+    };
+    let mut candidates = own.iter().filter(fits);
+    let exact = candidates.clone().find(shares);
+    exact.or_else(|| candidates.next_back())
+}
+
+/// Leaves out the mounts of `--skip-mnt`, and what is mounted on them.
+fn skip(entries: &mut Vec<MntEntry>, collector: &Collector<'_>) {
+    let mut gone = BTreeSet::new();
+    loop {
+        let before = gone.len();
+        for entry in entries.iter() {
+            let point = std::path::Path::new(&entry.mountpoint);
+            if collector.options.mounts.skip.iter().any(|path| path == point)
+                || gone.contains(&entry.parent_mnt_id)
+            {
+                gone.insert(entry.mnt_id);
+            }
+        }
+        if gone.len() == before {
+            break;
+        }
+    }
+    entries.retain(|entry| !gone.contains(&entry.mnt_id));
+}
+
+/// Devices of file systems that come from outside, so that their content does as well.
+fn given_content(entries: &[MntEntry], of_root: bool) -> Vec<u32> {
+    let ids: BTreeSet<u32> = entries.iter().map(|entry| entry.mnt_id).collect();
+    let is_given = |entry: &&MntEntry| {
+        entry.ext_key.is_some() || (of_root && !ids.contains(&entry.parent_mnt_id))
+    };
+    let given = entries.iter().filter(is_given);
+    given.map(|entry| entry.root_dev).collect()
+}
+
+/// Saves the content of a mount's file system, where it is the first mount that shows all of it.
+fn save_content(
+    entry: &MntEntry,
+    all: &[MntEntry],
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let kind = entry.fstype().and_then(FsKind::of_code);
+    let Some(kind) = kind.filter(|kind| kind.content != Content::Given) else {
+        return Ok(());
+    };
+    let known = collector.cache(KnownMounts::default);
+    if entry.root != "/" || !known.saved.insert(entry.root_dev) {
+        return Ok(());
+    }
+    let copy = pristine(entry, all, namespace, collector)?;
+    match kind.content {
+        Content::Files => {
+            let device = u64::from(entry.root_dev);
+            let image = collector.writer().create_raw(ImageKind::TmpfsDev, device)?;
+            content::pack(copy.as_fd(), image).map_err(|error| CollectError::System {
+                action: format!(
+                    "Saving the files of {}: {} {}",
+                    entry.mountpoint, error.action, error.path
+                ),
+                source: error.source,
+            })
+        }
+        Content::Nothing => refuse_content(entry, kind, copy.as_fd(), namespace.member),
+        Content::Given => Ok(()),
+    }
+}
+
+fn refuse_content(
+    entry: &MntEntry,
+    kind: FsKind,
+    root: BorrowedFd<'_>,
+    pid: HostPid,
+) -> Result<(), CollectError> {
+    let system = |errno: Errno| CollectError::System {
+        action: format!("Listing {}", entry.mountpoint),
+        source: errno.into(),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(root, ".", flags, Mode::empty()).map_err(system)?;
+    for name in Dir::new(opened).map_err(system)? {
+        let name = name.map_err(system)?;
+        let name = name.file_name().to_string_lossy().into_owned();
+        if !matches!(name.as_str(), "." | "..") {
+            return Err(CollectError::Unsupported(Obstacle {
+                pid,
+                object: format!("{name} in the {} file system at {}", kind.name, entry.mountpoint),
+                remedy: "remove it first: what is in such a file system is not saved".to_string(),
+            }));
+        }
+    }
+    Ok(())
+}
+
+/// A copy of a mount on which nothing else is mounted.
+fn pristine(
+    entry: &MntEntry,
+    all: &[MntEntry],
+    namespace: &TreeNamespace,
+    collector: &Collector<'_>,
+) -> Result<OwnedFd, CollectError> {
+    let system = |source: std::io::Error| CollectError::System {
+        action: format!("Copying the mount {}", entry.mountpoint),
+        source,
+    };
+    let visit = collector.namespaces().visit(&[namespace])?;
+    let seen = open_mount(&entry.mountpoint).map_err(|errno| system(errno.into()))?;
+    if mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id)) {
+        return copy_mount(seen.as_fd(), b"").map_err(system);
+    }
+    drop(seen);
+    uncover(entry, all, &visit).map_err(system)
+}
+
+/// As [`pristine`], for a mount that others hide: they are taken away, in a copy of the namespace.
+fn uncover(entry: &MntEntry, all: &[MntEntry], _inside: &Visit) -> std::io::Result<OwnedFd> {
+    unshare(NsKind::Mnt.flag())?;
+    let root = open_mount("/")?;
+    set_propagation(root.as_fd(), Reach::Tree, Propagation::Private)?;
+    let order = attach_order(0, all).unwrap_or_default();
+    for other in order.iter().rev() {
+        if other.mnt_id == entry.mnt_id {
+            let seen = open_mount(&entry.mountpoint)?;
+            return copy_mount(seen.as_fd(), b"");
+        }
+        if other.mountpoint != "/" {
+            let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
+            rustix::mount::unmount(other.mountpoint.as_str(), flags)?;
+        }
+    }
+    Err(Errno::NOENT.into())
+}
+
+fn open_mount(path: &str) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(CWD, path, flags, Mode::empty())
+}
+
+/// The number of the mount that a file was opened on.
+pub fn mount_id(file: BorrowedFd<'_>) -> Result<u64, Errno> {
+    let stat = rustix::fs::statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+    Ok(stat.stx_mnt_id)
+}
+
+/// Plans the restore of all mounts, to find now what would be in its way then.
+fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), CollectError> {
+    let of_root = collector.namespaces().of_root(NsKind::Mnt).map(|root| root.id);
+    let Some(root_namespace) = of_root else {
+        return Ok(());
+    };
+    let known = collector.cache(KnownMounts::default);
+    let keys = known.namespaces.values().flatten().filter_map(|entry| entry.ext_key.clone());
+    let mut external: Vec<External> = keys
+        .map(|key| External::Mount { key, value: "/".into() })
+        .collect();
+    external.push(External::MountAuto { masters: true, sharing: true });
+    let planned = plan_tree(&Request {
+        namespaces: &known.namespaces,
+        root_namespace,
+        own_pids: true,
+        own_cgroups: true,
+        options: &floe_options::MountOptions::default(),
+        external: &external,
+    });
+    let (object, remedy) = match planned.and_then(|tree| plan_groups(&tree)) {
+        Ok(_) => return Ok(()),
+        Err(PlanError::Unsupported { object, remedy }) => {
+            (object, remedy.replace("dump again with", "use"))
+        }
+        Err(error) => (
+            format!("its mounts ({error})"),
+            "unmount them, or declare them by --external mnt[POINT]:NAME".to_string(),
+        ),
+    };
+    collector.obstacle(Obstacle { pid, object, remedy });
+    Ok(())
+}

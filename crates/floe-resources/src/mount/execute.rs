@@ -1,0 +1,479 @@
+//! Making the mounts of a tree.
+//!
+//! All of them are made in a workshop, a mount namespace that nobody else is in, and attached in the
+//! tree's namespaces when they are done. What failed half-way goes with the workshop.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::rc::Rc;
+
+use floe_image::ImageKind;
+use floe_image::dir::ImageDir;
+use floe_kernel::mount::{
+    self, FsOption, NewMountError, Propagation, Reach, attach, copy_mount, join_group,
+    set_propagation,
+};
+use floe_kernel::namespace::{Home, Namespace, NsKind};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use super::content;
+use super::groups::{Base, Group};
+use super::model::{Content, FsKind, attributes, split_options, super_words};
+use super::tree::{MountTree, NewFs, Origin, Placed};
+use crate::restore::{Attempt, ExecuteError};
+
+/// A path in a mount: not through links, and not into what is mounted below.
+const WITHIN: ResolveFlags = ResolveFlags::BENEATH
+    .union(ResolveFlags::NO_SYMLINKS)
+    .union(ResolveFlags::NO_XDEV);
+
+/// File systems whose options are those of the one instance that the kernel has.
+const SINGLE: [&str; 4] = ["devtmpfs", "debugfs", "tracefs", "securityfs"];
+
+/// Mounts in the making.
+#[derive(Debug)]
+pub struct Workshop {
+    plan: Rc<Plan>,
+    home: Rc<Home>,
+    /// The mount namespace in which sources and carriers are attached.
+    namespace: Namespace,
+    /// A file system in memory whose root they are attached below.
+    yard: OwnedFd,
+    sources: Vec<Option<OwnedFd>>,
+    mounts: Vec<Option<OwnedFd>>,
+    carriers: Vec<Option<OwnedFd>>,
+}
+
+/// What is to be made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub tree: MountTree,
+    pub groups: Vec<Group>,
+    pub images: ImageDir,
+}
+
+/// The namespaces that mounts are made in and for.
+pub struct Places {
+    /// The tree's mount namespaces.
+    pub mount: BTreeMap<u32, Rc<Namespace>>,
+    /// Its other namespaces that a new file system shows: network, IPC, control groups.
+    pub shown: Vec<Rc<Namespace>>,
+}
+
+impl Workshop {
+    /// Makes the mount namespace and copies what comes from the host.
+    pub fn open(plan: Rc<Plan>, home: Rc<Home>) -> Result<Self, ExecuteError> {
+        let what = || "a mount namespace to work in".to_string();
+        let mut visit = home.visit_new(&[NsKind::Mnt]).during("Making", what)?;
+        let namespace = Namespace::own(NsKind::Mnt).during("Opening", what)?;
+        // Our own root may be a directory below that of the namespace.
+        visit.enter(&namespace).during("Entering", what)?;
+        let root = open_path(CWD, "/").during("Opening", what)?;
+        set_propagation(root.as_fd(), Reach::Tree, Propagation::Private)
+            .during("Separating", what)?;
+        let yard = mount::new_mount("tmpfs", &[]).map_err(new_mount_error)?;
+        attach(yard.as_fd(), root.as_fd()).during("Attaching", what)?;
+        drop(visit);
+        let (sources, mounts) = (plan.tree.sources.len(), plan.tree.mounts.len());
+        let carriers = plan.groups.len();
+        let empty = |count: usize| (0..count).map(|_| None).collect();
+        Ok(Workshop {
+            plan,
+            home,
+            namespace,
+            yard,
+            sources: empty(sources),
+            mounts: empty(mounts),
+            carriers: empty(carriers),
+        })
+    }
+
+    /// Makes and attaches all that can be made before the first task exists.
+    pub fn make_early(&mut self, places: &Places) -> Result<(), ExecuteError> {
+        self.copy_from_host()?;
+        self.make(places, false)?;
+        for (id, namespace) in &places.mount {
+            self.enter_root(*id, namespace)?;
+        }
+        self.attach_all(places, false)
+    }
+
+    /// File systems that only a task of the tree can mount, by their number.
+    pub fn late_sources(&self) -> Vec<(usize, NewFs)> {
+        let sources = self.plan.tree.sources.iter().enumerate();
+        let late = sources.filter(|(_, source)| source.late);
+        late.filter_map(|(index, source)| match &source.origin {
+            Origin::New(fs) => Some((index, (**fs).clone())),
+            Origin::Host(_) => None,
+        })
+        .collect()
+    }
+
+    /// Makes and attaches the rest, of new mounts of the [`Workshop::late_sources`].
+    pub fn make_late(
+        &mut self,
+        places: &Places,
+        mounted: BTreeMap<usize, OwnedFd>,
+    ) -> Result<(), ExecuteError> {
+        let visit = self.visit(&places.shown)?;
+        for (index, mount) in mounted {
+            self.keep_source(index, mount)?;
+        }
+        drop(visit);
+        self.make(places, true)?;
+        self.attach_all(places, true)
+    }
+
+    /// Lets mounts propagate to each other; none may be attached afterwards.
+    pub fn join_groups(&self) -> Result<(), ExecuteError> {
+        for (group, carrier) in self.plan.groups.iter().zip(&self.carriers) {
+            let Some(carrier) = carrier else { continue };
+            for member in &group.members {
+                let placed = &self.plan.tree.mounts[*member];
+                let what = || format!("the mount {}", placed.entry.mountpoint);
+                let mount = self.mount(*member)?;
+                join_group(carrier.as_fd(), mount).during("Sharing", what)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn visit(&self, shown: &[Rc<Namespace>]) -> Result<impl Drop + use<>, ExecuteError> {
+        let home = Rc::clone(&self.home);
+        let all = std::iter::once(&self.namespace).chain(shown.iter().map(|shown| &**shown));
+        home.visit(all)
+            .during("Entering", || "the place where mounts are made".to_string())
+    }
+
+    fn copy_from_host(&mut self) -> Result<(), ExecuteError> {
+        let plan = Rc::clone(&self.plan);
+        for (index, source) in plan.tree.sources.iter().enumerate() {
+            let Origin::Host(path) = &source.origin else {
+                continue;
+            };
+            let copy = mount::copy_mount_at(path)
+                .during("Copying the mount of", || path.display().to_string())?;
+            self.sources[index] = Some(copy);
+        }
+        for (index, group) in plan.groups.iter().enumerate() {
+            let (Base::SlaveOfHost | Base::PeerOfHost, Some(source)) =
+                (group.base, &self.sources[group.source])
+            else {
+                continue;
+            };
+            // The copy of a copy is in no namespace, so it cannot be copied again on older kernels.
+            let Origin::Host(path) = &plan.tree.sources[group.source].origin else {
+                continue;
+            };
+            let _ = source;
+            let what = || path.display().to_string();
+            let carrier = mount::copy_mount_at(path).during("Copying the mount of", what)?;
+            self.carriers[index] = Some(carrier);
+        }
+        Ok(())
+    }
+
+    /// Makes sources, mounts and carriers.
+    fn make(&mut self, places: &Places, late: bool) -> Result<(), ExecuteError> {
+        let _visit = self.visit(&places.shown)?;
+        let plan = Rc::clone(&self.plan);
+        for (index, source) in plan.tree.sources.iter().enumerate() {
+            if source.late != late {
+                continue;
+            }
+            match &source.origin {
+                Origin::New(_) if late => {}
+                Origin::New(fs) => {
+                    let mount = self.new_fs(fs)?;
+                    self.keep_source(index, mount)?;
+                }
+                Origin::Host(_) => {
+                    let copy = self.sources[index].take().expect("copied before");
+                    set_propagation(copy.as_fd(), Reach::One, Propagation::Private)
+                        .during("Separating", || "a copy of a mount".to_string())?;
+                    self.keep_source(index, copy)?;
+                }
+            }
+        }
+        for (index, placed) in plan.tree.mounts.iter().enumerate() {
+            if plan.tree.sources[placed.source].late == late {
+                self.mounts[index] = Some(self.copy_part(placed)?);
+            }
+        }
+        for (index, group) in plan.groups.iter().enumerate() {
+            if plan.tree.sources[group.source].late == late {
+                self.make_carrier(index, group)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches a source in the workshop: only mounts of a namespace can be copied.
+    fn keep_source(&mut self, index: usize, mount: OwnedFd) -> Result<(), ExecuteError> {
+        self.attach_in_yard(&format!("source-{index}"), &mount)?;
+        self.sources[index] = Some(mount);
+        Ok(())
+    }
+
+    fn attach_in_yard(&self, name: &str, mount: &OwnedFd) -> Result<(), ExecuteError> {
+        let what = || format!("{name} where mounts are made");
+        let stat = rustix::fs::fstat(mount).during("Looking at", what)?;
+        let made = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => rustix::fs::mkdirat(&self.yard, name, Mode::RWXU),
+            _ => rustix::fs::mknodat(&self.yard, name, FileType::RegularFile, Mode::RUSR, 0),
+        };
+        made.during("Making", what)?;
+        let point = open_path(&self.yard, name).during("Opening", what)?;
+        attach(mount.as_fd(), point.as_fd()).during("Attaching", what)
+    }
+
+    fn new_fs(&self, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
+        let entry = &fs.entry;
+        let what = || format!("{} for {}", fs.name, entry.mountpoint);
+        let mounted = mount::new_mount(&fs.name, &new_fs_options(fs)).map_err(|error| {
+            let (action, source) = describe(error);
+            ExecuteError::Failed {
+                action: "Mounting",
+                object: format!("{}: {action}", what()),
+                source,
+            }
+        })?;
+        if has_files(fs) {
+            self.fill(&mounted, fs)?;
+            if entry.sb_flags.unwrap_or(0) & libc::MS_RDONLY as u32 != 0 {
+                mount::reconfigure(mounted.as_fd(), "ro").during("Protecting", what)?;
+            }
+        }
+        Ok(mounted)
+    }
+
+    fn fill(&self, mounted: &OwnedFd, fs: &NewFs) -> Result<(), ExecuteError> {
+        let entry = &fs.entry;
+        let images = &self.plan.images;
+        let (kind, id) = content_image(images, entry.root_dev, entry.mnt_id);
+        let image = images.open_raw(kind, id)?;
+        content::unpack(mounted.as_fd(), image).map_err(|error| ExecuteError::Failed {
+            action: "Filling",
+            object: format!("{} for {}: {} {}", fs.name, entry.mountpoint, error.action, error.path),
+            source: error.source,
+        })
+    }
+
+    /// The copy that becomes one mount of the tree.
+    fn copy_part(&self, placed: &Placed) -> Result<OwnedFd, ExecuteError> {
+        let what = || format!("{} for {}", placed.entry.root, placed.entry.mountpoint);
+        let source = self.source(placed.source)?;
+        let copy = if placed.part.is_empty() {
+            copy_mount(source, b"").during("Copying", what)?
+        } else if placed.entry.deleted == Some(true) {
+            copy_deleted(source, &placed.part, placed).during("Copying the deleted", what)?
+        } else {
+            let part = open_within(source, &placed.part).during("Looking for", what)?;
+            copy_mount(part.as_fd(), b"").during("Copying", what)?
+        };
+        let (set, clear) = attributes(placed.entry.flags);
+        mount::set_flags(copy.as_fd(), set, clear).during("Setting the flags of", what)?;
+        if placed.entry.flags & libc::MS_UNBINDABLE as u32 != 0 {
+            set_propagation(copy.as_fd(), Reach::One, Propagation::Unbindable)
+                .during("Setting the flags of", what)?;
+        }
+        Ok(copy)
+    }
+
+    fn make_carrier(&mut self, index: usize, group: &Group) -> Result<(), ExecuteError> {
+        let what = || format!("sharing group {}", group.shared.max(group.master));
+        let carrier = match (self.carriers[index].take(), group.base) {
+            (Some(copy), _) => copy,
+            (None, Base::SlaveOf(master)) => {
+                let master = self.carriers[master].as_ref();
+                let master = master.ok_or(Errno::NOENT).during("Finding the master of", what)?;
+                copy_mount(master.as_fd(), b"").during("Making", what)?
+            }
+            (None, _) => copy_mount(self.source(group.source)?, b"").during("Making", what)?,
+        };
+        self.attach_in_yard(&format!("group-{index}"), &carrier)?;
+        if matches!(group.base, Base::SlaveOf(_) | Base::SlaveOfHost) {
+            set_propagation(carrier.as_fd(), Reach::One, Propagation::Slave)
+                .during("Making", what)?;
+        }
+        if group.shared != 0 && group.base != Base::PeerOfHost {
+            set_propagation(carrier.as_fd(), Reach::One, Propagation::Shared)
+                .during("Making", what)?;
+        }
+        self.carriers[index] = Some(carrier);
+        Ok(())
+    }
+
+    /// Makes the root mount of a namespace its root, and takes away all else.
+    fn enter_root(&self, id: u32, namespace: &Namespace) -> Result<(), ExecuteError> {
+        let what = || format!("the root of mount namespace {id}");
+        let mut mounts = self.plan.tree.mounts.iter();
+        let root = mounts.position(|mount| mount.namespace == id && mount.parent.is_none());
+        let root = self.mount(root.ok_or(Errno::NOENT).during("Finding", what)?)?;
+        let _visit = self.home.visit([namespace]).during("Entering", what)?;
+        let old = open_path(CWD, "/").during("Opening", what)?;
+        set_propagation(old.as_fd(), Reach::Tree, Propagation::Private)
+            .during("Separating", what)?;
+        attach(root, old.as_fd()).during("Attaching", what)?;
+        rustix::process::fchdir(root).during("Entering", what)?;
+        rustix::process::pivot_root(".", ".").during("Changing to", what)?;
+        // The old root lies on top of the new one now.
+        rustix::mount::unmount(".", UnmountFlags::DETACH).during("Clearing", what)
+    }
+
+    fn attach_all(&self, places: &Places, late: bool) -> Result<(), ExecuteError> {
+        for (id, namespace) in &places.mount {
+            let _visit = self
+                .home
+                .visit([&**namespace])
+                .during("Entering", || format!("mount namespace {id}"))?;
+            for (index, placed) in self.plan.tree.mounts.iter().enumerate() {
+                let Some(parent) = placed.parent else { continue };
+                if placed.namespace == *id && placed.late == late {
+                    self.attach_one(index, placed, parent)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_one(
+        &self,
+        index: usize,
+        placed: &Placed,
+        parent: usize,
+    ) -> Result<(), ExecuteError> {
+        let what = || placed.entry.mountpoint.clone();
+        let parent = self.mount(parent)?;
+        let mount = self.mount(index)?;
+        if placed.point.is_empty() {
+            return attach(mount, parent).during("Mounting on", what);
+        }
+        let point = open_within(parent, &placed.point).during("Looking for the mount point", what)?;
+        attach(mount, point.as_fd()).during("Mounting on", what)
+    }
+
+    fn source(&self, index: usize) -> Result<BorrowedFd<'_>, ExecuteError> {
+        let source = self.sources[index].as_ref().map(AsFd::as_fd);
+        source
+            .ok_or(Errno::NOENT)
+            .during("Finding the source", || index.to_string())
+    }
+
+    fn mount(&self, index: usize) -> Result<BorrowedFd<'_>, ExecuteError> {
+        let mount = self.mounts[index].as_ref().map(AsFd::as_fd);
+        mount.ok_or(Errno::NOENT).during("Finding the mount", || {
+            self.plan.tree.mounts[index].entry.mountpoint.clone()
+        })
+    }
+}
+
+/// The image with the files of a file system: by its device, or in older images by its mount.
+pub fn content_image(images: &ImageDir, device: u32, mount: u32) -> (ImageKind, u64) {
+    let by_device = (ImageKind::TmpfsDev, u64::from(device));
+    let by_mount = (ImageKind::TmpfsImg, u64::from(mount));
+    if !images.has(by_device.0, by_device.1) && images.has(by_mount.0, by_mount.1) {
+        return by_mount;
+    }
+    by_device
+}
+
+fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(at, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+}
+
+fn open_within(at: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat2(at, path, flags, Mode::empty(), WITHIN)
+}
+
+/// Whether the files of a file system are in the images.
+pub fn has_files(fs: &NewFs) -> bool {
+    FsKind::of_name(&fs.name).is_some_and(|kind| kind.content == Content::Files)
+}
+
+/// The options to mount a file system with.
+pub fn new_fs_options(fs: &NewFs) -> Vec<FsOption> {
+    let entry = &fs.entry;
+    let mut options = vec![FsOption::Text("source".into(), entry.source.clone())];
+    if SINGLE.contains(&fs.name.as_str()) {
+        return options;
+    }
+    options.extend(fs_options(&entry.options));
+    // Files come in before it is protected.
+    let words = super_words(entry.sb_flags.unwrap_or(0));
+    let words = words.filter(|word| !(*word == "ro" && has_files(fs)));
+    options.extend(words.map(|word| FsOption::Flag(word.to_string())));
+    options
+}
+
+/// Options as the kernel prints them, without those that only tell what is in use.
+fn fs_options(options: &str) -> Vec<FsOption> {
+    let words = split_options(options).into_iter();
+    words
+        .filter(|word| word != "seclabel")
+        .map(|word| match word.split_once('=') {
+            Some((key, value)) => FsOption::Text(key.into(), value.into()),
+            None => FsOption::Flag(word),
+        })
+        .collect()
+}
+
+fn describe(error: NewMountError) -> (String, std::io::Error) {
+    match error {
+        NewMountError::Call(call, source) => (call.to_string(), source),
+        NewMountError::Option(FsOption::Flag(key), source) => (format!("option {key}"), source),
+        NewMountError::Option(FsOption::Text(key, value), source) => {
+            (format!("option {key}={value}"), source)
+        }
+    }
+}
+
+fn new_mount_error(error: NewMountError) -> ExecuteError {
+    let (object, source) = describe(error);
+    ExecuteError::Failed {
+        action: "Mounting a place to make mounts in:",
+        object,
+        source,
+    }
+}
+
+/// A mount of something that was deleted: made, copied and deleted again.
+fn copy_deleted(source: BorrowedFd<'_>, part: &str, placed: &Placed) -> std::io::Result<OwnedFd> {
+    let (directory, name) = part.rsplit_once('/').unwrap_or(("", part));
+    let mut made: Vec<&str> = Vec::new();
+    let parents = Path::new(directory).ancestors().filter_map(Path::to_str);
+    let mut parents: Vec<&str> = parents.filter(|path| !path.is_empty()).collect();
+    parents.reverse();
+    for parent in parents {
+        match rustix::fs::mkdirat(source, parent, Mode::RWXU) {
+            Ok(()) => made.push(parent),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    let directory = match directory {
+        "" => source.try_clone_to_owned()?,
+        path => open_within(source, path)?,
+    };
+    // A mount point has the type of what is mounted on it; the root of a directory is one as well.
+    let is_file = placed.entry.fsname.as_deref() == Some("file");
+    let copied = if is_file {
+        rustix::fs::mknodat(&directory, name, FileType::RegularFile, Mode::RUSR | Mode::WUSR, 0)?;
+        let copied = copy_mount(open_within(directory.as_fd(), name)?.as_fd(), b"");
+        rustix::fs::unlinkat(&directory, name, AtFlags::empty())?;
+        copied
+    } else {
+        rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
+        let copied = copy_mount(open_within(directory.as_fd(), name)?.as_fd(), b"");
+        rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR)?;
+        copied
+    };
+    for parent in made.into_iter().rev() {
+        rustix::fs::unlinkat(source, parent, AtFlags::REMOVEDIR)?;
+    }
+    copied
+}
