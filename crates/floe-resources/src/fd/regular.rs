@@ -14,6 +14,7 @@ use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 use super::{FdKind, build_id, file_entry, remap};
 use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::mount::{NoPlace, Place};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_offset};
 use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
@@ -75,6 +76,24 @@ impl<'a> NamedFile<'a> {
         })
     }
 
+    /// Where its name leads to it.
+    pub fn place(&self, collector: &mut Collector<'_>) -> Result<Place, CollectError> {
+        Place::of(self.file, collector).map_err(|why| match why {
+            NoPlace::Outside(mount) => {
+                let inode = self.stat.st_ino;
+                let remedy = format!(
+                    "close it, or use --external file[{mount:x}:{inode:x}] and supply it at the restore"
+                );
+                self.obstacle(", on a mount outside of the tree's", remedy)
+            }
+            NoPlace::Failed(errno) => CollectError::Task {
+                pid: self.pid,
+                action: "Asking for the mount of a file",
+                source: errno.into(),
+            },
+        })
+    }
+
     /// An obstacle that is this file.
     pub fn obstacle(&self, what: &str, remedy: impl Into<String>) -> CollectError {
         let name = String::from_utf8_lossy(self.target);
@@ -94,10 +113,13 @@ pub fn collect_named(
     collector: &mut Collector<'_>,
 ) -> Result<FileEntry, CollectError> {
     let external = external_name(&file, collector)?;
+    let mut mount = None;
     let name = match &external {
         Some(name) => name.clone(),
         None => {
-            let name = remap::reachable_name(id, &file, collector)?;
+            let place = file.place(collector)?;
+            mount = place.mount;
+            let name = remap::reachable_name(id, (&file, &place), collector)?;
             String::from_utf8(name)
                 .map_err(|_| file.obstacle("", "rename it: its name is not UTF-8"))?
         }
@@ -110,6 +132,7 @@ pub fn collect_named(
         ext: external.is_some().then_some(true),
         mode: Some(file.stat.st_mode),
         build_id: build_id_to_check(&file, collector),
+        mnt_id: mount.map(u32::cast_signed),
         fown: file.owner,
         name,
         ..RegFileEntry::default()

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, RegFileEntry, RemapFilePathEntry, RemapType};
+use floe_kernel::namespace::Visit;
 use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use rustix::io::Errno;
 
@@ -26,6 +27,7 @@ use super::file_entry;
 use super::memfd::reopen;
 use super::regular::NamedFile;
 use crate::collect::{CollectError, Collector, FileId, no_owner};
+use crate::mount::Place;
 
 /// What the kernel adds to the name of a file without one.
 const DELETED: &[u8] = b" (deleted)";
@@ -51,7 +53,7 @@ struct Dead(HashSet<u32>);
 /// bring the name back is saved.
 pub fn reachable_name(
     id: FileId,
-    file: &NamedFile<'_>,
+    (file, place): (&NamedFile<'_>, &Place),
     collector: &mut Collector<'_>,
 ) -> Result<Vec<u8>, CollectError> {
     if !file.target.starts_with(b"/") {
@@ -59,11 +61,11 @@ pub fn reachable_name(
     }
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
     match file_system(file)? {
-        PROC_SUPER_MAGIC => return name_in_proc(id, file, collector),
+        PROC_SUPER_MAGIC => return name_in_proc(id, (file, place), collector),
         DEVPTS_SUPER_MAGIC => return Ok(name.to_vec()),
         NFS_SUPER_MAGIC if is_silly_name(name) => {
             // It goes with the last descriptor, that is, when the dumped tasks end.
-            save_link(id, name, file, collector)?;
+            save_link(id, name, (file, place), collector)?;
             return Ok(name.to_vec());
         }
         _ => {}
@@ -72,7 +74,7 @@ pub fn reachable_name(
         save_ghost(id, name, file, collector)?;
         return Ok(name.to_vec());
     }
-    match at(file, file.target)? {
+    match at(file, place, file.target)? {
         Found::Itself => return Ok(file.target.to_vec()),
         Found::Other(rdev) if collector.options.evasive_devices && is_device(file, rdev) => {
             return Ok(file.target.to_vec());
@@ -84,9 +86,10 @@ pub fn reachable_name(
         }
         Found::Nothing => {}
     }
-    let is_stale = name.len() == file.target.len() || !matches!(at(file, name)?, Found::Itself);
+    let is_stale =
+        name.len() == file.target.len() || !matches!(at(file, place, name)?, Found::Itself);
     if is_stale {
-        save_link(id, name, file, collector)?;
+        save_link(id, name, (file, place), collector)?;
     }
     Ok(name.to_vec())
 }
@@ -105,6 +108,15 @@ fn failed(file: &NamedFile<'_>, action: &'static str, errno: Errno) -> CollectEr
     }
 }
 
+/// Goes to where the file's name leads to it, until the visit is dropped.
+fn enter(file: &NamedFile<'_>, place: &Place) -> Result<Option<Visit>, CollectError> {
+    place.visit().map_err(|source| CollectError::Task {
+        pid: file.pid,
+        action: "Entering the mount namespace",
+        source,
+    })
+}
+
 /// What a name leads to.
 enum Found {
     Itself,
@@ -113,7 +125,8 @@ enum Found {
     Nothing,
 }
 
-fn at(file: &NamedFile<'_>, name: &[u8]) -> Result<Found, CollectError> {
+fn at(file: &NamedFile<'_>, place: &Place, name: &[u8]) -> Result<Found, CollectError> {
+    let _visit = enter(file, place)?;
     let same = |stat: &Stat| (stat.st_dev, stat.st_ino) == (file.stat.st_dev, file.stat.st_ino);
     match rustix::fs::lstat(name) {
         Ok(stat) if same(&stat) => Ok(Found::Itself),
@@ -142,7 +155,7 @@ fn is_silly_name(name: &[u8]) -> bool {
 /// Files of a process that has ended are opened on a process that takes its pid for that moment.
 fn name_in_proc(
     id: FileId,
-    file: &NamedFile<'_>,
+    (file, place): (&NamedFile<'_>, &Place),
     collector: &mut Collector<'_>,
 ) -> Result<Vec<u8>, CollectError> {
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
@@ -154,7 +167,11 @@ fn name_in_proc(
         return Ok(file.target.to_vec());
     };
     // Only the directory of the process itself is shown as deleted, not what was in it.
-    let gone = name.len() < file.target.len() || !Path::new(&format!("/proc/{pid}")).exists();
+    let exists = {
+        let _visit = enter(file, place)?;
+        Path::new(&format!("/proc/{pid}")).exists()
+    };
+    let gone = name.len() < file.target.len() || !exists;
     if gone && collector.cache(Dead::default).0.insert(pid) {
         save_remap(id, pid, RemapType::Procfs, collector)?;
     }
@@ -216,7 +233,7 @@ fn save_ghost(
 fn save_link(
     id: FileId,
     name: &[u8],
-    file: &NamedFile<'_>,
+    (file, place): (&NamedFile<'_>, &Place),
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
     let key = (file.stat.st_dev, file.stat.st_ino);
@@ -229,15 +246,19 @@ fn save_link(
         return Err(file.obstacle(what, remedy));
     }
     let number = collector.ids().fresh();
-    let Some(link) = make_link(name, number, file)? else {
+    let visit = enter(file, place)?;
+    let made = make_link(name, number, file);
+    drop(visit);
+    let Some(link) = made? else {
         // Overlay file systems cannot link what came from a lower layer.
         return save_ghost(id, name, file, collector);
     };
-    collector.cache(HeldNames::default).names().adopt(&link);
+    collector.cache(HeldNames::default).adopt(&link, place);
     let link = link.into_os_string().into_encoded_bytes();
     let entry = RegFileEntry {
         id: number.0,
         fown: no_owner(),
+        mnt_id: place.mount.map(u32::cast_signed),
         name: String::from_utf8(link)
             .map_err(|_| file.obstacle("", "rename it: its name is not UTF-8"))?,
         ..RegFileEntry::default()

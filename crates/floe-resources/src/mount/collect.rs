@@ -9,7 +9,7 @@ use floe_image::ImageKind;
 use floe_image::messages::{Fstype, MntEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::mount::{Propagation, Reach, copy_mount, set_propagation};
-use floe_kernel::namespace::{NsKind, Visit, open_in_proc, unshare};
+use floe_kernel::namespace::{NsKind, Visit, unshare};
 use floe_kernel::proc::{Mount, parse_mountinfo};
 use floe_options::External;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags};
@@ -66,7 +66,9 @@ pub fn collect(
         collector.defer(move |collector| check_whole(pid, collector));
     }
     let known = collector.cache(KnownMounts::default);
-    known.places.extend(entries.iter().map(|entry| (entry.mnt_id, namespace.id)));
+    known
+        .places
+        .extend(entries.iter().map(|entry| (entry.mnt_id, namespace.id)));
     known.namespaces.insert(namespace.id, entries.clone());
     for entry in given_content(&entries, namespace.of_root) {
         collector.cache(KnownMounts::default).saved.insert(entry);
@@ -87,9 +89,8 @@ pub fn collect(
 struct OwnMounts(Rc<Vec<Mount>>);
 
 fn own_mounts(collector: &mut Collector<'_>) -> Result<Rc<Vec<Mount>>, CollectError> {
-    let own = collector.try_cache(|collector| {
-        Ok(OwnMounts(Rc::new(mountinfo_of_this_thread(collector)?)))
-    })?;
+    let own = collector
+        .try_cache(|collector| Ok(OwnMounts(Rc::new(mountinfo_of_this_thread(collector)?))))?;
     Ok(Rc::clone(&own.0))
 }
 
@@ -99,9 +100,12 @@ fn mountinfo_of_this_thread(collector: &Collector<'_>) -> Result<Vec<Mount>, Col
         source,
     };
     let home = collector.namespaces().home();
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(home.proc(), "thread-self/mountinfo", flags, Mode::empty())
+        .map_err(|errno| system(errno.into()))?;
     let mut text = Vec::new();
-    open_in_proc(home, "thread-self/mountinfo", OFlags::RDONLY)
-        .and_then(|mut file| file.read_to_end(&mut text))
+    std::fs::File::from(opened)
+        .read_to_end(&mut text)
         .map_err(system)?;
     parse_mountinfo(&text)
         .map_err(|error| system(std::io::Error::new(std::io::ErrorKind::InvalidData, error)))
@@ -135,15 +139,27 @@ fn describe(
         Ok(entry) => entry,
         Err(what) => return refuse("", format!("mount it elsewhere: {what} is not UTF-8")),
     };
-    if mount.options.split(|b| *b == b',').any(|word| word == b"idmapped") {
-        return refuse(", with mapped ids", "unmount it: its mapping cannot be read".into());
+    if mount
+        .options
+        .split(|b| *b == b',')
+        .any(|word| word == b"idmapped")
+    {
+        return refuse(
+            ", with mapped ids",
+            "unmount it: its mapping cannot be read".into(),
+        );
     }
-    if find_external(&mut entry, namespace, own, collector) || (entry.mountpoint == "/" && namespace.of_root) {
+    if find_external(&mut entry, namespace, own, collector)
+        || (entry.mountpoint == "/" && namespace.of_root)
+    {
         return Ok(entry);
     }
     match entry.fstype() {
         Some(Fstype::Unsupported) if fs_type == "autofs" => {
-            return refuse("", "unmount it: automounters cannot be moved, stop this one".into());
+            return refuse(
+                "",
+                "unmount it: automounters cannot be moved, stop this one".into(),
+            );
         }
         Some(Fstype::Unsupported) if is_enabled(&fs_type, collector) => {
             entry.fstype = Fstype::Auto as u32;
@@ -184,9 +200,8 @@ fn add_option(entry: &mut MntEntry, word: &str) {
 }
 
 fn has_device(own: &[Mount], mount: &Mount) -> bool {
-    let same = |other: &Mount| {
-        (other.dev_major, other.dev_minor) == (mount.dev_major, mount.dev_minor)
-    };
+    let same =
+        |other: &Mount| (other.dev_major, other.dev_minor) == (mount.dev_major, mount.dev_minor);
     own.iter().any(same)
 }
 
@@ -198,10 +213,14 @@ fn is_enabled(fs_type: &str, collector: &Collector<'_>) -> bool {
 /// The name that `--external dev[MAJOR/MINOR]:NAME` gives the device of a mount.
 fn is_device(mount: &Mount, collector: &Collector<'_>) -> Option<String> {
     let wanted = format!("{}/{}", mount.dev_major, mount.dev_minor);
-    collector.options.external.iter().find_map(|external| match external {
-        External::Device { key, value } if *key == wanted => Some(value.clone()),
-        _ => None,
-    })
+    collector
+        .options
+        .external
+        .iter()
+        .find_map(|external| match external {
+            External::Device { key, value } if *key == wanted => Some(value.clone()),
+            _ => None,
+        })
 }
 
 /// Marks a mount that comes from outside; whether it does.
@@ -224,7 +243,11 @@ fn find_external(
         mounts.external_sharing,
     );
     for external in external {
-        if let External::MountAuto { masters: m, sharing: s } = external {
+        if let External::MountAuto {
+            masters: m,
+            sharing: s,
+        } = external
+        {
             auto = true;
             masters |= m;
             sharing |= s;
@@ -249,7 +272,9 @@ fn find_external(
     if master != 0 && (!masters || (master != outside.0 && master != outside.1)) {
         return false;
     }
-    let inner = below(&entry.root, &String::from_utf8_lossy(&found.root)).unwrap_or("").to_string();
+    let inner = below(&entry.root, &String::from_utf8_lossy(&found.root))
+        .unwrap_or("")
+        .to_string();
     let point = String::from_utf8_lossy(&found.point);
     entry.source = match inner.as_str() {
         "" => point.into_owned(),
@@ -282,7 +307,12 @@ fn skip(entries: &mut Vec<MntEntry>, collector: &Collector<'_>) {
         let before = gone.len();
         for entry in entries.iter() {
             let point = std::path::Path::new(&entry.mountpoint);
-            if collector.options.mounts.skip.iter().any(|path| path == point)
+            if collector
+                .options
+                .mounts
+                .skip
+                .iter()
+                .any(|path| path == point)
                 || gone.contains(&entry.parent_mnt_id)
             {
                 gone.insert(entry.mnt_id);
@@ -356,7 +386,10 @@ fn refuse_content(
         if !matches!(name.as_str(), "." | "..") {
             return Err(CollectError::Unsupported(Obstacle {
                 pid,
-                object: format!("{name} in the {} file system at {}", kind.name, entry.mountpoint),
+                object: format!(
+                    "{name} in the {} file system at {}",
+                    kind.name, entry.mountpoint
+                ),
                 remedy: "remove it first: what is in such a file system is not saved".to_string(),
             }));
         }
@@ -416,16 +449,29 @@ pub fn mount_id(file: BorrowedFd<'_>) -> Result<u64, Errno> {
 
 /// Plans the restore of all mounts, to find now what would be in its way then.
 fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), CollectError> {
-    let of_root = collector.namespaces().of_root(NsKind::Mnt).map(|root| root.id);
+    let of_root = collector
+        .namespaces()
+        .of_root(NsKind::Mnt)
+        .map(|root| root.id);
     let Some(root_namespace) = of_root else {
         return Ok(());
     };
     let known = collector.cache(KnownMounts::default);
-    let keys = known.namespaces.values().flatten().filter_map(|entry| entry.ext_key.clone());
+    let keys = known
+        .namespaces
+        .values()
+        .flatten()
+        .filter_map(|entry| entry.ext_key.clone());
     let mut external: Vec<External> = keys
-        .map(|key| External::Mount { key, value: "/".into() })
+        .map(|key| External::Mount {
+            key,
+            value: "/".into(),
+        })
         .collect();
-    external.push(External::MountAuto { masters: true, sharing: true });
+    external.push(External::MountAuto {
+        masters: true,
+        sharing: true,
+    });
     let planned = plan_tree(&Request {
         namespaces: &known.namespaces,
         root_namespace,
@@ -444,6 +490,10 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
             "unmount them, or declare them by --external mnt[POINT]:NAME".to_string(),
         ),
     };
-    collector.obstacle(Obstacle { pid, object, remedy });
+    collector.obstacle(Obstacle {
+        pid,
+        object,
+        remedy,
+    });
     Ok(())
 }

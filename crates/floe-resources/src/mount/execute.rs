@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::rc::Rc;
 
 use floe_image::ImageKind;
@@ -45,6 +44,8 @@ pub struct Workshop {
     sources: Vec<Option<OwnedFd>>,
     mounts: Vec<Option<OwnedFd>>,
     carriers: Vec<Option<OwnedFd>>,
+    /// Names of what was deleted, until the mounts of it are attached.
+    leftovers: Vec<Leftover>,
 }
 
 /// What is to be made.
@@ -88,6 +89,7 @@ impl Workshop {
             sources: empty(sources),
             mounts: empty(mounts),
             carriers: empty(carriers),
+            leftovers: Vec::new(),
         })
     }
 
@@ -257,19 +259,28 @@ impl Workshop {
         let image = images.open_raw(kind, id)?;
         content::unpack(mounted.as_fd(), image).map_err(|error| ExecuteError::Failed {
             action: "Filling",
-            object: format!("{} for {}: {} {}", fs.name, entry.mountpoint, error.action, error.path),
+            object: format!(
+                "{} for {}: {} {}",
+                fs.name, entry.mountpoint, error.action, error.path
+            ),
             source: error.source,
         })
     }
 
     /// The copy that becomes one mount of the tree.
-    fn copy_part(&self, placed: &Placed) -> Result<OwnedFd, ExecuteError> {
+    fn copy_part(&mut self, placed: &Placed) -> Result<OwnedFd, ExecuteError> {
         let what = || format!("{} for {}", placed.entry.root, placed.entry.mountpoint);
-        let source = self.source(placed.source)?;
+        let source = self.source(placed.source)?.try_clone_to_owned();
+        let source = source.during("Duplicating", what)?;
+        let source = source.as_fd();
         let copy = if placed.part.is_empty() {
             copy_mount(source, b"").during("Copying", what)?
         } else if placed.entry.deleted == Some(true) {
-            copy_deleted(source, &placed.part, placed).during("Copying the deleted", what)?
+            let kind = self.kind_of_point(placed);
+            let made = make_deleted(source, &placed.part, kind);
+            let (part, leftovers) = made.during("Making the deleted", what)?;
+            self.leftovers.extend(leftovers);
+            copy_mount(part.as_fd(), b"").during("Copying the deleted", what)?
         } else {
             let part = open_within(source, &placed.part).during("Looking for", what)?;
             copy_mount(part.as_fd(), b"").during("Copying", what)?
@@ -283,13 +294,35 @@ impl Workshop {
         Ok(copy)
     }
 
+    /// The type of a mount point, and so of what is mounted there.
+    fn kind_of_point(&self, placed: &Placed) -> FileType {
+        let Some(parent) = placed.parent.map(|parent| &self.plan.tree.mounts[parent]) else {
+            return FileType::Directory;
+        };
+        let parts = [parent.part.as_str(), placed.point.as_str()];
+        let path: Vec<&str> = parts.into_iter().filter(|part| !part.is_empty()).collect();
+        let Ok(source) = self.source(parent.source) else {
+            return FileType::Directory;
+        };
+        let found = match path.join("/") {
+            path if path.is_empty() => source.try_clone_to_owned().map_err(|_| Errno::BADF),
+            path => open_within(source, &path),
+        };
+        let stat = found.and_then(rustix::fs::fstat);
+        stat.map_or(FileType::Directory, |stat| {
+            FileType::from_raw_mode(stat.st_mode)
+        })
+    }
+
     fn make_carrier(&mut self, index: usize, group: &Group) -> Result<(), ExecuteError> {
         let what = || format!("sharing group {}", group.shared.max(group.master));
         let carrier = match (self.carriers[index].take(), group.base) {
             (Some(copy), _) => copy,
             (None, Base::SlaveOf(master)) => {
                 let master = self.carriers[master].as_ref();
-                let master = master.ok_or(Errno::NOENT).during("Finding the master of", what)?;
+                let master = master
+                    .ok_or(Errno::NOENT)
+                    .during("Finding the master of", what)?;
                 copy_mount(master.as_fd(), b"").during("Making", what)?
             }
             (None, _) => copy_mount(self.source(group.source)?, b"").during("Making", what)?,
@@ -324,35 +357,39 @@ impl Workshop {
         rustix::mount::unmount(".", UnmountFlags::DETACH).during("Clearing", what)
     }
 
-    fn attach_all(&self, places: &Places, late: bool) -> Result<(), ExecuteError> {
+    fn attach_all(&mut self, places: &Places, late: bool) -> Result<(), ExecuteError> {
         for (id, namespace) in &places.mount {
             let _visit = self
                 .home
                 .visit([&**namespace])
                 .during("Entering", || format!("mount namespace {id}"))?;
             for (index, placed) in self.plan.tree.mounts.iter().enumerate() {
-                let Some(parent) = placed.parent else { continue };
+                let Some(parent) = placed.parent else {
+                    continue;
+                };
                 if placed.namespace == *id && placed.late == late {
                     self.attach_one(index, placed, parent)?;
                 }
             }
         }
+        // A mount of what is deleted already cannot be attached.
+        while let Some(leftover) = self.leftovers.pop() {
+            leftover
+                .remove()
+                .during("Deleting again", || leftover.name.clone())?;
+        }
         Ok(())
     }
 
-    fn attach_one(
-        &self,
-        index: usize,
-        placed: &Placed,
-        parent: usize,
-    ) -> Result<(), ExecuteError> {
+    fn attach_one(&self, index: usize, placed: &Placed, parent: usize) -> Result<(), ExecuteError> {
         let what = || placed.entry.mountpoint.clone();
         let parent = self.mount(parent)?;
         let mount = self.mount(index)?;
         if placed.point.is_empty() {
             return attach(mount, parent).during("Mounting on", what);
         }
-        let point = open_within(parent, &placed.point).during("Looking for the mount point", what)?;
+        let point =
+            open_within(parent, &placed.point).during("Looking for the mount point", what)?;
         attach(mount, point.as_fd()).during("Mounting on", what)
     }
 
@@ -441,39 +478,51 @@ fn new_mount_error(error: NewMountError) -> ExecuteError {
     }
 }
 
-/// A mount of something that was deleted: made, copied and deleted again.
-fn copy_deleted(source: BorrowedFd<'_>, part: &str, placed: &Placed) -> std::io::Result<OwnedFd> {
-    let (directory, name) = part.rsplit_once('/').unwrap_or(("", part));
-    let mut made: Vec<&str> = Vec::new();
-    let parents = Path::new(directory).ancestors().filter_map(Path::to_str);
-    let mut parents: Vec<&str> = parents.filter(|path| !path.is_empty()).collect();
-    parents.reverse();
-    for parent in parents {
-        match rustix::fs::mkdirat(source, parent, Mode::RWXU) {
-            Ok(()) => made.push(parent),
-            Err(Errno::EXIST) => {}
+/// A name that is there only to be copied.
+#[derive(Debug)]
+struct Leftover {
+    directory: OwnedFd,
+    name: String,
+    is_directory: bool,
+}
+
+impl Leftover {
+    fn remove(&self) -> Result<(), Errno> {
+        let flags = match self.is_directory {
+            true => AtFlags::REMOVEDIR,
+            false => AtFlags::empty(),
+        };
+        rustix::fs::unlinkat(&self.directory, self.name.as_str(), flags)
+    }
+}
+
+/// Makes what was deleted, and the directories that it was in.
+fn make_deleted(
+    source: BorrowedFd<'_>,
+    part: &str,
+    kind: FileType,
+) -> std::io::Result<(OwnedFd, Vec<Leftover>)> {
+    let mut at = source.try_clone_to_owned()?;
+    let mut made = Vec::new();
+    let names: Vec<&str> = part.split('/').collect();
+    for (index, name) in names.iter().enumerate() {
+        let is_last = index + 1 == names.len();
+        let is_directory = !is_last || kind == FileType::Directory;
+        let result = if is_directory {
+            rustix::fs::mkdirat(&at, *name, Mode::from_raw_mode(0o755))
+        } else {
+            rustix::fs::mknodat(&at, *name, kind, Mode::from_raw_mode(0o644), 0)
+        };
+        match result {
+            Ok(()) => made.push(Leftover {
+                directory: at.try_clone()?,
+                name: (*name).to_string(),
+                is_directory,
+            }),
+            Err(Errno::EXIST) if !is_last => {}
             Err(errno) => return Err(errno.into()),
         }
+        at = open_within(at.as_fd(), name)?;
     }
-    let directory = match directory {
-        "" => source.try_clone_to_owned()?,
-        path => open_within(source, path)?,
-    };
-    // A mount point has the type of what is mounted on it; the root of a directory is one as well.
-    let is_file = placed.entry.fsname.as_deref() == Some("file");
-    let copied = if is_file {
-        rustix::fs::mknodat(&directory, name, FileType::RegularFile, Mode::RUSR | Mode::WUSR, 0)?;
-        let copied = copy_mount(open_within(directory.as_fd(), name)?.as_fd(), b"");
-        rustix::fs::unlinkat(&directory, name, AtFlags::empty())?;
-        copied
-    } else {
-        rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
-        let copied = copy_mount(open_within(directory.as_fd(), name)?.as_fd(), b"");
-        rustix::fs::unlinkat(&directory, name, AtFlags::REMOVEDIR)?;
-        copied
-    };
-    for parent in made.into_iter().rev() {
-        rustix::fs::unlinkat(source, parent, AtFlags::REMOVEDIR)?;
-    }
-    copied
+    Ok((at, made))
 }

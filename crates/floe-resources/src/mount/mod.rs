@@ -10,9 +10,11 @@ mod content;
 mod execute;
 mod groups;
 mod model;
+mod place;
 mod plan;
 mod remote;
 mod tree;
 
-pub use collect::{KnownMounts, collect, mount_id};
+pub use collect::collect;
+pub use place::{NoPlace, Place};
 pub use plan::{needs_of_file, plan};

@@ -95,7 +95,10 @@ fn find(
     let namespaces = world.namespaces();
     let with_id = |id: &u32| Ok::<_, ExecuteError>((*id, namespaces.get(*id)?));
     let mount = mount.iter().map(with_id).collect::<Result<_, _>>()?;
-    let shown = shown.iter().map(|id| namespaces.get(*id)).collect::<Result<_, _>>()?;
+    let shown = shown
+        .iter()
+        .map(|id| namespaces.get(*id))
+        .collect::<Result<_, _>>()?;
     Ok(Places { mount, shown })
 }
 

@@ -18,11 +18,7 @@ const FSCONFIG_CMD_CREATE: i32 = 6;
 const CLOEXEC: i32 = 1;
 
 /// Has a task mount a file system, and takes the mount over.
-pub fn mount_in_task(
-    world: &mut World<'_>,
-    pid: u32,
-    fs: &NewFs,
-) -> Result<OwnedFd, ExecuteError> {
+pub fn mount_in_task(world: &mut World<'_>, pid: u32, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
     let mut program = Program::new();
     let text = |program: &mut Program, text: &str| {
         let bytes: Vec<u8> = text.bytes().chain([0]).collect();
@@ -39,7 +35,13 @@ pub fn mount_in_task(
         let label = format!("fsconfig of {} with {option:?}", fs.name);
         let key = text(&mut program, key);
         let value = value.map_or(Arg::from(0), |value| text(&mut program, value));
-        let args = [Arg::from(context), Arg::from(command), key, value, Arg::from(0)];
+        let args = [
+            Arg::from(context),
+            Arg::from(command),
+            key,
+            value,
+            Arg::from(0),
+        ];
         program.call(label, libc::SYS_fsconfig, &args);
     }
     let args = [

@@ -9,6 +9,8 @@ use floe_kernel::janitor::{Janitor, NameKind};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 
+use crate::mount::Place;
+
 /// Names that were made, last one last. Clones are the same list.
 #[derive(Clone, Debug, Default)]
 pub struct TemporaryNames {
@@ -19,23 +21,30 @@ pub struct TemporaryNames {
 
 /// Names that a dump has given, taken back when it is dropped.
 #[derive(Debug, Default)]
-pub struct HeldNames(TemporaryNames);
+pub struct HeldNames(Vec<(Place, PathBuf)>);
 
 impl HeldNames {
-    /// To add to them.
-    pub(super) fn names(&self) -> &TemporaryNames {
-        &self.0
+    /// Takes over a name.
+    pub(super) fn adopt(&mut self, path: &Path, place: &Place) {
+        self.0.push((place.clone(), path.to_path_buf()));
     }
 
     /// Leaves the names for restore to find.
-    pub fn keep(self) {
-        self.0.made.borrow_mut().clear();
+    pub fn keep(mut self) {
+        self.0.clear();
     }
 }
 
 impl Drop for HeldNames {
     fn drop(&mut self) {
-        self.0.remove_quietly();
+        while let Some((place, path)) = self.0.pop() {
+            let removed = place
+                .visit()
+                .and_then(|_visit| Ok(rustix::fs::unlink(&path)?));
+            if let Err(error) = removed {
+                tracing::warn!(%error, path = %path.display(), "a temporary name could not be removed");
+            }
+        }
     }
 }
 

@@ -17,6 +17,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
+use crate::mount;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when all names that exist for the opening of files are gone again.
@@ -167,16 +168,18 @@ pub fn is_link(images: &TreeImages, id: u32) -> bool {
 
 /// What must exist before the file can be opened by its name.
 pub fn needs_of_name(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
+    let mut needs = mount::needs_of_file(images, file);
     match images.remaps.get(&file.id) {
         Some(remap) if remap.remap_type() == RemapType::Ghost => {
-            vec![ghost_handle(remap.remap_id)]
+            needs.push(ghost_handle(remap.remap_id));
         }
-        Some(_) => Vec::new(),
+        Some(_) => {}
         None => match process_of(&file.name) {
-            Some(pid) if is_task(images, pid) => vec![Handle::Tree],
-            _ => Vec::new(),
+            Some(pid) if is_task(images, pid) => needs.push(Handle::Tree),
+            _ => {}
         },
     }
+    needs
 }
 
 /// The process that a name in `/proc` belongs to.
