@@ -136,7 +136,7 @@ impl<W: Write> Packer<'_, W> {
         }
         self.entry(path, stat, EntryType::Regular, attributes, b"")?;
         let size = stat.st_size.cast_unsigned();
-        self.copy(path, &file, &[0..size])
+        self.copy(path, &file, std::slice::from_ref(&(0..size)))
     }
 
     fn sparse(
