@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use floe_kernel::ids::HostPid;
-use floe_kernel::pidfd::tgkill;
+use floe_kernel::pidfd::{Pidfd, tgkill};
 use floe_kernel::ptrace::{self, WaitStatus};
 
 use crate::error::DumpError;
@@ -29,7 +29,9 @@ pub fn resume(tree: FrozenTree) -> Result<(), DumpError> {
 /// Lets every task go with a stop signal pending.
 pub fn stop(tree: FrozenTree) -> Result<(), DumpError> {
     for task in tree.living() {
-        tgkill(task.pid, libc::SIGSTOP).map_err(|source| DumpError::Kill {
+        // To the process: one that only its leader had to take would let the other threads run first.
+        let sent = Pidfd::open(task.pid).and_then(|process| process.kill(libc::SIGSTOP));
+        sent.map_err(|source| DumpError::Kill {
             pid: task.pid,
             source,
         })?;

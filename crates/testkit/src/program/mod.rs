@@ -7,6 +7,7 @@
 
 mod bench;
 mod blocked;
+mod churn;
 mod events;
 mod files;
 mod identity;
@@ -103,6 +104,7 @@ pub fn find(name: &str) -> Option<&'static Program> {
     programs()
         .into_iter()
         .chain(workloads())
+        .chain(churn::PROGRAMS)
         .find(|program| program.name == name)
 }
 

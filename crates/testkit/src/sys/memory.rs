@@ -177,6 +177,45 @@ impl Mapping {
         ((self.address + first * PAGE) as *mut _, pages * PAGE)
     }
 
+    /// Makes it so many pages long, moving it where there is no room (`mremap`).
+    pub fn resize(&mut self, pages: usize) -> io::Result<()> {
+        let length = pages * PAGE;
+        // SAFETY: the range is a mapping of ours, to which nobody holds a reference; the kernel moves it
+        // only to where nothing is.
+        let address = unsafe {
+            libc::mremap(
+                self.address as *mut libc::c_void,
+                self.length,
+                length,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        (self.address, self.length) = (address as usize, length);
+        Ok(())
+    }
+
+    /// Puts a new private mapping, readable and writable, in place of it.
+    pub fn renew(&mut self) -> io::Result<()> {
+        // SAFETY: replaces exactly the mapping of ours, to which nobody holds a reference.
+        let address = unsafe {
+            libc::mmap(
+                self.address as *mut libc::c_void,
+                self.length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED,
+                -1,
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
     /// Whether the kernel itself can read the page: false for one without access and for a guard.
     pub fn is_readable(&self, page: usize) -> io::Result<bool> {
         let (start, _) = self.range(page, 1);
