@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use crate::sysv;
+use crate::sysv::shm;
 
 /// What a name names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ impl NameKind {
             NameKind::Directory => std::fs::remove_dir(path),
             NameKind::SharedMemory => {
                 let id = path.to_str().and_then(|id| id.parse().ok());
-                match sysv::remove_segment(id.ok_or(io::ErrorKind::InvalidInput)?) {
+                match shm::remove(id.ok_or(io::ErrorKind::InvalidInput)?) {
                     // It was marked before, and went with its last mapping.
                     Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
                     removed => removed,

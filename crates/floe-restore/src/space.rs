@@ -91,7 +91,7 @@ impl Spaces {
     /// Adds the steps that make shared segments, and those that map and fill every task.
     pub fn plan(&self, tree: &Tree, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         self.plan_segments(planner)?;
-        shm::plan(planner)?;
+        shm::plan_attached(planner)?;
         let sharing = self.sharing();
         for birth in &tree.births {
             let pid = birth.pid;

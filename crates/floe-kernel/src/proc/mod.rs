@@ -23,6 +23,8 @@ pub use maps::{Mapping, VmFlags, parse_maps};
 pub use mountinfo::{Mount, parse_mountinfo};
 pub use stat::{Stat, parse_stat};
 pub use status::{Status, parse_status};
-pub use sysvipc::{IpcOwner, ShmSegment, parse_sysvipc_shm};
+pub use sysvipc::{
+    IpcOwner, MsgQueue, SemSet, ShmSegment, parse_sysvipc_msg, parse_sysvipc_sem, parse_sysvipc_shm,
+};
 pub use text::ParseError;
 pub use timers::{PosixTimer, parse_timers};

@@ -47,6 +47,48 @@ pub fn parse_sysvipc_shm(text: &[u8]) -> Result<Vec<ShmSegment>, ParseError> {
     table(text, "sysvipc/shm", parse)
 }
 
+/// A set of semaphores.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SemSet {
+    pub owner: IpcOwner,
+    /// Semaphores in it.
+    pub count: u32,
+}
+
+/// Reads `/proc/sysvipc/sem`.
+pub fn parse_sysvipc_sem(text: &[u8]) -> Result<Vec<SemSet>, ParseError> {
+    let parse = |line: &[u8]| {
+        let mut parts = words(line);
+        let beginning = beginning(&mut parts)?;
+        let count = u32::try_from(decimal(parts.next()?)?).ok()?;
+        let owner = owner(beginning, &mut parts)?;
+        Some(SemSet { owner, count })
+    };
+    table(text, "sysvipc/sem", parse)
+}
+
+/// A message queue.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MsgQueue {
+    pub owner: IpcOwner,
+    /// Messages in it.
+    pub messages: u32,
+}
+
+/// Reads `/proc/sysvipc/msg`.
+pub fn parse_sysvipc_msg(text: &[u8]) -> Result<Vec<MsgQueue>, ParseError> {
+    let parse = |line: &[u8]| {
+        let mut parts = words(line);
+        let beginning = beginning(&mut parts)?;
+        let messages = u32::try_from(decimal(parts.nth(1)?)?).ok()?;
+        // Past the pids of the last sender and receiver.
+        parts.nth(1)?;
+        let owner = owner(beginning, &mut parts)?;
+        Some(MsgQueue { owner, messages })
+    };
+    table(text, "sysvipc/msg", parse)
+}
+
 type Beginning = (u32, i32, u32);
 
 /// Key, number and mode, with which every line begins.
@@ -110,5 +152,24 @@ mod tests {
         };
         assert_eq!(found, [segment]);
         assert!(parse_sysvipc_shm(b"head\n 1 2 3\n").is_err());
+    }
+
+    #[test]
+    fn sets_and_queues_are_read() {
+        let text = b"       key      semid perms      nsems   uid   gid  cuid  cgid      otime      ctime\n         9          1   666          3     1     2     3     4          0          0\n";
+        let found = parse_sysvipc_sem(text).expect("well formed");
+        let owner = IpcOwner {
+            key: 9,
+            id: 1,
+            mode: 0o666,
+            uid: 1,
+            gid: 2,
+            cuid: 3,
+            cgid: 4,
+        };
+        assert_eq!(found, [SemSet { owner, count: 3 }]);
+        let text = b"       key      msqid perms      cbytes       qnum lspid lrpid   uid   gid  cuid  cgid      stime      rtime      ctime\n         9          1   666           5          2    71    72     1     2     3     4          0          0          0\n";
+        let found = parse_sysvipc_msg(text).expect("well formed");
+        assert_eq!(found, [MsgQueue { owner, messages: 2 }]);
     }
 }

@@ -238,6 +238,11 @@ impl<'a> Collector<'a> {
         self.segments.entry(segment.id).or_insert(segment);
     }
 
+    /// Whether pages of shared memory with this number are to be saved.
+    pub fn has_segment(&self, id: u64) -> bool {
+        self.segments.contains_key(&id)
+    }
+
     /// The shared memory found so far.
     pub fn take_segments(&mut self) -> BTreeMap<u64, Segment> {
         std::mem::take(&mut self.segments)

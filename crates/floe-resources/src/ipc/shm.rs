@@ -1,46 +1,94 @@
-//! System V shared memory (`shmget(2)`), as far as the tree has it attached.
+//! System V shared memory (`shmget(2)`): all of a namespace of the tree, and what the tree has attached
+//! of the host's.
 //!
 //! Saved:    key, number, size, permissions, owner and creator; the content.
-//! Rebuilt:  a segment that is still there is attached again, with its content of the dump unless
-//!           others use it; one that is gone is made with the key and number that it had. Needs: nothing.
+//! Rebuilt:  made with the key and number that it had, and filled; then attached by the tasks. What is
+//!           still there on the host is attached again, with its content of the dump unless others use
+//!           it. Needs: the namespace and its limits.
 //! Not kept: times, and the pids of creator and last user.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 
 use floe_image::ImageKind;
-use floe_image::messages::{IpcDescEntry, IpcShmEntry};
+use floe_image::messages::IpcShmEntry;
 use floe_kernel::ids::HostPid;
 use floe_kernel::janitor::NameKind;
 use floe_kernel::namespace::NsKind;
-use floe_kernel::proc::{IpcOwner, ShmSegment, parse_sysvipc_shm};
+use floe_kernel::proc::{ShmSegment, parse_sysvipc_shm};
 use floe_kernel::shared_anonymous::SharedAnonymous;
-use floe_kernel::sysv;
+use floe_kernel::sysv::shm;
 use floe_plan::Handle;
 use rustix::fs::FallocateFlags;
 
+use super::{Numbered, check_number, describe, limited, list};
 use crate::collect::{CollectError, Collector, Obstacle, PathFile, Segment};
 use crate::fd::memfd::{huge_flag, reopen};
 use crate::namespace::ids::host_number;
+use crate::namespace::{TreeNamespace, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
-const LIST: &str = "/proc/sysvipc/shm";
-/// Writing a number here gives it to the next segment made.
-const NEXT_NUMBER: &str = "/proc/sys/kernel/shm_next_id";
+const NUMBERED: Numbered = Numbered {
+    noun: "shared memory",
+    next: "/proc/sys/kernel/shm_next_id",
+    remove: shm::remove,
+};
 /// `SHM_HUGETLB`.
 const HUGE: u32 = 0o4000;
 
-/// All segments of our IPC namespace.
-fn list() -> io::Result<Vec<ShmSegment>> {
-    let text = std::fs::read(LIST)?;
-    parse_sysvipc_shm(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+/// The host's segments as they were when the first one was met.
+struct OfHost(Vec<ShmSegment>);
+
+/// Sizes of the segments in the namespace of the tree, by number; none where it has no own one.
+#[derive(Default)]
+struct OfTree(Option<HashMap<u64, u64>>);
+
+fn all() -> io::Result<Vec<ShmSegment>> {
+    list("shm", parse_sysvipc_shm)
 }
 
-/// The segments as they were when the first one was met.
-struct Known(Vec<ShmSegment>);
+/// Opens all segments; we are inside.
+pub fn collect() -> Result<Vec<(ShmSegment, OwnedFd)>, CollectError> {
+    let failed = |action: &str| {
+        let action = action.to_string();
+        move |source| CollectError::System { action, source }
+    };
+    let segments = all().map_err(failed("Listing System V shared memory"))?;
+    let open = |segment: ShmSegment| {
+        let attached = shm::attach(segment.owner.id, segment.size);
+        let attached = attached.map_err(failed("Attaching to System V shared memory"))?;
+        Ok((segment, attached.into_fd()))
+    };
+    segments.into_iter().map(open).collect()
+}
 
-/// Saves the segment behind a mapping, once for all of its mappings; returns its number.
+/// Has the segments of a namespace saved.
+pub fn encode(
+    segments: Vec<(ShmSegment, OwnedFd)>,
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let (pid, image) = (namespace.member, u64::from(namespace.id));
+    let sizes = segments
+        .iter()
+        .map(|(segment, _)| (u64::from(segment.owner.id.cast_unsigned()), segment.size));
+    collector.cache(OfTree::default).0 = Some(sizes.collect());
+    collector.side(ImageKind::IpcnsShm, image)?;
+    for (segment, file) in segments {
+        let saved = Saved {
+            pid,
+            image,
+            segment,
+            file,
+        };
+        saved.defer(collector);
+    }
+    Ok(())
+}
+
+/// The segment behind a mapping, which is saved once for all of its mappings; returns its number.
 pub fn collect_attached(
     (pid, id): (HostPid, u64),
     file: &PathFile,
@@ -53,47 +101,100 @@ pub fn collect_attached(
             source,
         }
     };
-    let known = collector.try_cache(|_| {
-        let listed = list().map_err(failed("Listing System V shared memory"));
-        listed.map(Known)
-    })?;
     let size = file.stat().st_size.cast_unsigned();
+    let foreign = || {
+        CollectError::Unsupported(Obstacle {
+            pid,
+            object: format!("System V shared memory {id} of another IPC namespace"),
+            remedy: "detach it before leaving the namespace that it belongs to".to_string(),
+        })
+    };
+    if let Some(sizes) = &collector.cache(OfTree::default).0 {
+        return match sizes.get(&id) == Some(&size) {
+            true => Ok(id),
+            false => Err(foreign()),
+        };
+    }
+    let known = collector.try_cache(|_| {
+        let listed = all().map_err(failed("Listing System V shared memory"));
+        listed.map(OfHost)
+    })?;
     let found = known
         .0
         .iter()
         .find(|segment| u64::try_from(segment.owner.id) == Ok(id) && segment.size == size);
-    let Some(&segment) = found else {
-        return Err(CollectError::Unsupported(Obstacle {
-            pid,
-            object: format!("System V shared memory {id} of another IPC namespace"),
-            remedy: "detach it before leaving the namespace that it belongs to".to_string(),
-        }));
-    };
-    let huge = huge_flag(pid, file.file())?;
-    let entry = IpcShmEntry {
-        desc: describe(&segment.owner),
-        size,
-        in_pagemaps: Some(true),
-        hugetlb_flag: huge.map(|flag| flag | HUGE),
-    };
+    let &segment = found.ok_or_else(foreign)?;
     let opened = reopen(file.file()).map_err(io::Error::from);
-    let file = opened.map_err(failed("Opening System V shared memory"))?;
-    collector
-        .side(ImageKind::IpcnsShm, host_namespace())?
-        .append(&entry)?;
-    collector.add_segment(Segment { id, file, size });
+    let saved = Saved {
+        pid,
+        image: host_namespace(),
+        segment,
+        file: opened.map_err(failed("Opening System V shared memory"))?,
+    };
+    saved.defer(collector);
     Ok(id)
 }
 
-fn describe(owner: &IpcOwner) -> IpcDescEntry {
-    IpcDescEntry {
-        key: owner.key,
-        uid: owner.uid,
-        gid: owner.gid,
-        cuid: owner.cuid,
-        cgid: owner.cgid,
-        mode: owner.mode,
-        id: owner.id.cast_unsigned(),
+/// A segment to be saved.
+struct Saved {
+    pid: HostPid,
+    /// Number of its image.
+    image: u64,
+    segment: ShmSegment,
+    file: OwnedFd,
+}
+
+impl Saved {
+    /// Saves it when everything else is known that has pages in an image of its own.
+    fn defer(self, collector: &mut Collector<'_>) {
+        collector.defer(move |collector| self.save(collector));
+    }
+
+    fn save(self, collector: &mut Collector<'_>) -> Result<(), CollectError> {
+        let size = self.segment.size;
+        let id = u64::from(self.segment.owner.id.cast_unsigned());
+        let huge = huge_flag(self.pid, self.file.as_fd())?;
+        // Segments and other memory are numbered apart, their images are not.
+        let in_pagemaps = !collector.has_segment(id);
+        let entry = IpcShmEntry {
+            desc: describe(&self.segment.owner),
+            size,
+            in_pagemaps: Some(in_pagemaps),
+            hugetlb_flag: huge.map(|flag| flag | HUGE),
+        };
+        let image = collector.side(ImageKind::IpcnsShm, self.image)?;
+        image.append(&entry)?;
+        if !in_pagemaps {
+            return self.append_content(collector);
+        }
+        let file = self.file;
+        collector.add_segment(Segment { id, file, size });
+        Ok(())
+    }
+
+    fn append_content(&self, collector: &mut Collector<'_>) -> Result<(), CollectError> {
+        const CHUNK: u64 = 1 << 20;
+        let image = collector.side(ImageKind::IpcnsShm, self.image)?;
+        let size = self.segment.size;
+        let mut buffer = Vec::new();
+        for start in (0..size).step_by(CHUNK as usize) {
+            let len = CHUNK.min(size - start) as usize;
+            buffer.resize(len, 0);
+            let read = rustix::io::pread(&self.file, &mut buffer, start);
+            let whole = match read.map_err(io::Error::from) {
+                Ok(read) if read == len => Ok(()),
+                Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) => Err(error),
+            };
+            whole.map_err(|source| CollectError::Task {
+                pid: self.pid,
+                action: "Reading System V shared memory",
+                source,
+            })?;
+            buffer.resize(len.next_multiple_of(4), 0);
+            image.append_raw(&buffer)?;
+        }
+        Ok(())
     }
 }
 
@@ -109,14 +210,15 @@ fn namespace(images: &TreeImages) -> u64 {
         .map_or_else(host_namespace, u64::from)
 }
 
-fn read(images: &TreeImages) -> Result<Vec<(IpcShmEntry, Vec<u8>)>, PlanError> {
-    let id = namespace(images);
+fn read(images: &TreeImages, namespace: u64) -> Result<Vec<(IpcShmEntry, Vec<u8>)>, PlanError> {
     let entries: Vec<(IpcShmEntry, Vec<u8>)> =
-        images.dir.read_with_extra(ImageKind::IpcnsShm, id)?;
+        images.dir.read_with_extra(ImageKind::IpcnsShm, namespace)?;
     for (entry, _) in &entries {
-        if i32::try_from(entry.desc.id).is_err() || i64::try_from(entry.size).is_err() {
-            let what = format!("the segment {} is impossible", entry.desc.id);
-            return Err(PlanError::damaged(ImageKind::IpcnsShm.file_name(id), what));
+        let image = || ImageKind::IpcnsShm.file_name(namespace);
+        check_number(&entry.desc, image())?;
+        if i64::try_from(entry.size).is_err() {
+            let what = format!("the size of segment {} is impossible", entry.desc.id);
+            return Err(PlanError::damaged(image(), what));
         }
     }
     Ok(entries)
@@ -124,7 +226,7 @@ fn read(images: &TreeImages) -> Result<Vec<(IpcShmEntry, Vec<u8>)>, PlanError> {
 
 /// Size in bytes of every saved segment, by its number.
 pub fn sizes(images: &TreeImages) -> Result<BTreeMap<u64, u64>, PlanError> {
-    let entries = read(images)?;
+    let entries = read(images, namespace(images))?;
     let entries = entries.iter().map(|(entry, _)| entry);
     Ok(entries
         .map(|entry| (u64::from(entry.desc.id), entry.size))
@@ -136,23 +238,64 @@ pub fn provided(id: u64) -> Handle {
     Handle::Object("System V segment", id)
 }
 
-/// Adds the steps that find or make the segments of the tree.
-pub fn plan(planner: &mut Planner<'_>) -> Result<(), PlanError> {
-    for (entry, content) in read(planner.images)? {
+/// Adds the steps that find or make the segments of the host that the tree has attached.
+pub fn plan_attached(planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    if namespace(planner.images) != host_namespace() {
+        return Ok(());
+    }
+    for (entry, content) in read(planner.images, host_namespace())? {
         let id = entry.desc.id;
-        planner.step(
-            format!("find or make System V shared memory {id}"),
-            (&[], &[provided(u64::from(id))]),
-            move |world| provide(world, &entry, &content),
-        );
+        let makes = [provided(u64::from(id))];
+        let name = format!("find or make System V shared memory {id}");
+        planner.step_at_home(name, (&[], &makes), move |world| {
+            find_or_make(world, &entry, &content)
+        });
     }
     Ok(())
 }
 
-fn provide(world: &mut World<'_>, entry: &IpcShmEntry, content: &[u8]) -> Result<(), ExecuteError> {
-    let id = entry.desc.id.cast_signed();
-    let what = || format!("{id}");
-    let listed = list().during("Listing", || LIST.to_string())?;
+/// Adds the steps that make the segments of a namespace; returns what they make.
+pub fn plan_namespace(id: u32, planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanError> {
+    let mut made_by_steps = Vec::new();
+    for (entry, content) in read(planner.images, u64::from(id))? {
+        let number = entry.desc.id;
+        let makes = [provided(u64::from(number))];
+        made_by_steps.extend(makes);
+        let name = format!("make System V shared memory {number}");
+        planner.step_at_home(name, (&[made(id), limited(id)], &makes), move |world| {
+            make_inside(world, id, entry, &content)
+        });
+    }
+    Ok(made_by_steps)
+}
+
+fn make_inside(
+    world: &mut World<'_>,
+    id: u32,
+    entry: IpcShmEntry,
+    content: &[u8],
+) -> Result<(), ExecuteError> {
+    let attached = world.in_namespace(id, |world| {
+        make(&entry)?;
+        filled(world, &entry, content)
+    })?;
+    let (home, inside) = world.namespaces().way_to(&[id])?;
+    world.before_release(
+        move || match home.visit(inside.iter().map(|namespace| &**namespace)) {
+            Ok(_visit) => hand_over(&entry, attached),
+            Err(error) => tracing::warn!(%error, "no way back into the IPC namespace"),
+        },
+    );
+    Ok(())
+}
+
+fn find_or_make(
+    world: &mut World<'_>,
+    entry: &IpcShmEntry,
+    content: &[u8],
+) -> Result<(), ExecuteError> {
+    let id = entry.desc.id;
+    let listed = all().during("Listing", || "System V shared memory".to_string())?;
     match present(entry, &listed)? {
         Some(there) if there.attached > 0 => {
             tracing::warn!(
@@ -165,26 +308,35 @@ fn provide(world: &mut World<'_>, entry: &IpcShmEntry, content: &[u8]) -> Result
         None => {
             make(entry)?;
             world.made_name(NameKind::SharedMemory, PathBuf::from(id.to_string()));
-            let owner = (entry.desc.uid, entry.desc.gid);
-            sysv::set_owner(id, owner, entry.desc.mode)
-                .during("Setting the owner of System V segment", what)?;
-            if entry.desc.mode & sysv::LOCKED != 0 {
-                sysv::lock_segment(id).during("Locking System V segment", what)?;
-            }
         }
     }
-    let mut attached =
-        sysv::attach(id, entry.size).during("Attaching to System V segment", what)?;
-    fill(world, entry, content, &mut attached)?;
-    let marked = entry.desc.mode & sysv::MARKED != 0;
-    // Until the tasks have it: the last one to detach from marked memory takes it away.
-    world.before_release(move || {
-        if marked && let Err(error) = sysv::remove_segment(id) {
-            tracing::warn!(%error, segment = id, "System V shared memory is not marked to go");
-        }
-        drop(attached);
-    });
+    let attached = filled(world, entry, content)?;
+    let entry = entry.clone();
+    world.before_release(move || hand_over(&entry, attached));
     Ok(())
+}
+
+/// The tasks have it now: the last one to detach from marked memory takes it away.
+fn hand_over(entry: &IpcShmEntry, attached: SharedAnonymous) {
+    let id = entry.desc.id.cast_signed();
+    let marked = entry.desc.mode & shm::MARKED != 0;
+    if marked && let Err(error) = shm::remove(id) {
+        tracing::warn!(%error, segment = id, "System V shared memory is not marked to go");
+    }
+    drop(attached);
+}
+
+/// Attaches to a segment and gives it its content.
+fn filled(
+    world: &World<'_>,
+    entry: &IpcShmEntry,
+    content: &[u8],
+) -> Result<SharedAnonymous, ExecuteError> {
+    let id = entry.desc.id;
+    let attached = shm::attach(id.cast_signed(), entry.size);
+    let mut attached = attached.during("Attaching to System V segment", || id.to_string())?;
+    fill(world, entry, content, &mut attached)?;
+    Ok(attached)
 }
 
 /// The segment of the dump, if it is still there. Its number or key may not be somebody else's.
@@ -196,7 +348,7 @@ fn present<'l>(
     let same = |segment: &ShmSegment| {
         let there = describe(&segment.owner);
         // Without the flags; a mark takes the key away.
-        let marked = there.mode & sysv::MARKED != 0;
+        let marked = there.mode & shm::MARKED != 0;
         segment.size == entry.size
             && (there.key == wanted.key || marked)
             && (there.cuid, there.cgid) == (wanted.cuid, wanted.cgid)
@@ -225,34 +377,18 @@ fn taken(entry: &IpcShmEntry, what: &str, other: &ShmSegment) -> ExecuteError {
     })
 }
 
-/// Makes a segment with the number that it had.
 fn make(entry: &IpcShmEntry) -> Result<(), ExecuteError> {
-    /// Somebody else may make a segment between our two calls.
-    const ATTEMPTS: usize = 3;
     let desc = &entry.desc;
-    let wanted = desc.id.cast_signed();
     let flags = desc.mode & 0o777 | entry.hugetlb_flag.unwrap_or(0);
-    let create = || sysv::create_segment(desc.key, entry.size, flags.cast_signed());
-    for _ in 0..ATTEMPTS {
-        std::fs::write(NEXT_NUMBER, wanted.to_string())
-            .during("Asking for the next number in", || NEXT_NUMBER.to_string())?;
-        let made = match sysv::as_creator((desc.cuid, desc.cgid), create) {
-            // Users without a number here, and huge pages, which not everybody gets.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EPERM)) => {
-                create()
-            }
-            made => made,
-        };
-        let made = made.during("Making System V segment", || wanted.to_string())?;
-        if made == wanted {
-            return Ok(());
-        }
-        sysv::remove_segment(made).during("Removing System V segment", || made.to_string())?;
+    let create = || shm::create(desc.key, entry.size, flags.cast_signed());
+    let id = NUMBERED.make(desc, &create)?;
+    let what = || id.to_string();
+    shm::set_owner(id, (desc.uid, desc.gid), desc.mode)
+        .during("Setting the owner of System V segment", what)?;
+    if desc.mode & shm::LOCKED != 0 {
+        shm::lock(id).during("Locking System V segment", what)?;
     }
-    Err(ExecuteError::from_plan(PlanError::Unsupported {
-        object: format!("System V shared memory {wanted}, whose number the kernel does not give,"),
-        remedy: "remove the other segment in its place, see `ipcs -m`",
-    }))
+    Ok(())
 }
 
 fn fill(

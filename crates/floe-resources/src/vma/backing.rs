@@ -39,9 +39,13 @@ enum Kind {
     SystemV,
 }
 
-/// What was found out about a mapped file, by device and inode.
+/// Device and inode; and whether it is a System V segment, which are numbered for themselves on the same
+/// device as other memory.
+type FileKey = (u32, u32, u64, bool);
+
+/// What was found out about a mapped file.
 #[derive(Default)]
-struct Known(HashMap<(u32, u32, u64), Backing>);
+struct Known(HashMap<FileKey, Backing>);
 
 impl Backing {
     /// Looks at the file of a mapping, and saves it with the first one.
@@ -50,7 +54,13 @@ impl Backing {
         mapping: &Mapping,
         collector: &mut Collector<'_>,
     ) -> Result<Self, CollectError> {
-        let key = (mapping.dev_major, mapping.dev_minor, mapping.inode);
+        let system_v = mapping.name.starts_with(b"/SYSV");
+        let key = (
+            mapping.dev_major,
+            mapping.dev_minor,
+            mapping.inode,
+            system_v,
+        );
         let open_flags = open_flags(proc, mapping)?;
         let known = collector.cache(Known::default).0.get(&key).copied();
         let backing = match known {

@@ -367,7 +367,7 @@ fn guard(_: &Place) -> anyhow::Result<Check> {
 /// A segment attached twice, with a hole and different protections, shared with a child.
 fn system_v(place: &Place) -> anyhow::Result<Check> {
     const PAGES: usize = 8;
-    let id = sysv::segment(PAGES)?;
+    let id = sysv::segment(libc::IPC_PRIVATE, PAGES)?;
     let memory = sysv::attach(id, PAGES, 0)?.leak();
     let seen = sysv::attach(id, PAGES, libc::SHM_RDONLY)?.leak();
     sysv::mark(id)?;

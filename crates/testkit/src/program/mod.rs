@@ -12,6 +12,7 @@ mod events;
 mod files;
 mod identity;
 mod inet;
+mod ipc;
 mod locks;
 mod memory;
 mod pipes;
@@ -87,6 +88,7 @@ pub fn programs() -> Vec<&'static Program> {
         events::PROGRAMS,
         terminal::PROGRAMS,
         locks::PROGRAMS,
+        ipc::PROGRAMS,
         blocked::PROGRAMS,
     ]
     .into_iter()

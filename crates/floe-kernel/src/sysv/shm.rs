@@ -1,13 +1,14 @@
-//! System V shared memory of the IPC namespace that the calling thread is in.
+//! Shared memory (`shmget(2)`).
 //!
 //! Contract relied on: `shmat(2)` at an address of the kernel's choice replaces no mapping, and
-//! `munmap(2)` of the whole detaches; set*id system calls change the calling thread only.
+//! `munmap(2)` of the whole detaches.
 
 use std::io;
 use std::ptr;
 
 use rustix::fs::{Mode, OFlags};
 
+use super::checked;
 use crate::ids::PAGE_SIZE;
 use crate::shared_anonymous::SharedAnonymous;
 
@@ -17,7 +18,7 @@ pub const MARKED: u32 = 0o1000;
 pub const LOCKED: u32 = 0o2000;
 
 /// Makes a segment that must not exist yet; `flags` are permissions and `SHM_HUGETLB` with a size.
-pub fn create_segment(key: u32, size: u64, flags: i32) -> io::Result<i32> {
+pub fn create(key: u32, size: u64, flags: i32) -> io::Result<i32> {
     let size = usize::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?;
     let flags = flags | libc::IPC_CREAT | libc::IPC_EXCL;
     // SAFETY: integers only.
@@ -25,12 +26,12 @@ pub fn create_segment(key: u32, size: u64, flags: i32) -> io::Result<i32> {
 }
 
 /// Marks a segment: its key is free at once, and it goes with its last mapping.
-pub fn remove_segment(id: i32) -> io::Result<()> {
+pub fn remove(id: i32) -> io::Result<()> {
     control(id, libc::IPC_RMID)
 }
 
 /// Keeps a segment in memory (`SHM_LOCK`).
-pub fn lock_segment(id: i32) -> io::Result<()> {
+pub fn lock(id: i32) -> io::Result<()> {
     const SHM_LOCK: i32 = 11;
     control(id, SHM_LOCK)
 }
@@ -67,42 +68,9 @@ pub fn attach(id: i32, size: u64) -> io::Result<SharedAnonymous> {
     Ok(SharedAnonymous::of_mapping(fd?, start, len))
 }
 
-/// Runs `work` with another effective user and group, which become the creator of what it makes.
-pub fn as_creator<T>(
-    (uid, gid): (u32, u32),
-    work: impl FnOnce() -> io::Result<T>,
-) -> io::Result<T> {
-    let (own_uid, own_gid) = (rustix::process::geteuid(), rustix::process::getegid());
-    let set = |call, id: u32| {
-        let keep = u32::MAX;
-        // SAFETY: integers only; the system call changes this thread alone.
-        checked(unsafe { libc::syscall(call, keep, id, keep) } as i32).map(drop)
-    };
-    set(libc::SYS_setresgid, gid)?;
-    let done = match set(libc::SYS_setresuid, uid) {
-        Ok(()) => {
-            let done = work();
-            let back = set(libc::SYS_setresuid, own_uid.as_raw());
-            back.expect("the saved user id may be taken again");
-            done
-        }
-        Err(error) => Err(error),
-    };
-    let back = set(libc::SYS_setresgid, own_gid.as_raw());
-    back.expect("the saved group id may be taken again");
-    done
-}
-
 fn control(id: i32, command: i32) -> io::Result<()> {
     // SAFETY: these commands take no structure.
     checked(unsafe { libc::shmctl(id, command, ptr::null_mut()) }).map(drop)
-}
-
-fn checked(result: i32) -> io::Result<i32> {
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        result => Ok(result),
-    }
 }
 
 #[cfg(test)]
@@ -111,9 +79,9 @@ mod tests {
 
     #[test]
     fn the_file_behind_a_segment_is_its_content() {
-        let id = create_segment(0, 5000, 0o600).expect("a segment");
+        let id = create(0, 5000, 0o600).expect("a segment");
         let attached = attach(id, 5000);
-        remove_segment(id).expect("our own segment");
+        remove(id).expect("our own segment");
         let mut attached = match attached {
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
                 println!("skipped: map_files needs CAP_CHECKPOINT_RESTORE");
