@@ -16,10 +16,17 @@ use floe_image::frames::FramedReader;
 use floe_image::manifest::DumpKind;
 use floe_image::{ImageDir, ImageStore, PagesReader};
 use rustix::fs::MemfdFlags;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::stream::Stream;
 
 /// Name of the index.
 pub const INDEX_NAME: &str = "floe-archive.json";
+/// Name of the head, the first member: what a reader of a stream must know before the pages come.
+pub const HEAD_NAME: &str = "floe-head.json";
+/// Name of the member behind the head: copies of pages that a restore reads before all others.
+pub const EARLY_NAME: &str = "floe-early.img";
 /// Directory of the images in the archive.
 pub const IMAGES: &str = "checkpoint/";
 /// Version of the index that is written, and the newest that is read.
@@ -51,9 +58,9 @@ pub struct Base {
     pub digest: String,
 }
 
-/// The content of `floe-archive.json`.
+/// The content of `floe-head.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Index {
+pub struct Head {
     /// See [`INDEX_FORMAT`].
     pub format: u32,
     /// Whether the newest generation can be restored.
@@ -66,6 +73,38 @@ pub struct Index {
     pub base: Option<Base>,
     /// What stands for each generation from `first` to `last`.
     pub digests: Vec<String>,
+    /// Files of pages and their sizes in bytes.
+    pub pages: BTreeMap<String, u64>,
+    /// Pages of which copies lie before the images.
+    pub early: Vec<Early>,
+}
+
+/// Pages that a restore reads before all others, to plan.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Early {
+    /// The file of pages.
+    pub file: String,
+    /// Offset in it, in bytes.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+    /// Offset of the copy in its member; tasks share one.
+    pub copy: u64,
+}
+
+impl Head {
+    /// Whether the generation is in the archive.
+    pub fn holds(&self, generation: u32) -> bool {
+        (self.first..=self.last).contains(&generation)
+    }
+}
+
+/// The content of `floe-archive.json`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Index {
+    /// The same as at the beginning.
+    #[serde(flatten)]
+    pub head: Head,
     /// Every file by its name without the directory.
     pub members: BTreeMap<String, Member>,
 }
@@ -116,16 +155,18 @@ pub struct Archive {
 }
 
 impl Archive {
-    /// Opens an archive; `-` is standard input.
+    /// Opens an archive; `-` is standard input. What comes through a pipe is held in memory, compressed
+    /// as it is.
     pub fn open(path: &Path) -> Result<Archive, ArchiveError> {
-        let failed = |source| ArchiveError::Read {
+        let opened = match open_input(path) {
+            Ok(Input::File(file)) => Ok(file),
+            Ok(Input::Pipe(pipe)) => hold(pipe),
+            Err(error) => Err(error),
+        };
+        let file = opened.map_err(|source| ArchiveError::Read {
             path: path.to_path_buf(),
             source,
-        };
-        let file = match path == Path::new("-") {
-            true => standard_input().map_err(failed)?,
-            false => File::open(path).map_err(failed)?,
-        };
+        })?;
         Archive::from_file(file, path)
     }
 
@@ -137,7 +178,8 @@ impl Archive {
         };
         let frames = FramedReader::open(file).map_err(|error| damaged(error.to_string()))?;
         let text = index_text(&frames).map_err(|error| damaged(error.to_string()))?;
-        let index = parse_index(&text, path)?;
+        let index: Index = parse(&text, path)?;
+        check_head(&index.head, path)?;
         for (name, member) in &index.members {
             let end = member.offset.checked_add(member.size);
             if !is_plain_name(name) || end.is_none_or(|end| end > frames.len()) {
@@ -175,27 +217,43 @@ impl Archive {
     }
 }
 
-/// Standard input as a file that can be read at any place. What comes through a pipe is held in memory,
-/// compressed as it is.
-fn standard_input() -> io::Result<File> {
-    let mut input = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-    if input.metadata()?.is_file() && input.seek(SeekFrom::Start(0)).is_ok() {
-        return Ok(input);
-    }
+/// Where an archive comes from.
+enum Input {
+    /// It can be read at any place.
+    File(File),
+    /// It can be read once.
+    Pipe(File),
+}
+
+/// Opens a path; `-` is standard input.
+fn open_input(path: &Path) -> io::Result<Input> {
+    let mut file = match path == Path::new("-") {
+        true => File::from(io::stdin().as_fd().try_clone_to_owned()?),
+        false => File::open(path)?,
+    };
+    let is_file = file.metadata()?.is_file() && file.seek(SeekFrom::Start(0)).is_ok();
+    Ok(if is_file {
+        Input::File(file)
+    } else {
+        Input::Pipe(file)
+    })
+}
+
+fn hold(mut pipe: File) -> io::Result<File> {
     let mut held = memory_file("floe-archive")?;
-    io::copy(&mut input, &mut held)?;
+    io::copy(&mut pipe, &mut held)?;
     Ok(held)
 }
 
-fn memory_file(name: &str) -> io::Result<File> {
+pub(crate) fn memory_file(name: &str) -> io::Result<File> {
     Ok(File::from(rustix::fs::memfd_create(
         name,
         MemfdFlags::CLOEXEC,
     )?))
 }
 
-/// Reads an index; the format first, as a newer one may lack what this one must have.
-pub(crate) fn parse_index(text: &[u8], path: &Path) -> Result<Index, ArchiveError> {
+/// Reads a head or an index; the format first, as a newer one may lack what this one must have.
+pub(crate) fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, ArchiveError> {
     let path = path.to_path_buf();
     #[derive(Deserialize)]
     struct Versioned {
@@ -209,18 +267,21 @@ pub(crate) fn parse_index(text: &[u8], path: &Path) -> Result<Index, ArchiveErro
     if format > INDEX_FORMAT {
         return Err(ArchiveError::Format { path, format });
     }
-    let index: Index = serde_json::from_slice(text).map_err(damaged)?;
-    let count = index
-        .last
-        .checked_sub(index.first)
-        .map(|count| count as usize + 1);
-    if count != Some(index.digests.len()) {
-        return Err(ArchiveError::Damaged {
-            path,
+    serde_json::from_slice(text).map_err(damaged)
+}
+
+/// Checks that a head fits itself.
+pub(crate) fn check_head(head: &Head, path: &Path) -> Result<(), ArchiveError> {
+    let count = head.last.checked_sub(head.first);
+    let fits = count.map(|count| count as usize + 1) == Some(head.digests.len())
+        && head.pages.keys().all(|name| is_plain_name(name));
+    match fits {
+        true => Ok(()),
+        false => Err(ArchiveError::Damaged {
+            path: path.to_path_buf(),
             what: "its index does not fit its generations".into(),
-        });
+        }),
     }
-    Ok(index)
 }
 
 /// The text of the index, which is the first member of the last frame.
@@ -253,66 +314,103 @@ pub(crate) fn is_plain_name(name: &str) -> bool {
         && ![".", "..", PARENT_LINK].contains(&name)
 }
 
-/// The images of archives that make one chain: base and increments in any order.
+/// One of a set of archives.
+#[derive(Debug)]
+pub enum Part {
+    /// A file.
+    File(Archive),
+    /// What comes through a pipe.
+    Stream(Stream),
+}
+
+impl Part {
+    fn open(path: &Path) -> Result<Part, ArchiveError> {
+        let input = open_input(path).map_err(|source| ArchiveError::Read {
+            path: path.to_path_buf(),
+            source,
+        })?;
+        match input {
+            Input::File(file) => Archive::from_file(file, path).map(Part::File),
+            Input::Pipe(pipe) => Stream::open(Box::new(pipe), path).map(Part::Stream),
+        }
+    }
+
+    /// What it holds.
+    pub fn head(&self) -> &Head {
+        match self {
+            Part::File(archive) => &archive.index.head,
+            Part::Stream(stream) => stream.head(),
+        }
+    }
+
+    /// The path that it was opened by.
+    pub fn path(&self) -> &Path {
+        match self {
+            Part::File(archive) => &archive.path,
+            Part::Stream(stream) => stream.path(),
+        }
+    }
+
+    fn into_images(self, base: Option<ImageDir>) -> ImageDir {
+        match self {
+            Part::File(archive) => archive.into_images(base),
+            Part::Stream(stream) => stream.into_images(base),
+        }
+    }
+}
+
+/// The images of archives that make one chain: base and increments in any order. What comes through a
+/// pipe is not held: its pages can be read once, in their order.
 pub fn open_set(paths: &[PathBuf]) -> Result<ImageDir, ArchiveError> {
-    let ordered = order_set(paths)?;
+    let parts = paths.iter().map(|path| Part::open(path));
+    let ordered = order_set(parts.collect::<Result<_, _>>()?)?;
     let newest = ordered.last().expect("a set is never empty");
-    if newest.index.kind == DumpKind::PreDump {
+    if newest.head().kind == DumpKind::PreDump {
         return Err(ArchiveError::PreDump {
-            path: newest.path.clone(),
-            last: newest.index.last,
+            path: newest.path().to_path_buf(),
+            last: newest.head().last,
         });
     }
     let images = ordered
         .into_iter()
-        .fold(None, |base, archive| Some(archive.into_images(base)));
+        .fold(None, |base, part| Some(part.into_images(base)));
     Ok(images.expect("a set is never empty"))
 }
 
-/// The images of one archive, whatever they are.
+/// The images of one archive, whatever they are, to be read at any place.
 pub fn open_images(path: &Path) -> Result<ImageDir, ArchiveError> {
     Ok(Archive::open(path)?.into_images(None))
 }
 
 /// The archives that the newest one needs, oldest first.
-pub fn order_set(paths: &[PathBuf]) -> Result<Vec<Archive>, ArchiveError> {
-    let mut left = paths
-        .iter()
-        .map(|path| Archive::open(path))
-        .collect::<Result<Vec<_>, _>>()?;
+pub(crate) fn order_set(mut left: Vec<Part>) -> Result<Vec<Part>, ArchiveError> {
     // With equal ends the one that reaches further back is wanted.
-    left.sort_by_key(|archive| (archive.index.last, std::cmp::Reverse(archive.index.first)));
+    left.sort_by_key(|part| (part.head().last, std::cmp::Reverse(part.head().first)));
     let have: Vec<String> = left
         .iter()
-        .map(|archive| format!("{} to {}", archive.index.first, archive.index.last))
+        .map(|part| format!("{} to {}", part.head().first, part.head().last))
         .collect();
     let have = have.join(", ");
-    let mut ordered: Vec<Archive> = left.pop().into_iter().collect();
+    let mut ordered: Vec<Part> = left.pop().into_iter().collect();
     while let Some((base, path)) = ordered
         .first()
-        .and_then(|first| Some((first.index.base.clone()?, first.path.clone())))
+        .and_then(|first| Some((first.head().base.clone()?, first.path().to_path_buf())))
     {
         let number = base.generation;
-        let holds =
-            |archive: &Archive| (archive.index.first..=archive.index.last).contains(&number);
-        let Some(found) = left.iter().rposition(holds) else {
-            let since = left
-                .iter()
-                .map(|archive| archive.index.last)
-                .filter(|last| *last < number)
-                .max();
+        let Some(found) = left.iter().rposition(|part| part.head().holds(number)) else {
+            let lasts = left.iter().map(|part| part.head().last);
             return Err(ArchiveError::Hole {
                 path,
                 generation: number,
                 have,
-                since,
+                since: lasts.filter(|last| *last < number).max(),
             });
         };
         let found = left.remove(found);
-        if found.index.digests[(number - found.index.first) as usize] != base.digest {
+        if found.head().digests[(number - found.head().first) as usize] != base.digest {
             return Err(ArchiveError::OtherChain {
                 path,
-                base: found.path,
+                base: found.path().to_path_buf(),
                 generation: number,
             });
         }
@@ -386,4 +484,18 @@ impl ImageStore for ArchivedImages {
     fn parent(&self) -> Option<ImageDir> {
         self.base.clone()
     }
+
+    fn passes_by(&self) -> bool {
+        self.base.as_ref().is_some_and(ImageDir::passes_by)
+    }
+
+    fn check_rest(&self) -> io::Result<()> {
+        check_base(self.base.as_ref())
+    }
+}
+
+/// Checks the rest of what images build on.
+pub(crate) fn check_base(base: Option<&ImageDir>) -> io::Result<()> {
+    base.map_or(Ok(()), ImageDir::check_rest)
+        .map_err(io::Error::other)
 }

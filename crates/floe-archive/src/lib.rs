@@ -7,10 +7,13 @@ pub mod archive;
 mod chain;
 pub mod check;
 pub mod compress;
+mod early;
 pub mod merged;
 pub mod pack;
 pub mod squash;
+pub mod stream;
 pub mod summary;
+mod tar_reader;
 pub mod unpack;
 
 pub use chain::{Chain, ChainError, Generation};

@@ -3,7 +3,7 @@
 use floe_image::catalogue::ImageKind;
 use floe_image::dir::{PARENT_LINK, PE_PARENT, PE_PRESENT};
 use floe_image::manifest::MANIFEST_NAME;
-use floe_image::messages::{PagemapEntry, PagemapHead};
+use floe_image::messages::{PagemapEntry, PagemapHead, PstreeEntry};
 use floe_image::schema::ImageMessage;
 use floe_image::{ImageDir, ImageError};
 use floe_kernel::ids::PAGE_SIZE;
@@ -82,7 +82,12 @@ impl Merged {
             });
         }
         let mut images = newest.images()?;
-        images.sort_by_key(|(kind, id)| (kind.name(), *id));
+        let births = births(newest)?;
+        // In the order of a restore: segments, then tasks, parents first.
+        images.sort_by_key(|(kind, id)| {
+            let birth = births.iter().position(|pid| Some(*pid) == *id);
+            (*kind == ImageKind::Pagemap, birth, *id)
+        });
         let mut memory = Vec::new();
         for (kind, id) in images {
             if matches!(kind, ImageKind::Pagemap | ImageKind::ShmemPagemap) {
@@ -100,6 +105,12 @@ impl Merged {
             files,
         })
     }
+}
+
+/// Pids in the order in which a restore makes the tasks; none for a pre-dump.
+fn births(dir: &ImageDir) -> Result<Vec<u64>, ImageError> {
+    let tree: Vec<PstreeEntry> = dir.read_all(ImageKind::Pstree, 0)?;
+    Ok(tree.iter().map(|task| u64::from(task.pid)).collect())
 }
 
 /// Images and statistics are taken; memory is merged, links and other directories are left.

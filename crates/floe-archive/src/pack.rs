@@ -9,7 +9,10 @@ use floe_image::frames::{Codec, FRAME_BYTES, FrameWriter};
 use floe_image::manifest::{DumpKind, MANIFEST_NAME, Manifest, ManifestFile, ManifestInfo};
 use floe_image::{ImageDir, ImageError};
 
-use crate::archive::{BLOCK, Base, IMAGES, INDEX_FORMAT, INDEX_NAME, Index, Member};
+use crate::archive::{
+    BLOCK, Base, EARLY_NAME, HEAD_NAME, Head, IMAGES, INDEX_FORMAT, INDEX_NAME, Index, Member,
+};
+use crate::early;
 use crate::merged::{MergeError, Merged, MergedPages};
 use crate::{Chain, ChainError};
 
@@ -72,6 +75,10 @@ pub fn pack(
         members: BTreeMap::new(),
         modified: created(&merged.chain),
     };
+    let mut head = head(&merged, options.since)?;
+    let copies = early::collect(&merged, &mut head.early)?;
+    packer.head(&head)?;
+    packer.unlisted(EARLY_NAME, &copies)?;
     for name in &merged.files {
         packer.file(newest, name)?;
     }
@@ -81,15 +88,10 @@ pub fn pack(
     for space in &merged.memory {
         packer.pages(space)?;
     }
-    let kind = if merged.chain.newest().is_pre_dump() {
-        DumpKind::PreDump
-    } else {
-        DumpKind::Full
-    };
-    let manifest = packer.manifest(&merged, kind, options.since);
+    let manifest = packer.manifest(&merged, head.kind, options.since);
     packer.bytes(MANIFEST_NAME, manifest.as_bytes())?;
     let content = packer.members.values().map(|member| member.size).sum();
-    let written = packer.finish(index(&merged, kind, options.since)?)?;
+    let written = packer.finish(head)?;
     Ok(PackReport {
         generations: (merged.first, merged.last),
         content,
@@ -106,8 +108,8 @@ fn created(chain: &Chain) -> u64 {
     noted.unwrap_or_else(|| UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()))
 }
 
-/// The index, still without members.
-fn index(merged: &Merged, kind: DumpKind, since: Option<u32>) -> Result<Index, PackError> {
+/// What the archive will hold.
+fn head(merged: &Merged, since: Option<u32>) -> Result<Head, PackError> {
     let (chain, mut base, mut digests) = (&merged.chain, None, Vec::new());
     for (number, generation) in chain.generations().iter().enumerate() {
         let number = chain.number(number);
@@ -121,14 +123,22 @@ fn index(merged: &Merged, kind: DumpKind, since: Option<u32>) -> Result<Index, P
             digests.push(generation.digest()?);
         }
     }
-    Ok(Index {
+    let pages = merged.memory.iter().map(|space| {
+        let name = ImageKind::Pages.file_name(space.pages_id.into());
+        (name, space.stored_bytes())
+    });
+    Ok(Head {
         format: INDEX_FORMAT,
-        kind,
+        kind: match chain.newest().is_pre_dump() {
+            true => DumpKind::PreDump,
+            false => DumpKind::Full,
+        },
         first: merged.first,
         last: merged.last,
         base,
         digests,
-        members: BTreeMap::new(),
+        pages: pages.collect(),
+        early: Vec::new(),
     })
 }
 
@@ -149,13 +159,28 @@ impl<W: Write> Packer<W> {
 
     /// Ends a member: padding, and its row in the index.
     fn end(&mut self, name: &str, member: Member) -> Result<(), PackError> {
-        let padding = member.size.next_multiple_of(BLOCK) - member.size;
-        let written = self
-            .frames
-            .write_all(&[0; BLOCK as usize][..padding as usize]);
-        written.map_err(PackError::Write)?;
+        self.pad(member.size)?;
         self.members.insert(name.to_owned(), member);
         Ok(())
+    }
+
+    fn pad(&mut self, size: u64) -> Result<(), PackError> {
+        let padding = size.next_multiple_of(BLOCK) - size;
+        let zeros = &[0; BLOCK as usize][..padding as usize];
+        self.frames.write_all(zeros).map_err(PackError::Write)
+    }
+
+    /// The first member.
+    fn head(&mut self, head: &Head) -> Result<(), PackError> {
+        let text = serde_json::to_vec(head).expect("a head has text keys only");
+        self.unlisted(HEAD_NAME, &text)
+    }
+
+    /// A member that is no image.
+    fn unlisted(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
+        self.header(name, content.len() as u64)?;
+        self.frames.write_all(content).map_err(PackError::Write)?;
+        self.pad(content.len() as u64)
     }
 
     fn bytes(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
@@ -276,8 +301,11 @@ impl<W: Write> Packer<W> {
     }
 
     /// The index and the end of the tar, in a frame of their own.
-    fn finish(mut self, mut index: Index) -> Result<u64, PackError> {
-        index.members = self.members;
+    fn finish(mut self, head: Head) -> Result<u64, PackError> {
+        let index = Index {
+            head,
+            members: self.members,
+        };
         let text = serde_json::to_vec(&index).expect("an index has text keys only");
         let header =
             header(INDEX_NAME, text.len() as u64, self.modified).map_err(PackError::Write)?;

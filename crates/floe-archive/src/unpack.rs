@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -10,16 +10,12 @@ use floe_image::dir::PARENT_LINK;
 use floe_image::manifest::MANIFEST_NAME;
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 
-use crate::archive::{
-    ArchiveError, IMAGES, INDEX_NAME, Index, MAX_INDEX, is_plain_name, order_set, parse_index,
-};
+use crate::archive::{Archive, ArchiveError, INDEX_NAME, Index, Part, order_set, parse};
+use crate::tar_reader::{MAX_MEMBERS, Piece, TarReader};
 
 /// Directory in which the older archives of a set are unpacked.
 pub const EARLIER: &str = "earlier";
-/// Most files in an archive.
-const MAX_MEMBERS: usize = 4_000_000;
-/// Bytes that go from the decoder to the writer at once, and how many such parts may wait.
-const PART: usize = 1 << 20;
+/// How many parts may wait between the decoder and the writer.
 const WAITING: usize = 8;
 
 /// How much may be unpacked.
@@ -88,7 +84,8 @@ pub fn unpack_set(
     {
         return unpack(io::stdin().lock(), into, limits);
     }
-    let ordered = order_set(paths)?;
+    let parts = paths.iter().map(|path| Archive::open(path).map(Part::File));
+    let ordered = order_set(parts.collect::<Result<_, _>>()?)?;
     let mut report = UnpackReport::default();
     let mut parent: Option<u32> = None;
     for (number, archive) in ordered.iter().enumerate() {
@@ -96,7 +93,7 @@ pub fn unpack_set(
         let target = if newest {
             into.to_path_buf()
         } else {
-            into.join(EARLIER).join(archive.index().last.to_string())
+            into.join(EARLIER).join(archive.head().last.to_string())
         };
         let opened = File::open(archive.path());
         let file = opened.map_err(|source| ArchiveError::Read {
@@ -121,7 +118,7 @@ pub fn unpack_set(
             };
             std::os::unix::fs::symlink(to, target.join(PARENT_LINK)).map_err(failed)?;
         }
-        parent = Some(archive.index().last);
+        parent = Some(archive.head().last);
     }
     Ok(report)
 }
@@ -181,57 +178,22 @@ fn new_directory(path: &Path, has_earlier: bool) -> io::Result<rustix::fd::Owned
     Ok(rustix::fs::open(path, flags, Mode::empty())?)
 }
 
-/// What the decoder tells the writer.
-enum Piece {
-    Begin(String),
-    Content(Vec<u8>),
-}
-
 /// Takes the tar apart; gives the index.
 fn decode(
     source: impl Read,
     sender: &SyncSender<Piece>,
     limits: UnpackLimits,
 ) -> Result<Vec<u8>, UnpackError> {
-    let decoder = zstd::stream::read::Decoder::with_buffer(BufReader::with_capacity(PART, source));
-    let mut tar = tar::Archive::new(decoder.map_err(UnpackError::Decode)?);
-    let (mut bytes, mut count, mut index) = (0u64, 0usize, None);
-    for entry in tar.entries().map_err(UnpackError::Decode)?.raw(true) {
-        let mut entry = entry.map_err(UnpackError::Decode)?;
-        let name = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let refused = |what| UnpackError::Refused {
-            name: name.clone(),
-            what,
-        };
-        if entry.header().entry_type() != tar::EntryType::Regular {
-            return Err(refused("which is no regular file"));
-        }
-        let size = entry.size();
-        (bytes, count) = (bytes.saturating_add(size), count + 1);
-        if bytes > limits.bytes || count > MAX_MEMBERS {
-            return Err(UnpackError::TooLarge {
-                limit: limits.bytes,
-            });
-        }
-        if name == INDEX_NAME && size <= MAX_INDEX {
-            let mut text = Vec::new();
-            entry.read_to_end(&mut text).map_err(UnpackError::Decode)?;
-            index = Some(text);
-            continue;
-        }
-        let plain = name
-            .strip_prefix(IMAGES)
-            .filter(|name| is_plain_name(name) && *name != EARLIER);
-        let plain = plain.ok_or_else(|| refused("whose name leads elsewhere"))?;
-        // A send fails when the writer has failed, which says more.
-        let gone = |_| UnpackError::Decode(io::ErrorKind::BrokenPipe.into());
-        sender.send(Piece::Begin(plain.to_owned())).map_err(gone)?;
-        let mut left = size;
-        while left > 0 {
-            let mut part = vec![0; left.min(PART as u64) as usize];
-            entry.read_exact(&mut part).map_err(UnpackError::Decode)?;
-            left -= part.len() as u64;
-            sender.send(Piece::Content(part)).map_err(gone)?;
+    let mut tar = TarReader::new(source, limits)?;
+    let mut index = None;
+    loop {
+        match tar.next_piece()? {
+            Piece::Index(text) => index = Some(text),
+            Piece::End => break,
+            // A send fails when the writer has failed, which says more.
+            piece => sender
+                .send(piece)
+                .map_err(|_| UnpackError::Decode(io::ErrorKind::BrokenPipe.into()))?,
         }
     }
     index.ok_or_else(|| UnpackError::Missing {
@@ -262,7 +224,7 @@ fn write_files(directory: &rustix::fd::OwnedFd, into: &Path, pieces: Receiver<Pi
     let mut open: Option<Open> = None;
     for piece in pieces {
         let outcome = match piece {
-            Piece::Begin(name) => {
+            Piece::Begin { name, .. } => {
                 written.close(open.take());
                 begin(directory, name, &written).map(|begun| open = Some(begun))
             }
@@ -270,6 +232,7 @@ fn write_files(directory: &rustix::fd::OwnedFd, into: &Path, pieces: Receiver<Pi
                 Some(open) => written.append(open, &content, into),
                 None => Ok(()),
             },
+            Piece::Head(_) | Piece::Early(_) | Piece::Index(_) | Piece::End => Ok(()),
         };
         if let Err(error) = outcome {
             written.close(open.take());
@@ -350,25 +313,7 @@ fn finish(
     written: &Written,
     index: &[u8],
 ) -> Result<UnpackReport, UnpackError> {
-    let index: Index = parse_index(index, into)?;
-    for (name, member) in &index.members {
-        let Some((size, hash)) = written.hashes.get(name) else {
-            return Err(UnpackError::Missing { name: name.clone() });
-        };
-        if *size != member.size || hash.to_hex().as_str() != member.blake3 {
-            return Err(UnpackError::Checksum { name: name.clone() });
-        }
-    }
-    if let Some(name) = written
-        .hashes
-        .keys()
-        .find(|name| !index.members.contains_key(*name))
-    {
-        return Err(UnpackError::Refused {
-            name: name.clone(),
-            what: "which its index does not list",
-        });
-    }
+    compare(&written.hashes, &parse(index, into)?)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let opened =
         openat(directory, MANIFEST_NAME, flags, Mode::RUSR | Mode::WUSR).map_err(io::Error::from);
@@ -381,4 +326,26 @@ fn finish(
         files: written.hashes.len(),
         bytes: written.hashes.values().map(|(size, _)| size).sum(),
     })
+}
+
+/// Compares sizes and hashes of all files with the index.
+pub(crate) fn compare(
+    found: &BTreeMap<String, (u64, blake3::Hash)>,
+    index: &Index,
+) -> Result<(), UnpackError> {
+    for (name, member) in &index.members {
+        let Some((size, hash)) = found.get(name) else {
+            return Err(UnpackError::Missing { name: name.clone() });
+        };
+        if *size != member.size || hash.to_hex().as_str() != member.blake3 {
+            return Err(UnpackError::Checksum { name: name.clone() });
+        }
+    }
+    if let Some(name) = found.keys().find(|name| !index.members.contains_key(*name)) {
+        return Err(UnpackError::Refused {
+            name: name.clone(),
+            what: "which its index does not list",
+        });
+    }
+    Ok(())
 }

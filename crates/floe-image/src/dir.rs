@@ -46,6 +46,10 @@ pub trait ImageStore: std::fmt::Debug + Send + Sync {
     fn size(&self, name: &str) -> Option<u64>;
     /// What these images build on.
     fn parent(&self) -> Option<ImageDir>;
+    /// Whether pages come by once, in their order: here or in what these images build on.
+    fn passes_by(&self) -> bool;
+    /// Reads what is left of images that pass by, and checks what could not be checked before.
+    fn check_rest(&self) -> io::Result<()>;
 }
 
 #[derive(Clone, Debug)]
@@ -186,6 +190,27 @@ impl ImageDir {
         }
         parent.chain.extend(&self.chain);
         Ok(Some(parent))
+    }
+
+    /// Whether pages come by once, in their order, so that they must be read so.
+    pub fn passes_by(&self) -> bool {
+        match &self.backing {
+            Backing::Directory(_) => false,
+            Backing::Store(store) => store.passes_by(),
+        }
+    }
+
+    /// Reads what is left of images that pass by, and checks what could not be checked before: only
+    /// then it is certain that all pages were right.
+    pub fn check_rest(&self) -> Result<(), ImageError> {
+        match &self.backing {
+            Backing::Directory(_) => Ok(()),
+            Backing::Store(store) => store.check_rest().map_err(|source| ImageError::Read {
+                path: self.path.clone(),
+                offset: 0,
+                source,
+            }),
+        }
     }
 
     /// Whether the image is there.

@@ -21,6 +21,6 @@ pub mod writer;
 pub use catalogue::ImageKind;
 pub use dir::{ImageDir, ImageStore};
 pub use error::ImageError;
-pub use pages::PagesReader;
+pub use pages::{PagesReader, PassingPages};
 pub use schema::ImageMessage;
 pub use writer::{ImageWriter, Sync, WriteError};

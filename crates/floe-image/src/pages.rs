@@ -7,6 +7,14 @@ use std::sync::Arc;
 
 use crate::frames::FramedReader;
 
+/// Pages that come by once, such as those of an archive in a pipe.
+pub trait PassingPages: std::fmt::Debug + Send + Sync {
+    /// Length in bytes.
+    fn size(&self) -> u64;
+    /// Fills `buffer` from `offset` on; each byte can be read once.
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+}
+
 /// The content of one `pages-N.img`; threads may read at once.
 #[derive(Debug)]
 pub enum PagesReader {
@@ -21,6 +29,8 @@ pub enum PagesReader {
         /// Their length in bytes.
         len: u64,
     },
+    /// Pages that come by once.
+    Passing(Arc<dyn PassingPages>),
 }
 
 impl PagesReader {
@@ -29,6 +39,7 @@ impl PagesReader {
         match self {
             PagesReader::Plain(file) => Ok(file.metadata()?.len()),
             PagesReader::Framed { len, .. } => Ok(*len),
+            PagesReader::Passing(pages) => Ok(pages.size()),
         }
     }
 
@@ -43,6 +54,7 @@ impl PagesReader {
                 }
                 frames.read_exact_at(buffer, start + offset)
             }
+            PagesReader::Passing(pages) => pages.read_exact_at(buffer, offset),
         }
     }
 
@@ -50,7 +62,7 @@ impl PagesReader {
     pub fn as_plain(&self) -> Option<&File> {
         match self {
             PagesReader::Plain(file) => Some(file),
-            PagesReader::Framed { .. } => None,
+            PagesReader::Framed { .. } | PagesReader::Passing(_) => None,
         }
     }
 }

@@ -32,6 +32,7 @@ fn main() -> anyhow::Result<()> {
         workers,
         userfaultfd: arg(3, "uffd") == "uffd",
         parents: Arc::default(),
+        in_order: false,
     };
     let dir = tempfile::tempdir_in("/dev/shm")?;
     let mm = write_images(dir.path(), bytes, &shape)?;

@@ -148,6 +148,8 @@ fn execute<'i>(
         (step.op)(world).map_err(|source| RestoreError::Step { step: name, source })?;
     }
     world.go_home();
+    // Of what came through a pipe the checksums are known only now.
+    world.images.dir.check_rest()?;
     report.forking = start.elapsed();
     let (options, root) = (world.options, world.images.root().pid());
     report.root = world.puppets.get(&root).map_or(0, |puppet| puppet.pid().0);

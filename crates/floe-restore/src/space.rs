@@ -179,6 +179,7 @@ fn fill(
         workers,
         userfaultfd: world.features.userfaultfd,
         parents,
+        in_order: world.images.dir.passes_by(),
     };
     let puppet = world.puppet(pid)?;
     let mut body = memory::Puppet {

@@ -21,6 +21,7 @@ fn with_userfaultfd() -> FillOptions {
         workers: 2,
         userfaultfd: true,
         parents: Arc::default(),
+        in_order: false,
     }
 }
 

@@ -17,7 +17,7 @@ use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr, TaskFd};
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::uffd::Uffd;
 use floe_kernel::vm::{self, RemoteWrite};
-use floe_memory::PageIndex;
+use floe_memory::{PageIndex, StoredRun};
 
 use super::error::MemoryError;
 use super::map::{Puppet, Steps};
@@ -37,6 +37,8 @@ pub struct FillOptions {
     pub userfaultfd: bool,
     /// Content of parents, for all tasks of a tree.
     pub parents: Arc<ParentPages>,
+    /// Whether pages must be read once and in their order, because they come through a pipe.
+    pub in_order: bool,
 }
 
 /// What was filled.
@@ -71,6 +73,7 @@ pub fn fill(
         pages: Pages::new(&plan.pages),
         parent: plan.parent_pages.as_ref(),
         parents: &options.parents,
+        in_order: options.in_order,
         memory: OnceLock::new(),
         uffd: None,
     };
@@ -82,7 +85,8 @@ pub fn fill(
     // Some kernels let only the tracer force writes.
     let mut stats = filler.run(&work.forced, 1)?;
     stats.add(filler.run(&work.written, options.workers)?);
-    if work.copied.is_empty() {
+    if work.registered.is_empty() {
+        stats.add(filler.run(&work.ordered, 1)?);
         return Ok(stats);
     }
     let (uffd, remote) = register(&work.registered, puppet)?;
@@ -91,6 +95,7 @@ pub fn fill(
         ..filler
     };
     stats.add(filler.run(&work.copied, options.workers)?);
+    stats.add(filler.run(&work.ordered, 1)?);
     let args = [remote.0 as u64, 0, 0, 0, 0, 0];
     let close = ("close of the userfaultfd", libc::SYS_close);
     puppet.arena.call(puppet.thread, close, args)?;
@@ -169,6 +174,7 @@ struct Filler<'a> {
     pages: Pages<'a>,
     parent: Option<&'a Arc<PageIndex>>,
     parents: &'a ParentPages,
+    in_order: bool,
     memory: OnceLock<File>,
     uffd: Option<Uffd>,
 }
@@ -321,16 +327,40 @@ impl Filler<'_> {
     }
 
     fn force(&self, start: u64, bytes: &[u8]) -> Result<(), MemoryError> {
-        let failed = |source| self.failed("writing /proc/PID/mem", start, bytes, source);
-        let memory = match self.memory.get() {
-            Some(memory) => memory,
-            None => {
-                let path = format!("/proc/{}/mem", self.pid);
-                let opened = File::options().write(true).open(path).map_err(failed)?;
-                self.memory.get_or_init(|| opened)
-            }
-        };
-        memory.write_all_at(bytes, start).map_err(failed)
+        let written = self
+            .memory()
+            .and_then(|memory| memory.write_all_at(bytes, start));
+        written.map_err(|source| self.failed("writing /proc/PID/mem", start, bytes, source))
+    }
+
+    /// The task's memory, past its protection.
+    fn memory(&self) -> std::io::Result<&File> {
+        if let Some(memory) = self.memory.get() {
+            return Ok(memory);
+        }
+        let path = format!("/proc/{}/mem", self.pid);
+        let opened = File::options().read(true).write(true).open(path)?;
+        Ok(self.memory.get_or_init(|| opened))
+    }
+
+    /// Calls `see` with the parent's content of a run: offset in it, and bytes, part by part. What
+    /// passes by cannot be read again, but the task has inherited it.
+    fn parents_content(
+        &self,
+        parent: &Arc<PageIndex>,
+        run: &StoredRun,
+        mut see: impl FnMut(usize, &[u8]),
+    ) -> Result<(), MemoryError> {
+        if !self.in_order {
+            return self.parents.read(parent, run, see);
+        }
+        let mut bytes = vec![0; run.len as usize];
+        let read = self
+            .memory()
+            .and_then(|memory| memory.read_exact_at(&mut bytes, run.start));
+        read.map_err(|source| self.failed("reading /proc/PID/mem", run.start, &bytes, source))?;
+        see(0, &bytes);
+        Ok(())
     }
 
     /// The parts of a piece that differ from the parent's pages, or that the parent has not.
@@ -345,7 +375,7 @@ impl Filler<'_> {
         let mut equal = vec![false; bytes.len() / PAGE];
         for run in parent.runs_in(piece.start..piece.start + piece.len) {
             let at = (run.start - piece.start) as usize;
-            self.parents.read(parent, &run, |offset, theirs| {
+            self.parents_content(parent, &run, |offset, theirs| {
                 let at = at + offset;
                 let own = bytes[at..at + theirs.len()].chunks_exact(PAGE);
                 for (index, (own, theirs)) in own.zip(theirs.chunks_exact(PAGE)).enumerate() {

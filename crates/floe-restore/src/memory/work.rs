@@ -58,7 +58,10 @@ pub(super) struct Work {
     /// The others without a piece to be copied.
     pub written: Vec<Batch>,
     pub copied: Vec<Batch>,
-    /// What `copied` needs registered.
+    /// All batches instead, in the order of the file, where they must be read so.
+    pub ordered: Vec<Batch>,
+    in_order: bool,
+    /// What must be registered for content to be copied.
     pub registered: Vec<Range<u64>>,
     /// Pages that the parent has and the task has not.
     pub dropped: Vec<Range<u64>>,
@@ -66,7 +69,10 @@ pub(super) struct Work {
 
 impl Work {
     pub fn of(plan: &MemoryPlan, options: &FillOptions) -> Work {
-        let mut work = Work::default();
+        let mut work = Work {
+            in_order: options.in_order,
+            ..Work::default()
+        };
         let amount = |region: &Region| -> u64 {
             let runs = plan.pages.runs_in(region.range.clone());
             runs.map(|run| run.len).sum()
@@ -111,8 +117,10 @@ impl Work {
         }
         self.drop_missing(plan, covers.clone());
         let mut copied = false;
+        // In what is registered nothing can be written, and in its order all is given after that.
+        let writes_whole = huge_allowed && plain == Method::Write && !self.in_order;
         for run in plan.pages.runs_in(covers.end..region.range.end) {
-            let whole = match (copies, huge_allowed && plain == Method::Write) {
+            let whole = match (copies, writes_whole) {
                 (false, _) => run.start..run.end(),
                 (true, false) => run.start..run.start,
                 (true, true) => whole_huge_pages(&run, &region.range),
@@ -148,6 +156,7 @@ impl Work {
 
     fn push(&mut self, run: StoredRun, method: Method, compared: bool) {
         let batches = match method {
+            _ if self.in_order => &mut self.ordered,
             Method::Copy => &mut self.copied,
             Method::Write | Method::Force => &mut self.written,
         };

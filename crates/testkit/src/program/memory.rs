@@ -25,6 +25,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("memory-hugetlb", hugetlb),
     Program::new("memory-guard", guard),
     Program::new("memory-system-v", system_v),
+    Program::new("memory-large", large),
 ];
 
 fn text(result: Result<(), String>) -> anyhow::Result<()> {
@@ -60,6 +61,13 @@ fn kib(address: usize, field: &str) -> anyhow::Result<u64> {
     let value = smaps(address, field)?;
     let number = value.split_whitespace().next().unwrap_or_default();
     number.parse().with_context(|| format!("{field} {value}"))
+}
+
+/// More than an engine may hold at once.
+fn large(_: &Place) -> anyhow::Result<Check> {
+    let memory = Map::private(64 << 20).make()?.leak();
+    memory.fill(3);
+    Ok(Box::new(move || text(memory.check(3))))
 }
 
 /// Pages of every protection with content, and holes between them.

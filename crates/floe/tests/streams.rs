@@ -1,0 +1,137 @@
+//! Archives that come through a pipe: restored as they come, never held. Needs root; says `skipped`
+//! without.
+
+use std::fs::File;
+use std::io::{Cursor, Read};
+use std::path::{Path, PathBuf};
+
+use testkit::{Engine, Fixture};
+
+/// Most memory that a restore of a program of 64 MiB may take, in bytes.
+const MOST: u64 = 32 << 20;
+
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("skipped: not root");
+    }
+    root
+}
+
+fn engine() -> Engine {
+    Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
+}
+
+/// A program, dumped and packed; the archive.
+fn archived(name: &str) -> (Fixture, PathBuf) {
+    let mut fixture = Fixture::start(name).expect("started");
+    fixture.dump(&engine(), &[]).expect("dumped");
+    let archive = fixture.images().with_extension("tar.zst");
+    let words = [
+        "pack".as_ref(),
+        fixture.images(),
+        "--level=-5".as_ref(),
+        "-o".as_ref(),
+        &archive,
+    ];
+    let mut pack = std::process::Command::new(env!("CARGO_BIN_EXE_floe"));
+    assert!(
+        pack.args(words)
+            .status()
+            .expect("the binary runs")
+            .success()
+    );
+    for image in std::fs::read_dir(fixture.images())
+        .expect("there")
+        .flatten()
+    {
+        std::fs::remove_file(image.path()).expect("removed");
+    }
+    (fixture, archive)
+}
+
+/// A pipe with a name, and who writes all of `from` into it.
+fn piped(
+    place: &Path,
+    mut from: impl Read + Send + 'static,
+) -> (PathBuf, std::thread::JoinHandle<()>) {
+    let path = place.join("pipe");
+    let _ = std::fs::remove_file(&path);
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        &path,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+    )
+    .expect("made");
+    let to = path.clone();
+    let writer = std::thread::spawn(move || {
+        let mut pipe = File::options().write(true).open(to).expect("opened");
+        // A reader that refuses it goes away.
+        let _ = std::io::copy(&mut from, &mut pipe);
+    });
+    (path, writer)
+}
+
+#[test]
+fn programs_are_restored_from_a_pipe_in_little_memory() {
+    if !is_root() {
+        return;
+    }
+    for name in [
+        "memory-large",
+        "memory-cow",
+        "memory-shared",
+        "memory-memfd",
+        "memory-private",
+    ] {
+        let (mut fixture, archive) = archived(name);
+        let (pipe, writer) = piped(fixture.images(), File::open(archive).expect("packed"));
+        let options = ["-i", pipe.to_str().expect("plain")];
+        let outcome = fixture.restore(&engine(), &options).expect(name);
+        writer.join().expect("all was read");
+        fixture.check().expect(name);
+        fixture.kill().expect("ours");
+        assert!(outcome.memory < MOST, "{name}: {} bytes", outcome.memory);
+    }
+}
+
+#[test]
+fn a_stream_that_is_cut_or_damaged_leaves_no_task() {
+    if !is_root() {
+        return;
+    }
+    let (mut fixture, archive) = archived("memory-private");
+    let whole = std::fs::read(archive).expect("packed");
+    let cut = whole[..whole.len() / 2].to_vec();
+    let mut flipped = whole.clone();
+    flipped[whole.len() / 3] ^= 4;
+    let end_missing = whole[..whole.len() - 700].to_vec();
+    for (what, bytes) in [
+        ("cut", cut),
+        ("flipped", flipped),
+        ("without its end", end_missing),
+    ] {
+        let (pipe, writer) = piped(fixture.images(), Cursor::new(bytes));
+        let options = ["-i", pipe.to_str().expect("plain")];
+        let outcome = fixture
+            .try_restore(&engine(), &options, &[])
+            .expect("it ran");
+        writer.join().expect("it ends");
+        assert!(!outcome.status.success(), "{what}");
+        assert!(
+            outcome.printed.contains("damaged or was cut"),
+            "{what}: {}",
+            outcome.printed
+        );
+        assert!(
+            !Path::new(&format!("/proc/{}", fixture.pid)).exists(),
+            "{what}"
+        );
+    }
+    let (pipe, writer) = piped(fixture.images(), Cursor::new(whole));
+    let options = ["-i", pipe.to_str().expect("plain")];
+    fixture.restore(&engine(), &options).expect("the whole one");
+    writer.join().expect("all was read");
+    fixture.check().expect("as it was");
+    fixture.kill().expect("ours");
+}
