@@ -71,7 +71,13 @@ impl Generation {
     pub fn digest(&self) -> Result<String, ChainError> {
         let mut hasher = blake3::Hasher::new();
         if let Some(manifest) = &self.manifest {
-            let text = serde_json::to_vec(manifest).expect("a manifest has text keys only");
+            // Pages may be compressed or punched later, which makes no other generation of it.
+            let mut lasting = manifest.clone();
+            lasting.compression = None;
+            lasting
+                .files
+                .retain(|name, _| !matches!(kind_of(name), Some((ImageKind::Pages, _))));
+            let text = serde_json::to_vec(&lasting).expect("a manifest has text keys only");
             hasher.update(&text);
         } else {
             let mut images = self.dir.images()?;
@@ -99,4 +105,9 @@ impl Generation {
             None => !self.dir.has(ImageKind::Pstree, 0) && self.dir.has(ImageKind::Inventory, 0),
         }
     }
+}
+
+/// Kind and number of an image by its name, compressed or not.
+pub(crate) fn kind_of(name: &str) -> Option<(ImageKind, Option<u64>)> {
+    ImageKind::of_file_name(name.trim_end_matches(".zst").trim_end_matches(".lz4"))
 }

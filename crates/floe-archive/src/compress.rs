@@ -76,10 +76,7 @@ pub fn compress(
         plain.push(path.join(name));
     }
     manifest.compression = Some(codec.to_string());
-    replace_manifest(path, &manifest).map_err(|source| CompressError::File {
-        path: path.join(MANIFEST_NAME),
-        source,
-    })?;
+    manifest.replace(path)?;
     for path in plain {
         std::fs::remove_file(&path).map_err(|source| CompressError::File { path, source })?;
     }
@@ -115,16 +112,6 @@ fn create(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.write(true).create(true).truncate(true).mode(0o600);
     options.open(path)
-}
-
-fn replace_manifest(path: &Path, manifest: &Manifest) -> io::Result<()> {
-    let part = path.join(".floe.json.new");
-    let mut text = serde_json::to_vec_pretty(manifest).expect("a manifest has text keys only");
-    text.push(b'\n');
-    let mut file = create(&part)?;
-    io::Write::write_all(&mut file, &text)?;
-    file.sync_all()?;
-    std::fs::rename(&part, path.join(MANIFEST_NAME))
 }
 
 /// Hashes what goes through.

@@ -9,6 +9,7 @@ use floe_image::{ImageDir, ImageError};
 use floe_kernel::ids::PAGE_SIZE;
 use floe_memory::{IndexError, PageIndex, StoredRun};
 
+use crate::chain::kind_of;
 use crate::{Chain, ChainError};
 
 /// Consecutive pages of the merged checkpoint.
@@ -123,8 +124,7 @@ fn is_taken(dir: &ImageDir, name: &str) -> bool {
         ImageKind::ShmemPagemap,
         ImageKind::Pages,
     ];
-    let plain = name.trim_end_matches(".zst").trim_end_matches(".lz4");
-    let is_image = match ImageKind::of_file_name(plain) {
+    let is_image = match kind_of(name) {
         Some((kind, _)) => !memory.contains(&kind),
         None => name.ends_with(".img") || name.ends_with(".tar.gz"),
     };

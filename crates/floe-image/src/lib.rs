@@ -14,13 +14,15 @@ pub mod manifest;
 pub mod messages;
 pub mod pages;
 pub mod schema;
+mod store;
 pub mod upgrade;
 pub mod wire;
 pub mod writer;
 
 pub use catalogue::ImageKind;
-pub use dir::{ImageDir, ImageStore};
+pub use dir::ImageDir;
 pub use error::ImageError;
 pub use pages::{PagesReader, PassingPages};
 pub use schema::ImageMessage;
+pub use store::ImageStore;
 pub use writer::{ImageWriter, Sync, WriteError};

@@ -2,8 +2,10 @@
 //! finished (or comes from another engine).
 
 use std::collections::BTreeMap;
-use std::io::Read;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
@@ -17,8 +19,8 @@ pub const MANIFEST_NAME: &str = "floe.json";
 pub const MANIFEST_FORMAT: u32 = 1;
 /// Largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: u64 = 64 << 20;
-/// Bytes that are hashed at once.
-const PART: u64 = 1 << 20;
+/// Name under which a manifest is written before it is renamed.
+pub(crate) const MANIFEST_TEMPORARY: &str = ".floe.json.new";
 
 /// Whether a directory holds all that a restore needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -102,6 +104,15 @@ pub enum ManifestError {
     #[error("Reading {}", path.display())]
     Read {
         /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A changed manifest cannot take the place of the old one.
+    #[error("Writing {}", path.display())]
+    Replace {
+        /// The manifest.
         path: PathBuf,
         /// Why.
         #[source]
@@ -220,6 +231,22 @@ impl Manifest {
         }
     }
 
+    /// Takes the place of the manifest of a directory, at once or not at all.
+    pub fn replace(&self, directory: &Path) -> Result<(), ManifestError> {
+        let path = directory.join(MANIFEST_NAME);
+        let temporary = directory.join(MANIFEST_TEMPORARY);
+        let mut text = serde_json::to_vec_pretty(self).expect("a manifest has text keys only");
+        text.push(b'\n');
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let written = options.open(&temporary).and_then(|mut file| {
+            file.write_all(&text)?;
+            file.sync_all()?;
+            std::fs::rename(&temporary, &path)
+        });
+        written.map_err(|source| ManifestError::Replace { path, source })
+    }
+
     /// Checks that the directory holds what the manifest lists.
     pub fn verify(&self, dir: &ImageDir, verify: Verify) -> Result<(), ManifestError> {
         for (name, listed) in &self.files {
@@ -240,19 +267,10 @@ impl Manifest {
             let Some(content) = dir.open_content(name)? else {
                 return Err(ManifestError::Missing { path });
             };
-            let mut hasher = blake3::Hasher::new();
-            let mut buffer = vec![0; PART.min(found) as usize];
-            let mut at = 0;
-            while at < found {
-                let part = &mut buffer[..(found - at).min(PART) as usize];
-                if let Err(source) = content.read_exact_at(part, at) {
-                    return Err(ManifestError::Read { path, source });
-                }
-                hasher.update(part);
-                at += part.len() as u64;
-            }
-            if hasher.finalize().to_hex().as_str() != hash {
-                return Err(ManifestError::Hash { path });
+            match content.hash() {
+                Ok(found) if found.to_hex().as_str() == hash => {}
+                Ok(_) => return Err(ManifestError::Hash { path }),
+                Err(source) => return Err(ManifestError::Read { path, source }),
             }
         }
         Ok(())

@@ -5,7 +5,12 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use crate::frames::FramedReader;
+use rayon::prelude::*;
+
+use crate::frames::{FRAME_BYTES, FramedReader};
+
+/// Bytes that are read and hashed at once, by all threads.
+const HASHED: usize = 4 << 20;
 
 /// Pages that come by once, such as those of an archive in a pipe.
 pub trait PassingPages: std::fmt::Debug + Send + Sync {
@@ -56,6 +61,25 @@ impl PagesReader {
             }
             PagesReader::Passing(pages) => pages.read_exact_at(buffer, offset),
         }
+    }
+
+    /// BLAKE3 of the whole content, by all processors; what is compressed is decoded by all as well.
+    pub fn hash(&self) -> io::Result<blake3::Hash> {
+        let size = self.size()?;
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; size.min(HASHED as u64) as usize];
+        let mut at = 0;
+        while at < size {
+            let part = &mut buffer[..(size - at).min(HASHED as u64) as usize];
+            part.par_chunks_mut(FRAME_BYTES)
+                .enumerate()
+                .try_for_each(|(number, piece)| {
+                    self.read_exact_at(piece, at + (number * FRAME_BYTES) as u64)
+                })?;
+            hasher.update_rayon(part);
+            at += part.len() as u64;
+        }
+        Ok(hasher.finalize())
     }
 
     /// The file of plain pages, to copy within the kernel; `None` for a compressed one.

@@ -13,11 +13,10 @@ use rustix::io::Errno;
 use crate::catalogue::{Extra, ImageKind};
 use crate::dir::PARENT_LINK;
 use crate::framing::MAX_ENTRY;
-use crate::manifest::{MANIFEST_NAME, Manifest, ManifestFile, ManifestInfo};
+use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY, Manifest, ManifestFile, ManifestInfo};
+use crate::pages::PagesReader;
 use crate::schema::ImageMessage;
 
-/// Name under which the manifest is written before it is renamed.
-const MANIFEST_TEMPORARY: &str = ".floe.json.new";
 /// Files up to this many bytes are hashed as they are written.
 const HASHED: u64 = 4 << 20;
 const BUFFER: usize = 64 << 10;
@@ -56,6 +55,15 @@ pub enum WriteError {
     /// A file cannot be written, often because the file system is full.
     #[error("Writing {}", path.display())]
     Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file cannot be read again, to hash it.
+    #[error("Reading {} to hash it", path.display())]
+    Read {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -231,7 +239,7 @@ impl ImageWriter {
 
     /// Tells the manifest a file's size in bytes and, where the caller computed it, its hash.
     ///
-    /// Not needed for streams; a raw file that is never noted gets its size when all is finished.
+    /// Not needed for streams; a raw file that is never noted is read and hashed when all is finished.
     pub fn note_file(&self, name: &str, size: u64, hash: Option<blake3::Hash>) {
         let blake3 = hash.map(|hash| hash.to_hex().to_string());
         self.files()
@@ -251,7 +259,8 @@ impl ImageWriter {
         rustix::fs::symlinkat(target, &self.inner.fd, PARENT_LINK).map_err(error)
     }
 
-    /// Syncs everything as asked for and writes the manifest: only now is the dump whole.
+    /// Hashes what is not hashed yet, syncs everything as asked for and writes the manifest: only now is
+    /// the dump whole.
     pub fn finish(&self, info: ManifestInfo) -> Result<Manifest, WriteError> {
         let mut files = BTreeMap::new();
         for (name, noted) in self.files().iter() {
@@ -290,17 +299,21 @@ impl ImageWriter {
         })
     }
 
+    /// Size and hash of a file that somebody else wrote.
     fn measure(&self, name: &str) -> Result<ManifestFile, WriteError> {
-        match rustix::fs::statat(&self.inner.fd, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Ok(stat) => Ok(ManifestFile {
-                size: u64::try_from(stat.st_size).unwrap_or(0),
-                blake3: None,
-            }),
-            Err(errno) => Err(WriteError::Write {
-                path: self.file_path(name),
-                source: errno.into(),
-            }),
-        }
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let opened = openat(&self.inner.fd, name, flags, Mode::empty()).map_err(io::Error::from);
+        let measured = opened.and_then(|fd| {
+            let content = PagesReader::Plain(File::from(fd));
+            Ok(ManifestFile {
+                size: content.size()?,
+                blake3: Some(content.hash()?.to_hex().to_string()),
+            })
+        });
+        measured.map_err(|source| WriteError::Read {
+            path: self.file_path(name),
+            source,
+        })
     }
 
     /// One call for many files: each `fsync` commits the file system's journal anew.

@@ -1,10 +1,12 @@
 //! Giving back the room of pages that a later generation replaces.
 
+use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::io;
 use std::path::PathBuf;
 
 use floe_image::dir::PE_PRESENT;
+use floe_image::manifest::{Manifest, ManifestError};
 use floe_image::{ImageDir, ImageError, ImageKind};
 use floe_kernel::ids::{ByteCount, PAGE_SIZE};
 use rustix::fs::FallocateFlags;
@@ -18,6 +20,8 @@ pub enum DedupError {
     Image(#[from] ImageError),
     #[error(transparent)]
     Index(#[from] IndexError),
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
     #[error("Punching pages out of {}", path.display())]
     Punch {
         path: PathBuf,
@@ -26,48 +30,73 @@ pub enum DedupError {
     },
 }
 
+/// A stretch of a file that nobody needs any more: the file, offset and length in bytes.
+type Hole = (PathBuf, u64, u64);
+
 /// Punches the pages that `images` holds itself out of its parents; returns the bytes given back. The
 /// parents cannot be restored by themselves any more.
 pub fn punch_replaced(images: &ImageDir) -> Result<ByteCount, DedupError> {
-    let mut total = 0;
     let Some(parent) = images.parent()? else {
         return Ok(ByteCount(0));
     };
+    let mut holes = Vec::new();
     for kind in [ImageKind::Pagemap, ImageKind::ShmemPagemap] {
         for id in images.ids(kind)? {
             if parent.has(kind, id) {
-                total += punch_one(images, &parent, (kind, id))?;
+                find_replaced(images, &parent, (kind, id), &mut holes)?;
             }
         }
     }
-    Ok(ByteCount(total))
+    forget_hashes(&holes)?;
+    for (path, offset, len) in &holes {
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let punched = OpenOptions::new()
+            .write(true)
+            .open(path)
+            .and_then(|file| Ok(rustix::fs::fallocate(&file, flags, *offset, *len)?));
+        punched.map_err(|source| DedupError::Punch {
+            path: path.clone(),
+            source,
+        })?;
+    }
+    Ok(ByteCount(holes.iter().map(|(_, _, len)| len).sum()))
 }
 
-fn punch_one(
+fn find_replaced(
     images: &ImageDir,
     parent: &ImageDir,
     (kind, id): (ImageKind, u64),
-) -> Result<u64, DedupError> {
+    holes: &mut Vec<Hole>,
+) -> Result<(), DedupError> {
     let (_, entries) = images.read_pagemap(kind, id)?;
     let index = PageIndex::read(parent, kind, id)?;
-    let mut punched = 0;
     for entry in entries {
         if entry.flags() & PE_PRESENT == 0 {
             continue;
         }
         let end = entry.vaddr + entry.nr_pages() * PAGE_SIZE;
-        for run in index.runs_in(entry.vaddr..end) {
-            let path = index.path(run.file);
-            let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-            OpenOptions::new()
-                .write(true)
-                .open(&path)
-                .and_then(|file| Ok(rustix::fs::fallocate(&file, flags, run.offset, run.len)?))
-                .map_err(|source| DedupError::Punch { path, source })?;
-            punched += run.len;
-        }
+        let runs = index.runs_in(entry.vaddr..end);
+        holes.extend(runs.map(|run| (index.path(run.file), run.offset, run.len)));
     }
-    Ok(punched)
+    Ok(())
+}
+
+/// What has holes differs from its checksum, so the manifests say that it has none.
+fn forget_hashes(holes: &[Hole]) -> Result<(), DedupError> {
+    let paths: BTreeSet<&PathBuf> = holes.iter().map(|(path, _, _)| path).collect();
+    let directories: BTreeSet<_> = paths.iter().filter_map(|path| path.parent()).collect();
+    for directory in directories {
+        let Some(mut manifest) = Manifest::read(&ImageDir::open(directory)?)? else {
+            continue;
+        };
+        for (name, file) in &mut manifest.files {
+            if paths.contains(&directory.join(name)) {
+                file.blake3 = None;
+            }
+        }
+        manifest.replace(directory)?;
+    }
+    Ok(())
 }
 
 /// Does so for a whole chain, from `images` down to the first generation.

@@ -88,6 +88,16 @@ impl Settings {
                 "--mntns-compat-mode is for restore only",
             ));
         }
+        if self.archive.is_some() && command == Command::PreDump {
+            return Err(UsageError::Conflict(
+                "--archive is for dump: the next round builds on the directory of a pre-dump, which `floe pack` packs",
+            ));
+        }
+        if self.archive.is_some() && self.compress.as_deref() == Some("lz4") {
+            return Err(UsageError::Conflict(
+                "archives are compressed by zstd: --compress zstd:LEVEL sets the level",
+            ));
+        }
         if matches!(command, Command::Dump | Command::PreDump) && self.tree.is_none() {
             return Err(UsageError::Needs {
                 command: command.name(),

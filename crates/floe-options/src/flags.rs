@@ -234,6 +234,8 @@ pub const FLAGS: &[Flag] = &[
         "with --iterate: no round begins after this time (not in CRIU)"),
     value("compress", "CODEC", Dump, |s, v| { s.compress = Some(values::codec(v)?); Ok(()) },
         "compress the pages: lz4, zstd or zstd:LEVEL; only Floe reads them (not in CRIU)"),
+    value("archive", "FILE", Dump, store!(archive),
+        "write one archive, `-` is standard output; restore -i reads it (not in CRIU)"),
     switch("track-mem", Dump, |s| &mut s.track_mem, "track changes from now on"),
     value("prev-images-dir", "DIR", Dump, store!(prev_images_dir), "the generation before, relative to -D"),
     switch("auto-dedup", Both, |s| &mut s.auto_dedup, "punch out pages that are not needed any more"),

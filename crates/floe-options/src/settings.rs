@@ -100,6 +100,8 @@ pub struct Settings {
     pub exec_cmd: bool,
     pub dry_run: bool,
     pub archives: Vec<PathBuf>,
+    /// `--archive`: where a dump puts one file instead of a directory.
+    pub archive: Option<PathBuf>,
     pub compress: Option<String>,
     pub close_fds: Vec<i32>,
     pub status_fd: Option<i32>,
@@ -166,6 +168,7 @@ impl Default for Settings {
             exec_cmd: false,
             dry_run: false,
             archives: Vec::new(),
+            archive: None,
             compress: None,
             close_fds: Vec::new(),
             status_fd: None,

@@ -13,6 +13,7 @@ use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 
 use crate::exit::{Exit, Failure};
 use crate::logging::{Log, Target};
+use crate::pack::OnTheWay;
 use crate::scripts::Scripts;
 use crate::{
     check, cpuinfo, demo, engine, explain, help, image, inspect, pack, report, rpc, squash,
@@ -339,18 +340,30 @@ fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
 }
 
 fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<Exit, Failure> {
-    let options = settings.dump_options(scripts(settings)?)?;
+    let mut options = settings.dump_options(scripts(settings)?)?;
+    let codec = settings.compress.as_deref();
+    let archive = settings
+        .archive
+        .as_deref()
+        .map(|file| OnTheWay::begin(file, codec, &mut options.place))
+        .transpose()?;
     let features = KernelFeatures::probe();
-    match command {
+    let dumped = match command {
         Command::Dump if settings.iterate => {
             let environment = (&features, watch);
-            engine::dump_in_rounds(&options, settings.rounds, environment, &engine::say)?;
+            engine::dump_in_rounds(&options, settings.rounds, environment, &engine::say)
         }
-        Command::PreDump => engine::pre_dump(&options, &features, watch)?,
-        _ => engine::dump(&options, &features, watch)?,
-    }
-    if let Some(codec) = &settings.compress {
-        engine::compress(&options.place.images_dir, codec)?;
+        Command::PreDump => engine::pre_dump(&options, &features, watch),
+        _ => engine::dump(&options, &features, watch),
+    };
+    match (archive, dumped, codec) {
+        (Some(archive), Ok(()), _) => archive.finish()?,
+        (Some(archive), Err(failure), _) => {
+            archive.give_up();
+            return Err(failure);
+        }
+        (None, Ok(()), Some(codec)) => engine::compress(&options.place.images_dir, codec)?,
+        (None, dumped, _) => dumped?,
     }
     if settings.display_stats {
         let stats = statistics::of_dump(&options.place.work_dir);

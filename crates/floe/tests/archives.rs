@@ -75,6 +75,9 @@ fn end(directory: &Path) {
     reap();
 }
 
+/// Held by a test that waits for any child.
+static ALONE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+
 /// Waits for all children, among them those that lost their parent: a zombie holds its pid.
 fn reap() {
     use rustix::process::{WaitOptions, wait};
@@ -101,6 +104,8 @@ fn chains(root: &Path) -> u64 {
     }
     let line = "--track-mem --leave-running -D 3 --prev-images-dir ../2";
     run(root, &format!("dump -t {pid} {line}"));
+    let line = "--leave-running --iterate=1 --archive direct.tar.zst";
+    run(root, &format!("dump -t {pid} {line}"));
     run(root, &format!("dump -t {pid} -D rounds --iterate=2"));
     reap();
     reached
@@ -112,6 +117,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         eprintln!("skipped: not root");
         return;
     }
+    let _alone = ALONE.lock().expect("the other test succeeded");
     testkit::process::adopt_orphans().expect("allowed to everybody");
     let root = tempfile::tempdir().expect("a directory");
     let root = root.path();
@@ -128,6 +134,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
     for path in [
         "whole.tar.zst",
         "rounds.tar.zst",
+        "direct.tar.zst",
         "3",
         "rounds",
         "squashed",
@@ -148,6 +155,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         "-D rounds",
         "-i whole.tar.zst",
         "-i rounds.tar.zst",
+        "-i direct.tar.zst",
         "-i second -i base -i first",
         "-D squashed",
         "-D unpacked",
@@ -169,6 +177,45 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         end(root);
     }
     restore_from_standard_input(root, first);
+    // Pages that are given back make no other generation of it.
+    run(root, "dedup --no-default-config -D 3");
+    run(root, "verify 3");
+    run(root, "pack 3 --since 1 -o again");
+    run(
+        root,
+        "restore --no-default-config --dry-run -i again -i first -i base",
+    );
+}
+
+#[test]
+fn an_archive_that_cannot_be_written_leaves_the_dump() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let _alone = ALONE.lock().expect("the other test succeeded");
+    testkit::process::adopt_orphans().expect("allowed to everybody");
+    let root = tempfile::tempdir().expect("a directory");
+    let root = root.path();
+    let counter = Counter::start(root);
+    beyond(root, 1);
+    let line = format!("dump -t {} --archive /dev/full", counter.0.id());
+    let output = floe(root, &line).output().expect("the binary runs");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.contains("the dump is whole in"), "{text}");
+    reap();
+    let kept = std::fs::read_dir(root).expect("there").flatten();
+    let mut kept = kept.filter(|entry| {
+        entry
+            .file_name()
+            .as_encoded_bytes()
+            .starts_with(b".floe-archive")
+    });
+    let kept = kept.next().expect("kept").path();
+    assert!(kept.join("floe.json").is_file());
+    drop(counter);
+    run(root, &format!("verify {}", kept.display()));
 }
 
 /// A copy with compressed pages.

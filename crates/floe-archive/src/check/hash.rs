@@ -6,15 +6,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use floe_image::PagesReader;
-use floe_image::frames::FRAME_BYTES;
 use floe_image::manifest::Manifest;
-use rayon::prelude::*;
 
 use super::{COPY_AGAIN, Row, sentence};
 use crate::Generation;
-
-/// Bytes that are read and hashed at once, by all threads.
-const CHUNK: usize = 8 << 20;
 
 /// What was hashed.
 #[derive(Clone, Copy, Debug, Default)]
@@ -100,24 +95,9 @@ pub(super) fn check(
     report.time += started.elapsed();
 }
 
-/// Hashes content; what is compressed is decoded by all threads as well.
 fn hash(content: &PagesReader, bytes: &AtomicU64) -> io::Result<blake3::Hash> {
-    let size = content.size()?;
-    let mut hasher = blake3::Hasher::new();
-    let mut buffer = vec![0; size.min(CHUNK as u64) as usize];
-    let mut at = 0;
-    while at < size {
-        let part = &mut buffer[..(size - at).min(CHUNK as u64) as usize];
-        part.par_chunks_mut(FRAME_BYTES)
-            .enumerate()
-            .try_for_each(|(number, piece)| {
-                content.read_exact_at(piece, at + (number * FRAME_BYTES) as u64)
-            })?;
-        hasher.update_rayon(part);
-        at += part.len() as u64;
-        bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
-    }
-    Ok(hasher.finalize())
+    bytes.fetch_add(content.size()?, Ordering::Relaxed);
+    content.hash()
 }
 
 /// The files of which only the size is known, as a note.
