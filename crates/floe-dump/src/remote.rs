@@ -3,7 +3,7 @@
 use floe_inject::{Arena, InjectError, Outcome, Program, QuietSignal, Saved, Stopped, find_gate};
 use floe_kernel::proc::ProcDir;
 use floe_resources::CollectError;
-use floe_resources::namespace::PidView;
+use floe_resources::namespace::{OwnerMap, PidView};
 use floe_resources::task::alt_stack::AltStack;
 use floe_resources::task::attributes::{TaskAttributes, ThreadAttributes};
 use floe_resources::task::itimers::IntervalTimers;
@@ -55,7 +55,7 @@ pub fn ask(
     let arena = Arena::inject(leader, gate, signal)?;
     let mut answered = ask_leader((&task.proc, pids), &arena, leader, draft);
     if let Some((_, drafts)) = draft.threads.split_first_mut() {
-        answered = answered.and_then(|()| ask_threads(&arena, others, drafts));
+        answered = answered.and_then(|()| ask_threads(&arena, others, drafts, pids.owners()));
     }
     for thread in others {
         thread.put_back()?;
@@ -108,7 +108,7 @@ fn ask_leader(
     let of_task = TaskQuestions::ask(proc, &mut program)?;
     let outcome = arena.run(leader, &program)?;
     if let Some(thread) = draft.threads.first_mut() {
-        of_thread.read(&outcome, thread);
+        of_thread.read(&outcome, thread, pids.owners());
     }
     of_task.read(&outcome, draft, pids);
     Ok(())
@@ -119,6 +119,7 @@ fn ask_threads(
     arena: &Arena,
     threads: &mut [Stopped],
     drafts: &mut [ThreadDraft],
+    owners: &OwnerMap,
 ) -> Result<(), CollectError> {
     let mut program = Program::new();
     let questions = ThreadQuestions::ask(&mut program);
@@ -134,7 +135,7 @@ fn ask_threads(
         // What was started has to be waited for, also after a failure.
         for (index, (thread, draft)) in threads.iter_mut().zip(drafts).take(started).enumerate() {
             match arena.finish(thread, &program, index * bytes) {
-                Ok(outcome) => questions.read(&outcome, draft),
+                Ok(outcome) => questions.read(&outcome, draft, owners),
                 Err(error) => result = result.and(Err(error)),
             }
         }
@@ -151,9 +152,9 @@ impl ThreadQuestions {
         }
     }
 
-    fn read(&self, outcome: &Outcome, draft: &mut ThreadDraft) {
+    fn read(&self, outcome: &Outcome, draft: &mut ThreadDraft, owners: &OwnerMap) {
         let attributes = self.attributes.read(outcome);
-        let credentials = task::credentials(draft, attributes.securebits);
+        let credentials = task::credentials(draft, attributes.securebits, owners);
         if let Some(info) = &mut draft.core.thread_info {
             info.clear_tid_addr = attributes.tid_address;
         }

@@ -13,7 +13,7 @@ use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::collect_fd_table;
-use floe_resources::namespace::{PidView, check_task};
+use floe_resources::namespace::{OwnerMap, PidView, check_task};
 use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
@@ -264,8 +264,8 @@ pub fn tree_entry(task: &FrozenTask, pids: &PidView) -> PstreeEntry {
 }
 
 /// Credentials of a thread, once its securebits are known.
-pub fn credentials(draft: &ThreadDraft, securebits: u32) -> CredsEntry {
-    credentials_entry(&draft.status, securebits)
+pub fn credentials(draft: &ThreadDraft, securebits: u32, owners: &OwnerMap) -> CredsEntry {
+    credentials_entry(&draft.status, securebits, owners)
 }
 
 /// Timers of a task.

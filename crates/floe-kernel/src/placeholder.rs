@@ -6,6 +6,7 @@
 use std::io;
 
 use crate::ids::HostPid;
+use crate::namespace::NsKind;
 
 /// The process; dropped, it is killed and reaped.
 #[derive(Debug)]
@@ -32,14 +33,27 @@ struct CloneArgs {
 impl Placeholder {
     /// Starts it, with this pid where one is given; `EEXIST` when the pid is taken.
     pub fn start(pid: Option<HostPid>) -> io::Result<Self> {
+        Self::clone(0, pid)
+    }
+
+    /// Starts it in new namespaces of these kinds: all others belong to the user namespace, where that
+    /// is among them.
+    pub fn start_in_new(kinds: &[NsKind]) -> io::Result<Self> {
+        Self::clone(kinds.iter().fold(0, |all, kind| all | kind.flag()), None)
+    }
+
+    fn clone(flags: u32, pid: Option<HostPid>) -> io::Result<Self> {
         let wanted = pid.map_or(0, |pid| pid.0);
-        let mut args = CloneArgs::default();
+        let mut args = CloneArgs {
+            flags: u64::from(flags),
+            ..CloneArgs::default()
+        };
         if pid.is_some() {
             args.set_tid = &raw const wanted as u64;
             args.set_tid_size = 1;
         }
         // Without an exit signal nobody hears of its death but who waits with __WALL.
-        // SAFETY: `args` is live and describes a plain fork; the child uses nothing of the copy of our
+        // SAFETY: `args` is live and describes a fork, into namespaces or not; the child uses nothing of the copy of our
         // memory but this code.
         let result = unsafe {
             libc::syscall(

@@ -234,7 +234,7 @@ impl Lock {
             return Ok(());
         }
         self.break_lease(target)?;
-        let owner = file_owner_of(&self.owner);
+        let owner = file_owner_of(&self.owner, &world.images.owners);
         set_file_owner(world.file(self.file)?, &owner)
             .during("Setting the owner of", || self.path.display().to_string())
     }

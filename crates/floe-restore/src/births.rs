@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use floe_inject::{ARENA_BYTES, Arg, Program, RootSpawn, Seized, spawn_root};
+use floe_inject::{ARENA_BYTES, Arg, BufferId, CallId, Program, RootSpawn, Seized};
 use floe_kernel::ids::HostPid;
 use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
@@ -11,6 +11,7 @@ use floe_resources::namespace::has_own_pids;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
 
 use crate::kin::{find_child, known_children, threads_by_number};
+use crate::midwife;
 use crate::tree::{Birth, Tree, is_zombie};
 
 /// What makes the birth of the tree's tasks differ from run to run.
@@ -59,22 +60,20 @@ impl Births<'_> {
     fn plan_root(&self, birth: &Birth, planner: &mut Planner<'_>) {
         let (pid, arena) = (birth.pid, self.arena);
         let sibling = planner.options.detach == DetachMode::Sibling;
-        let own_pids = has_own_pids(planner.images);
         planner.step_at_home(
             format!("clone the root, pid {pid}"),
             (&[Handle::Files], &[Handle::Born(pid)]),
             move |world| {
                 let parent = if sibling { libc::CLONE_PARENT } else { 0 };
-                let pids = if own_pids { libc::CLONE_NEWPID } else { 0 };
                 let spawn = RootSpawn {
-                    flags: (parent | pids) as u64,
+                    flags: parent as u64,
                     set_tid: vec![pid as i32],
                     // The kernel takes the signal of CLONE_PARENT from the caller's own birth.
                     exit_signal: if sibling { 0 } else { libc::SIGCHLD },
                     arena,
                     arena_bytes: ARENA_BYTES,
                 };
-                let (arena, leader) = world.inside(|_| Ok(spawn_root(&spawn)?))?;
+                let (arena, leader) = world.inside(|world| midwife::root(world, spawn))?;
                 let event = HookEvent::new(Action::SetupNamespaces, Some(leader.pid().0));
                 world.puppets.insert(
                     pid,
@@ -252,14 +251,16 @@ fn shared_tables(planner: &Planner<'_>, parent: u32, pid: u32) -> Result<u64, Pl
 
 /// Offset of `set_tid` in `struct clone_args`.
 const SET_TID_OFFSET: usize = 64;
+/// Offset of `pidfd` in it.
+pub const PIDFD_OFFSET: usize = 8;
 
-/// `struct clone_args` for a new task that is traced from its first instruction.
-fn clone_program(
+/// A call of `clone3` for a new task that is traced from its first instruction, and its arguments.
+pub fn clone_program(
     program: &mut Program,
     label: String,
     flags: u64,
     (tid, exit_signal): (u32, i32),
-) -> floe_inject::CallId {
+) -> (CallId, BufferId) {
     let set_tid = program.buffer(&tid.to_le_bytes());
     // flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
     let words = [
@@ -279,12 +280,13 @@ fn clone_program(
     let size = bytes.len();
     let args = program.buffer(&bytes);
     program.point(args, SET_TID_OFFSET, set_tid);
-    program.call(label, libc::SYS_clone3, &[Arg::from(args), Arg::from(size)])
+    let call = program.call(label, libc::SYS_clone3, &[Arg::from(args), Arg::from(size)]);
+    (call, args)
 }
 
 fn fork(world: &mut World<'_>, parent: u32, pid: u32, flags: u64) -> Result<(), ExecuteError> {
     let mut program = Program::new();
-    let call = clone_program(
+    let (call, _) = clone_program(
         &mut program,
         format!("clone3 of task {pid}"),
         flags,
@@ -354,6 +356,7 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
                     flags as u64,
                     (*tid, 0),
                 )
+                .0
             })
             .collect();
         let outcome = puppet.run(&program)?.expect("chunks are not empty");

@@ -11,6 +11,7 @@ mod error;
 mod kin;
 mod machine;
 pub mod memory;
+mod midwife;
 mod release;
 mod space;
 mod state;

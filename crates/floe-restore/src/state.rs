@@ -7,7 +7,9 @@ use floe_image::ImageKind;
 use floe_image::messages::{CoreEntry, SeccompEntry, SeccompFilter};
 use floe_inject::{Arg, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
+use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
+use floe_resources::namespace::own_of_root;
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, World};
 use floe_resources::task::rebuild::{self, Birth, TaskContext};
 
@@ -27,8 +29,12 @@ pub struct Background<'i> {
 impl<'i> Background<'i> {
     /// Reads what this process hands down and what the images keep for all tasks at once.
     pub fn new(planner: &Planner<'i>) -> Result<Self, PlanError> {
-        let birth = Birth::of_this_thread()
+        let mut birth = Birth::of_this_thread()
             .map_err(|error| PlanError::damaged("/proc/thread-self", error.to_string()))?;
+        if own_of_root(planner.images, NsKind::User).is_some() {
+            let (uid, gid) = planner.images.owners.first();
+            birth.credentials = birth.credentials.in_new_namespace(uid, gid);
+        }
         let seccomp: Option<SeccompEntry> =
             planner.images.dir.read_optional(ImageKind::Seccomp, 0)?;
         Ok(Background {

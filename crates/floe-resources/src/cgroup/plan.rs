@@ -43,7 +43,7 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
     let yard = options.cgroups.yard.clone();
     let made = Handle::Object("control groups", 0);
     let controllers = std::mem::take(&mut entry.controllers);
-    planner.step("make control groups", (&[], &[made]), move |world| {
+    planner.step_at_home("make control groups", (&[], &[made]), move |world| {
         Groups::make(world, controllers, mode, yard.as_deref())
     });
     let mut moved = BTreeSet::new();
@@ -92,7 +92,7 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
         }
         done.extend(plan_threads(planner, pid, (&sets, home))?);
     }
-    planner.step(
+    planner.step_at_home(
         "write properties of control groups",
         (&done, &[Handle::Object("control group properties", 0)]),
         Groups::write_properties,

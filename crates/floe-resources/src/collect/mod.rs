@@ -22,7 +22,7 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
 use floe_options::DumpOptions;
 
-use crate::namespace::{PidView, TreeNamespaces};
+use crate::namespace::{OwnerMap, PidView, TreeNamespaces};
 
 pub use error::{CollectError, Obstacle};
 pub(crate) use fd_table::collect_description;
@@ -90,6 +90,11 @@ impl<'a> Collector<'a> {
     pub fn set_tree(&mut self, processes: impl IntoIterator<Item = HostPid>, pids: Rc<PidView>) {
         self.tree = processes.into_iter().collect();
         self.pids = pids;
+    }
+
+    /// How the images have owners.
+    pub fn owners(&self) -> &OwnerMap {
+        self.pids.owners()
     }
 
     /// Whether a process with this number in the images is dumped.

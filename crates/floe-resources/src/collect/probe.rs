@@ -146,8 +146,8 @@ impl<'a> FdProbe<'a> {
         let owner = file_owner(self.file())
             .map_err(|source| self.failed("Asking for the owner", source))?;
         Ok(FownEntry {
-            uid: owner.uid,
-            euid: owner.euid,
+            uid: self.pids.owners().uid_inside(owner.uid),
+            euid: self.pids.owners().uid_inside(owner.euid),
             signum: owner.signal,
             pid_type: owner.kind,
             pid: self.pids.owner(owner.pid),

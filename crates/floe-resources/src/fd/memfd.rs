@@ -121,8 +121,8 @@ fn collect_inode(file: &NamedFile<'_>, collector: &mut Collector<'_>) -> Result<
     let entry = MemfdInodeEntry {
         name: String::from_utf8(name.to_vec())
             .map_err(|_| file.obstacle("", "its name is not UTF-8"))?,
-        uid: file.stat.st_uid,
-        gid: file.stat.st_gid,
+        uid: collector.owners().uid_inside(file.stat.st_uid),
+        gid: collector.owners().gid_inside(file.stat.st_gid),
         size: file.stat.st_size.cast_unsigned(),
         shmid,
         seals: seals.bits(),
@@ -294,7 +294,9 @@ fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteEr
         Some(made) => made.during("Making shared memory", what)?,
     };
     let file = fill(world, inode, file)?;
-    let (uid, gid) = (Uid::from_raw(inode.uid), Gid::from_raw(inode.gid));
+    let owners = &world.images.owners;
+    let uid = Uid::from_raw(owners.uid_outside(inode.uid));
+    let gid = Gid::from_raw(owners.gid_outside(inode.gid));
     rustix::fs::fchown(&file, Some(uid), Some(gid)).during("Setting the owner of memfd", what)?;
     if let Some(mode) = inode.mode {
         let mode = Mode::from_raw_mode(mode);

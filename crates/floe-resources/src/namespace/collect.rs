@@ -6,7 +6,7 @@ use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
 
 use super::tree::{identity, identity_of};
-use super::{TreeNamespace, uts};
+use super::{TreeNamespace, owners, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::{ipc, mount, net};
 
@@ -50,9 +50,12 @@ fn collect_one(
         NsKind::Ipc => ipc::collect(namespace, collector),
         NsKind::Uts => uts::collect(namespace, collector),
         NsKind::Mnt => mount::collect(namespace, collector),
-        NsKind::User | NsKind::Time => {
-            Err(refused(namespace, "such namespaces are not supported yet"))
+        NsKind::User if collector.namespaces().of_root(NsKind::Pid).is_none() => {
+            let remedy = "give the program a pid namespace of its own too";
+            Err(refused(namespace, remedy))
         }
+        NsKind::User => owners::collect(namespace, collector),
+        NsKind::Time => Err(refused(namespace, "such namespaces are not supported yet")),
     }
 }
 

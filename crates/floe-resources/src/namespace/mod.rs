@@ -20,14 +20,16 @@
 
 mod collect;
 pub mod ids;
+mod owners;
 mod pids;
 mod plan;
 mod tree;
 mod uts;
 
 pub use collect::{check_task, collect_namespaces};
+pub use owners::OwnerMap;
 pub use pids::PidView;
-pub use plan::{READY, has_own_pids, of_root, plan_namespaces};
+pub use plan::{READY, has_own_pids, of_root, own_of_root, plan_namespaces};
 pub use tree::{TreeNamespace, TreeNamespaces};
 
 use floe_plan::Handle;

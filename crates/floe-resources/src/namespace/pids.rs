@@ -1,4 +1,4 @@
-//! Pids as the images have them: those of the root task's pid namespace.
+//! Pids as the images have them: those of the root task's pid namespace; and owners likewise.
 
 use std::collections::HashMap;
 
@@ -6,27 +6,41 @@ use floe_kernel::ids::{HostPid, NsPid};
 use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::{ProcDir, ProcError, Status, parse_status};
 
+use super::OwnerMap;
+
 /// Translates the coordinator's pids into those of the images.
 #[derive(Debug, Default)]
 pub struct PidView {
     /// How many pid namespaces lie between ours and the root's.
     depth: usize,
     known: HashMap<HostPid, u32>,
+    owners: OwnerMap,
 }
 
 impl PidView {
     /// The view of the pid namespace that the task `root` is in.
     pub fn of(root: &ProcDir) -> Result<Self, ProcError> {
         let own = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
-        let name = format!("ns/{}", NsKind::Pid);
-        let same = own.read_link(&name)? == root.read_link(&name)?;
+        let same = |kind: NsKind| -> Result<bool, ProcError> {
+            let name = format!("ns/{kind}");
+            Ok(own.read_link(&name)? == root.read_link(&name)?)
+        };
         Ok(PidView {
-            depth: match same {
+            depth: match same(NsKind::Pid)? {
                 true => 0,
                 false => status(root, "status")?.ns_pids.len().saturating_sub(1),
             },
             known: HashMap::new(),
+            owners: match same(NsKind::User)? {
+                true => OwnerMap::default(),
+                false => OwnerMap::of_task(root)?,
+            },
         })
+    }
+
+    /// How the images have owners.
+    pub fn owners(&self) -> &OwnerMap {
+        &self.owners
     }
 
     /// Whether the pids are not those that the coordinator sees.
@@ -89,7 +103,7 @@ mod tests {
     fn inner_pids_are_those_of_the_roots_namespace() {
         let mut view = PidView {
             depth: 1,
-            known: HashMap::new(),
+            ..PidView::default()
         };
         view.note(&[NsPid(900), NsPid(3), NsPid(1)]);
         view.note(&[NsPid(50)]);

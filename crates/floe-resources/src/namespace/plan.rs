@@ -1,6 +1,7 @@
 //! Making the namespaces of a tree, before its first task.
 
 use floe_kernel::namespace::{Namespace, NsKind, VISITED};
+use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
 use super::{filled, ids, made, uts};
@@ -12,6 +13,13 @@ pub const READY: Handle = Handle::Object("namespaces", 0);
 
 /// Kinds that the root is not born into but enters by itself, when it is in its control groups.
 const ENTERED_LATER: NsKind = NsKind::Cgroup;
+
+/// The number of the root's namespace of a kind, where it was not that of the dumping process.
+pub fn own_of_root(images: &TreeImages, kind: NsKind) -> Option<u32> {
+    let all = of_root(images);
+    all.into_iter()
+        .find_map(|(found, id)| (found == kind).then_some(id))
+}
 
 /// The root's namespaces that were not those of the dumping process, with their numbers.
 pub fn of_root(images: &TreeImages) -> Vec<(NsKind, u32)> {
@@ -28,7 +36,7 @@ pub fn of_root(images: &TreeImages) -> Vec<(NsKind, u32)> {
 
 /// Whether the root is the first task of a pid namespace that is to be made.
 pub fn has_own_pids(images: &TreeImages) -> bool {
-    of_root(images).iter().any(|(kind, _)| *kind == NsKind::Pid)
+    own_of_root(images, NsKind::Pid).is_some()
 }
 
 /// Adds the steps that make and fill all namespaces.
@@ -48,10 +56,12 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .copied()
         .filter(|(kind, _)| VISITED.contains(kind))
         .collect();
+    let user = own_of_root(images, NsKind::User);
     let makes: Vec<Handle> = visited.iter().map(|(_, id)| made(*id)).collect();
     let kinds = visited.clone();
-    planner.step_at_home("make namespaces", (&[], &makes), move |world| {
-        make(world, &kinds)
+    planner.step_at_home("make namespaces", (&[], &makes), move |world| match user {
+        None => make(world, &kinds),
+        Some(id) => make_owned(world, &kinds, id),
     });
     for (kind, id) in &own {
         match kind {
@@ -59,8 +69,8 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             NsKind::Ipc => ipc::plan(*id, planner)?,
             NsKind::Uts => uts::plan(*id, planner)?,
             NsKind::Mnt => mount::plan(*id, planner)?,
-            NsKind::Pid | NsKind::Cgroup => {}
-            NsKind::User | NsKind::Time => {
+            NsKind::Pid | NsKind::Cgroup | NsKind::User => {}
+            NsKind::Time => {
                 return Err(PlanError::Unsupported {
                     object: format!("The {kind} namespace {id}"),
                     remedy: "such namespaces are not supported yet; restore it with CRIU",
@@ -97,9 +107,40 @@ fn make(world: &mut World<'_>, wanted: &[(NsKind, u32)]) -> Result<(), ExecuteEr
     Ok(())
 }
 
+/// Makes a user namespace, and empty ones that belong to it.
+fn make_owned(
+    world: &mut World<'_>,
+    wanted: &[(NsKind, u32)],
+    user: u32,
+) -> Result<(), ExecuteError> {
+    let wanted = [&[(NsKind::User, user)], wanted].concat();
+    let kinds: Vec<NsKind> = wanted.iter().map(|(kind, _)| *kind).collect();
+    let maker =
+        Placeholder::start_in_new(&kinds).during("Making namespaces", || format!("{kinds:?}"))?;
+    let pid = maker.pid();
+    if let Some((uids, gids)) = world.images.owners.texts() {
+        for (name, text) in [("uid_map", uids), ("gid_map", gids)] {
+            let path = format!("/proc/{pid}/{name}");
+            std::fs::write(&path, &text).during("Writing the map of owners to", || path)?;
+        }
+    }
+    for (kind, id) in wanted {
+        let namespace = Namespace::of_task(pid, kind)
+            .during("Opening the new namespace", || kind.to_string())?;
+        world.namespaces().keep(id, namespace);
+    }
+    Ok(())
+}
+
 fn check_root(images: &TreeImages, own: &[(NsKind, u32)]) -> Result<(), PlanError> {
     let own_pids = own.iter().any(|(kind, _)| *kind == NsKind::Pid);
     let root = images.root().pid();
+    if own.iter().any(|(kind, _)| *kind == NsKind::User) && !own_pids {
+        return Err(PlanError::Unsupported {
+            object: "A user namespace without a pid namespace".to_string(),
+            remedy: "give the program a pid namespace of its own too",
+        });
+    }
     if own_pids && root != 1 {
         return Err(PlanError::Unsupported {
             object: format!("Root task {root} of a pid namespace that it is not the first task of"),

@@ -7,6 +7,8 @@ use floe_kernel::file_owner::{FileOwner, set_file_owner};
 use floe_plan::Handle;
 use rustix::fs::{OFlags, SeekFrom};
 
+use crate::namespace::OwnerMap;
+
 use super::{Attempt, ExecuteError, Planner};
 
 /// Flags that `F_SETFL` can set; the others belong to `open`.
@@ -53,7 +55,7 @@ pub fn plan_owner(planner: &mut Planner<'_>, id: u32, owner: &FownEntry) {
             let known = world.host_pid(owner.pid);
             let owner = FileOwner {
                 pid: known.map_or(0, |pid| pid.0.cast_unsigned()),
-                ..file_owner_of(&owner)
+                ..file_owner_of(&owner, &world.images.owners)
             };
             let file = world.file(id)?;
             set_file_owner(file.as_fd(), &owner)
@@ -63,10 +65,10 @@ pub fn plan_owner(planner: &mut Planner<'_>, id: u32, owner: &FownEntry) {
 }
 
 /// The owner as the kernel is to be told.
-pub fn file_owner_of(owner: &FownEntry) -> FileOwner {
+pub fn file_owner_of(owner: &FownEntry, owners: &OwnerMap) -> FileOwner {
     FileOwner {
-        uid: owner.uid,
-        euid: owner.euid,
+        uid: owners.uid_outside(owner.uid),
+        euid: owners.uid_outside(owner.euid),
         signal: owner.signum,
         kind: owner.pid_type,
         pid: owner.pid,

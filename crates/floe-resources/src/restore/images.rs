@@ -8,8 +8,10 @@ use floe_image::messages::{
     RemapFilePathEntry, TaskKobjIdsEntry,
 };
 use floe_image::{ImageDir, ImageKind};
+use floe_kernel::namespace::NsKind;
 
 use super::PlanError;
+use crate::namespace::{self, OwnerMap};
 
 /// `vma_entry.status`: a shared mapping of a file.
 const FILE_SHARED: u32 = 128;
@@ -92,6 +94,8 @@ pub struct TreeImages {
     pub files: BTreeMap<u32, FileEntry>,
     /// How to find files that have lost their name, by the id of the file.
     pub remaps: BTreeMap<u32, RemapFilePathEntry>,
+    /// How we see the owners that the images name.
+    pub owners: OwnerMap,
     holders: BTreeMap<u32, Vec<Holder>>,
     named: BTreeMap<u32, Vec<u32>>,
 }
@@ -119,7 +123,8 @@ impl TreeImages {
             .map(|file| (file.id, file))
             .collect();
         let remaps = dir.read_remaps()?;
-        let images = TreeImages {
+        let mut images = TreeImages {
+            owners: OwnerMap::default(),
             holders: holders(&tasks),
             named: named(&files),
             remaps: remaps
@@ -131,6 +136,10 @@ impl TreeImages {
             tasks,
             files,
         };
+        if let Some(id) = namespace::own_of_root(&images, NsKind::User) {
+            let maps = images.dir.read_one(ImageKind::Userns, u64::from(id))?;
+            images.owners = OwnerMap::from_image(Some(maps));
+        }
         images.check_tree()?;
         images.check_descriptors()?;
         Ok(images)

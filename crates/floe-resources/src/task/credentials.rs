@@ -10,20 +10,27 @@ use floe_inject::{Arg, Program};
 use floe_kernel::proc::Status;
 
 use super::rebuild::TaskContext;
+use crate::namespace::OwnerMap;
 use crate::restore::PlanError;
 
 /// The entry of a thread from its `/proc/<tid>/status` and its securebits.
-pub fn credentials_entry(status: &Status, securebits: u32) -> CredsEntry {
+pub fn credentials_entry(status: &Status, securebits: u32, owners: &OwnerMap) -> CredsEntry {
+    let uids = status.uids.map(|uid| owners.uid_inside(uid));
+    let gids = status.gids.map(|gid| owners.gid_inside(gid));
     CredsEntry {
-        uid: status.uids[0],
-        euid: status.uids[1],
-        suid: status.uids[2],
-        fsuid: status.uids[3],
-        gid: status.gids[0],
-        egid: status.gids[1],
-        sgid: status.gids[2],
-        fsgid: status.gids[3],
-        groups: status.groups.clone(),
+        uid: uids[0],
+        euid: uids[1],
+        suid: uids[2],
+        fsuid: uids[3],
+        gid: gids[0],
+        egid: gids[1],
+        sgid: gids[2],
+        fsgid: gids[3],
+        groups: status
+            .groups
+            .iter()
+            .map(|gid| owners.gid_inside(*gid))
+            .collect(),
         cap_inh: halves(status.cap_inheritable),
         cap_prm: halves(status.cap_permitted),
         cap_eff: halves(status.cap_effective),
@@ -147,6 +154,20 @@ impl Credentials {
             securebits: entry.secbits,
             no_new_privs: entry.no_new_privs.is_some_and(|flag| flag != 0),
         })
+    }
+
+    /// What a thread with these has once it has entered a new user namespace, as this user and group.
+    pub fn in_new_namespace(&self, uid: u32, gid: u32) -> Self {
+        let all = (1 << NAMES.len()) - 1;
+        Credentials {
+            uids: [uid; 4],
+            gids: [gid; 4],
+            permitted: all,
+            effective: all,
+            bounding: all,
+            no_new_privs: self.no_new_privs,
+            ..Credentials::default()
+        }
     }
 
     /// Whether a capability is in effect.

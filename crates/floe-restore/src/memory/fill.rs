@@ -15,7 +15,7 @@ use floe_image::PagesReader;
 use floe_inject::Arg;
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr, TaskFd};
 use floe_kernel::pidfd::Pidfd;
-use floe_kernel::uffd::Uffd;
+use floe_kernel::uffd::{USER_MODE_ONLY, Uffd};
 use floe_kernel::vm::{self, RemoteWrite};
 use floe_memory::{PageIndex, StoredRun};
 
@@ -106,7 +106,9 @@ pub fn fill(
 fn register(ranges: &[Range<u64>], puppet: &mut Puppet<'_>) -> Result<(Uffd, TaskFd), MemoryError> {
     let pid = puppet.thread.pid();
     let failed = |what| move |source| MemoryError::Task { pid, what, source };
-    let args = [libc::O_CLOEXEC as u64, 0, 0, 0, 0, 0];
+    // The task is stopped, so nothing faults meanwhile; and it may have no privilege over the system.
+    let flags = libc::O_CLOEXEC | USER_MODE_ONLY;
+    let args = [flags as u64, 0, 0, 0, 0, 0];
     let make = ("userfaultfd", libc::SYS_userfaultfd);
     let remote = puppet.arena.call(puppet.thread, make, args)?;
     let remote = TaskFd(remote as i32);

@@ -17,6 +17,7 @@ use rustix::io::Errno;
 use super::names::TemporaryNames;
 use super::{NamedFile, failed, reopen};
 use crate::collect::{CollectError, Collector};
+use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError};
 
 /// Bytes copied at once.
@@ -47,8 +48,8 @@ pub fn save(
         _ => None,
     };
     let entry = GhostFileEntry {
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: collector.owners().uid_inside(stat.st_uid),
+        gid: collector.owners().gid_inside(stat.st_gid),
         mode: stat.st_mode,
         dev: Some(kernel_device(stat.st_dev)),
         ino: Some(stat.st_ino),
@@ -152,6 +153,7 @@ pub fn make(
     names: &TemporaryNames,
     path: &Path,
     image: &GhostImage,
+    owners: &OwnerMap,
 ) -> Result<PathBuf, ExecuteError> {
     let entry = &image.entry;
     let what = || format!("the deleted {}", path.display());
@@ -175,7 +177,7 @@ pub fn make(
     if kind == FileType::RegularFile {
         write_content(&name, image)?;
     }
-    set_metadata(&name, entry).during("Setting owner, mode and times of", what)?;
+    set_metadata(&name, entry, owners).during("Setting owner, mode and times of", what)?;
     Ok(name)
 }
 
@@ -210,8 +212,9 @@ fn write_content(path: &Path, image: &GhostImage) -> Result<(), ExecuteError> {
     Ok(())
 }
 
-fn set_metadata(path: &Path, entry: &GhostFileEntry) -> Result<(), Errno> {
-    let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
+fn set_metadata(path: &Path, entry: &GhostFileEntry, owners: &OwnerMap) -> Result<(), Errno> {
+    let uid = Uid::from_raw(owners.uid_outside(entry.uid));
+    let gid = Gid::from_raw(owners.gid_outside(entry.gid));
     rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(entry.mode) != FileType::Symlink {
         rustix::fs::chmod(path, Mode::from_raw_mode(entry.mode))?;

@@ -18,6 +18,7 @@ use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
 use crate::mount;
+use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when all names that exist for the opening of files are gone again.
@@ -58,7 +59,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         let name = format!("open the deleted {}", users[0].0.name);
         planner.step(name, (&[], &[ghost_handle(id)]), move |world| {
             let names = TemporaryNames::watched(world.janitor());
-            let opened = open_ghost(id, &users, &image, &names);
+            let opened = open_ghost(&users, &image, &names, &world.images.owners);
             let removed = names.remove();
             world.state::<Opened>().0.extend(opened?);
             removed.during("Removing the name of", || users[0].0.name.clone())
@@ -73,18 +74,19 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
 }
 
 fn open_ghost(
-    id: u32,
     users: &[User<'_>],
     image: &GhostImage,
     names: &TemporaryNames,
+    owners: &OwnerMap,
 ) -> Result<Vec<(u32, OwnedFd)>, ExecuteError> {
     // A directory keeps the name under which it is made: it can have no second one.
     let is_directory = FileType::from_raw_mode(image.entry.mode) == FileType::Directory;
     let first = &users[0].0.name;
     let ghost = if is_directory {
-        ghost::make(names, Path::new(first), image)?
+        ghost::make(names, Path::new(first), image, owners)?
     } else {
-        ghost::make(names, Path::new(&format!("{first}.cr.{id:x}.ghost")), image)?
+        let name = format!("{first}.cr.{:x}.ghost", users[0].0.id);
+        ghost::make(names, Path::new(&name), image, owners)?
     };
     let mut opened = Vec::with_capacity(users.len());
     for (file, flags) in users {

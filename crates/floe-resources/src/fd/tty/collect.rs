@@ -131,8 +131,8 @@ fn info_of(
         rdev: fd.stat().st_rdev as u32,
         pty: is_pty.then_some(TtyPtyEntry { index }),
         dev: Some(fd.stat().st_dev as u32),
-        uid: Some(fd.stat().st_uid),
-        gid: Some(fd.stat().st_gid),
+        uid: Some(collector.owners().uid_inside(fd.stat().st_uid)),
+        gid: Some(collector.owners().gid_inside(fd.stat().st_gid)),
         ..TtyInfoEntry::default()
     };
     if external {

@@ -15,6 +15,7 @@ use rustix::fs::{Gid, Mode, OFlags, Uid};
 
 use super::plan::{End, Pair};
 use super::{queue, settings};
+use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, World, set_flags};
 
 /// Which terminal a session leader takes: the file, and whether it is a slave or a master.
@@ -42,7 +43,7 @@ pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), Ex
     let what = || format!("pty {}", pair.index);
     tty::set_switch(master.as_fd(), Switch::PtyLock, false).during("Unlocking", what)?;
     for end in &pair.slaves {
-        let slave = open_slave(end, master.as_fd())?;
+        let slave = open_slave(end, master.as_fd(), &world.images.owners)?;
         world.keep_file(end.entry.id, slave)?;
     }
     let Some(end) = &pair.master else {
@@ -60,7 +61,11 @@ pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), Ex
 }
 
 /// Only a slave that was opened through its master, as `openpty` does, lacks `O_LARGEFILE`.
-fn open_slave(end: &End<'_>, master: BorrowedFd<'_>) -> Result<OwnedFd, ExecuteError> {
+fn open_slave(
+    end: &End<'_>,
+    master: BorrowedFd<'_>,
+    owners: &OwnerMap,
+) -> Result<OwnedFd, ExecuteError> {
     let what = || end.path.clone();
     let flags = open_flags(end);
     let slave = if flags.contains(OFlags::LARGEFILE) {
@@ -70,8 +75,9 @@ fn open_slave(end: &End<'_>, master: BorrowedFd<'_>) -> Result<OwnedFd, ExecuteE
     };
     let slave = slave.during("Opening", what)?;
     if let (Some(uid), Some(gid)) = (end.info.uid, end.info.gid) {
-        rustix::fs::fchown(&slave, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
-            .during("Setting the owner of", what)?;
+        let uid = Uid::from_raw(owners.uid_outside(uid));
+        let gid = Gid::from_raw(owners.gid_outside(gid));
+        rustix::fs::fchown(&slave, Some(uid), Some(gid)).during("Setting the owner of", what)?;
     }
     if let Some(mode) = end.mode {
         rustix::fs::fchmod(&slave, Mode::from_raw_mode(mode))

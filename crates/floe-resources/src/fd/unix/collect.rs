@@ -153,8 +153,8 @@ fn collect_file(fd: &FdProbe<'_>, entry: &mut UnixSkEntry) -> Result<(), Collect
     }
     entry.file_perms = Some(FilePermsEntry {
         mode: stat.st_mode,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
+        uid: fd.pids().owners().uid_inside(stat.st_uid),
+        gid: fd.pids().owners().gid_inside(stat.st_gid),
     });
     let name = super::name::without_zero(&entry.name);
     if name[0] != b'/' {

@@ -12,6 +12,7 @@ use floe_kernel::socket::{bind, bound_file};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
 use rustix::process::{Gid, Uid};
 
+use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, World};
 
 /// The longest name (`sun_path`).
@@ -69,7 +70,7 @@ pub(super) fn bind_socket(
     }
     let path = path_of(entry);
     if entry.deleted == Some(true) {
-        return bind_deleted(socket, entry, &path);
+        return bind_deleted(socket, entry, (&path, &world.images.owners));
     }
     // The tree's own file is still there; any other kind of file is in the way.
     let existed = is_socket(&path);
@@ -80,7 +81,7 @@ pub(super) fn bind_socket(
     if !existed {
         world.made_name(NameKind::File, path.clone());
     }
-    set_permissions(socket, entry)
+    set_permissions(socket, entry, &world.images.owners)
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -99,15 +100,19 @@ fn bind_in_directory(socket: BorrowedFd<'_>, entry: &UnixSkEntry) -> io::Result<
 }
 
 /// The permissions of the file that a socket is bound to, by whatever name.
-fn set_permissions(socket: BorrowedFd<'_>, entry: &UnixSkEntry) -> Result<(), ExecuteError> {
+fn set_permissions(
+    socket: BorrowedFd<'_>,
+    entry: &UnixSkEntry,
+    owners: &OwnerMap,
+) -> Result<(), ExecuteError> {
     let Some(permissions) = &entry.file_perms else {
         return Ok(());
     };
     let what = || format!("of {}", shown(&entry.name));
     let file = bound_file(socket).during("Opening the file", what)?;
     let owner = (
-        Some(Uid::from_raw(permissions.uid)),
-        Some(Gid::from_raw(permissions.gid)),
+        Some(Uid::from_raw(owners.uid_outside(permissions.uid))),
+        Some(Gid::from_raw(owners.gid_outside(permissions.gid))),
     );
     rustix::fs::chownat(&file, "", owner.0, owner.1, AtFlags::EMPTY_PATH)
         .during("Setting the owner", what)?;
@@ -125,7 +130,7 @@ fn own_path(file: BorrowedFd<'_>) -> String {
 fn bind_deleted(
     socket: BorrowedFd<'_>,
     entry: &UnixSkEntry,
-    path: &Path,
+    (path, owners): (&Path, &OwnerMap),
 ) -> Result<(), ExecuteError> {
     let shown = || path.display().to_string();
     let made = make_directories(path).during("Making directories for", shown)?;
@@ -138,7 +143,7 @@ fn bind_deleted(
     let bound = bind_in_directory(socket, entry);
     let result = bound
         .during("Binding a unix socket to", shown)
-        .and_then(|()| set_permissions(socket, entry))
+        .and_then(|()| set_permissions(socket, entry, owners))
         .and_then(|()| std::fs::remove_file(path).during("Removing", shown));
     if moved {
         std::fs::rename(&aside, path).during("Moving back", shown)?;

@@ -1,0 +1,152 @@
+//! The content of a user namespace: which owners it has (`user_namespaces(7)`).
+//!
+//! Saved:    the maps of uids and gids, outer ids as the dumping process sees them. All owners in the
+//!           images are those that tasks inside see.
+//! Rebuilt:  written for the process that made the namespace. Needs: nothing.
+//! Not kept: whether `setgroups` is denied; the namespace in which the dump ran is its parent again.
+
+use floe_image::ImageKind;
+use floe_image::messages::{UidGidExtent, UsernsEntry};
+use floe_kernel::proc::{ProcDir, ProcError};
+
+use super::TreeNamespace;
+use crate::collect::{CollectError, Collector};
+
+/// What the kernel shows in place of an owner that a namespace does not have.
+pub const NOBODY: u32 = 65534;
+
+/// Maps of owners between the tree's user namespace and the coordinator's.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct OwnerMap {
+    /// `None` where both are the same.
+    maps: Option<UsernsEntry>,
+}
+
+impl OwnerMap {
+    /// The maps of the user namespace that a task is in, where it is not ours.
+    pub fn of_task(task: &ProcDir) -> Result<Self, ProcError> {
+        let map = |name: &str| -> Result<Vec<UidGidExtent>, ProcError> {
+            let text = task.read(name)?;
+            Ok(String::from_utf8_lossy(&text)
+                .lines()
+                .filter_map(extent)
+                .collect())
+        };
+        Ok(OwnerMap::from_image(Some(UsernsEntry {
+            uid_map: map("uid_map")?,
+            gid_map: map("gid_map")?,
+        })))
+    }
+
+    /// The maps of an image; without one, owners are the same inside and outside.
+    pub fn from_image(maps: Option<UsernsEntry>) -> Self {
+        OwnerMap { maps }
+    }
+
+    /// A user of ours as tasks inside see it.
+    pub fn uid_inside(&self, uid: u32) -> u32 {
+        self.maps
+            .as_ref()
+            .map_or(uid, |maps| inside(&maps.uid_map, uid))
+    }
+
+    /// A group of ours as tasks inside see it.
+    pub fn gid_inside(&self, gid: u32) -> u32 {
+        self.maps
+            .as_ref()
+            .map_or(gid, |maps| inside(&maps.gid_map, gid))
+    }
+
+    /// A user of the images as we see it.
+    pub fn uid_outside(&self, uid: u32) -> u32 {
+        self.maps
+            .as_ref()
+            .map_or(uid, |maps| outside(&maps.uid_map, uid))
+    }
+
+    /// A group of the images as we see it.
+    pub fn gid_outside(&self, gid: u32) -> u32 {
+        self.maps
+            .as_ref()
+            .map_or(gid, |maps| outside(&maps.gid_map, gid))
+    }
+
+    /// The user and group that tasks of a new namespace begin with: its root, or else its first ones.
+    pub fn first(&self) -> (u32, u32) {
+        let lowest =
+            |map: &[UidGidExtent]| map.iter().map(|extent| extent.first).min().unwrap_or(0);
+        let maps = self.maps.as_ref();
+        maps.map_or((0, 0), |maps| {
+            (lowest(&maps.uid_map), lowest(&maps.gid_map))
+        })
+    }
+
+    /// The text of `uid_map` and of `gid_map`.
+    pub fn texts(&self) -> Option<(String, String)> {
+        let text = |map: &[UidGidExtent]| {
+            let line =
+                |it: &UidGidExtent| format!("{} {} {}\n", it.first, it.lower_first, it.count);
+            map.iter().map(line).collect::<String>()
+        };
+        let maps = self.maps.as_ref()?;
+        Some((text(&maps.uid_map), text(&maps.gid_map)))
+    }
+}
+
+/// A line of `uid_map`: the first id inside, the first outside, how many.
+fn extent(line: &str) -> Option<UidGidExtent> {
+    let mut numbers = line.split_whitespace().map(str::parse);
+    let mut next = || numbers.next()?.ok();
+    Some(UidGidExtent {
+        first: next()?,
+        lower_first: next()?,
+        count: next()?,
+    })
+}
+
+fn translate(id: u32, from: u32, to: u32, count: u32) -> Option<u32> {
+    let offset = id.checked_sub(from).filter(|offset| *offset < count)?;
+    to.checked_add(offset)
+}
+
+fn inside(map: &[UidGidExtent], id: u32) -> u32 {
+    map.iter()
+        .find_map(|it| translate(id, it.lower_first, it.first, it.count))
+        .unwrap_or(NOBODY)
+}
+
+fn outside(map: &[UidGidExtent], id: u32) -> u32 {
+    map.iter()
+        .find_map(|it| translate(id, it.first, it.lower_first, it.count))
+        .unwrap_or(NOBODY)
+}
+
+/// Writes the image of a namespace.
+pub(super) fn collect(
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let entry = collector.pids().owners().maps.clone().unwrap_or_default();
+    Ok(collector
+        .writer()
+        .write_one(ImageKind::Userns, u64::from(namespace.id), &entry)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn owners_are_translated_both_ways() {
+        let extents =
+            ["0 100000 1000", "5000 7 1"].map(|line| extent(line).expect("three numbers"));
+        let map = OwnerMap::from_image(Some(UsernsEntry {
+            uid_map: extents.to_vec(),
+            gid_map: extents[..1].to_vec(),
+        }));
+        assert_eq!((map.uid_inside(100_003), map.uid_outside(3)), (3, 100_003));
+        assert_eq!((map.uid_inside(7), map.gid_inside(7)), (5000, NOBODY));
+        assert_eq!(OwnerMap::default().uid_inside(7), 7);
+        assert_eq!(map.texts().expect("maps").1, "0 100000 1000\n");
+    }
+}

@@ -1,0 +1,84 @@
+//! The birth of the root task, in a pid namespace of its own or not.
+//!
+//! A pid namespace belongs to the user namespace that its maker is in. The coordinator cannot enter a
+//! user namespace and come back, so there a midwife does: a puppet that enters it, clones the root as a
+//! child of its own parent, and ends.
+
+use std::os::fd::{AsFd, AsRawFd};
+
+use floe_inject::{Arena, Arg, Program, RootSpawn, Seized, Stopped, spawn_root};
+use floe_kernel::ids::{HostPid, TaskFd};
+use floe_kernel::namespace::{NsKind, own_proc_path};
+use floe_kernel::pidfd::Pidfd;
+use floe_kernel::proc::parse_fdinfo;
+use floe_resources::namespace::{has_own_pids, own_of_root};
+use floe_resources::restore::{Attempt, ExecuteError, World};
+
+use crate::births::{PIDFD_OFFSET, clone_program};
+
+/// Clones the root from where the coordinator is; `spawn` says all but about namespaces.
+pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped), ExecuteError> {
+    let pids = match has_own_pids(world.images) {
+        true => libc::CLONE_NEWPID as u64,
+        false => 0,
+    };
+    match own_of_root(world.images, NsKind::User) {
+        None => Ok(spawn_root(&RootSpawn {
+            flags: spawn.flags | pids,
+            ..spawn
+        })?),
+        Some(user) => {
+            let number = world.images.root().pid();
+            let midwife = spawn_root(&RootSpawn {
+                set_tid: Vec::new(),
+                ..spawn
+            })?;
+            born_of(midwife, world, (number, pids, user))
+        }
+    }
+}
+
+fn born_of(
+    (arena, mut midwife): (Arena, Stopped),
+    world: &mut World<'_>,
+    (number, pids, user): (u32, u64, u32),
+) -> Result<(Arena, Stopped), ExecuteError> {
+    let namespace = world.namespaces().get(user)?;
+    let (uid, gid) = world.images.owners.first();
+    let mut program = Program::new();
+    let args = [
+        Arg::from(namespace.as_fd().as_raw_fd()),
+        Arg::from(NsKind::User.flag()),
+    ];
+    program.call("setns to the user namespace", libc::SYS_setns, &args);
+    program.call(
+        "setgroups",
+        libc::SYS_setgroups,
+        &[Arg::from(0), Arg::from(0)],
+    );
+    program.call("setresgid", libc::SYS_setresgid, &[Arg::from(gid); 3]);
+    program.call("setresuid", libc::SYS_setresuid, &[Arg::from(uid); 3]);
+    let flags = pids | (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
+    let label = format!("clone3 of the root, pid {number}");
+    let (_, args) = clone_program(&mut program, label, flags, (number, 0));
+    let pidfd = program.zeroed(8);
+    program.point(args, PIDFD_OFFSET, pidfd);
+    let outcome = arena.run(&mut midwife, &program)?;
+    let pidfd = TaskFd(outcome.word(pidfd, 0) as i32);
+    let host = process_of(midwife.pid(), pidfd).during("Finding", || "the root".to_string())?;
+    let leader = Seized::born(host).wait_stopped()?;
+    // Its copy of the arena is the root's too.
+    arena.end_task(midwife, 0, 0)?;
+    Ok((arena, leader))
+}
+
+/// Which process a pidfd of a task stands for.
+fn process_of(task: HostPid, pidfd: TaskFd) -> std::io::Result<HostPid> {
+    let pidfd = Pidfd::open(task)?.duplicate_fd(pidfd)?;
+    let path = own_proc_path(&format!("self/fdinfo/{}", pidfd.as_raw_fd()));
+    let invalid = || std::io::Error::from(std::io::ErrorKind::InvalidData);
+    let info = parse_fdinfo(std::fs::read(path)?).map_err(|_| invalid())?;
+    let pid = info.value("Pid").map(String::from_utf8_lossy);
+    let pid = pid.and_then(|pid| pid.trim().parse().ok());
+    pid.map(HostPid).ok_or_else(invalid)
+}
