@@ -10,6 +10,10 @@ const NLMSG_ERROR: u16 = 2;
 const NLMSG_DONE: u16 = 3;
 pub(crate) const NLM_F_REQUEST: u16 = 1;
 pub(crate) const NLM_F_ACK: u16 = 4;
+/// Make the object if there is none.
+pub const NLM_F_CREATE: u16 = 0x400;
+/// Refuse with `EEXIST` if there is one.
+pub const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_DUMP: u16 = 0x300;
 /// The attribute holds attributes.
 const NLA_F_NESTED: u16 = 1 << 15;
@@ -50,28 +54,69 @@ impl NetlinkSocket {
         let mut buffer = vec![0; RECEIVE];
         loop {
             let got = self.receive(&mut buffer)?;
-            for part in Messages(&buffer[..got]) {
-                match part? {
-                    (NLMSG_DONE, body) => return error_code(body),
-                    (NLMSG_ERROR, body) => return error_code(body),
-                    (_, body) => each(body)?,
+            for part in messages(&buffer[..got]) {
+                let part = part?;
+                match part.kind {
+                    NLMSG_DONE | NLMSG_ERROR => return error_code(part.body),
+                    _ => each(part.body)?,
                 }
             }
         }
     }
 
-    /// Sends messages made by [`message`] with `NLM_F_ACK` and waits for `acks` good answers; the first bad
+    /// Asks for a dump; its messages one behind the other as the kernel wrote them, headers included.
+    pub fn dump_raw(&self, kind: u16, body: &[u8]) -> io::Result<Vec<u8>> {
+        self.send(&message(kind, NLM_F_REQUEST | NLM_F_DUMP, body))?;
+        let mut buffer = vec![0; RECEIVE];
+        let mut all = Vec::new();
+        loop {
+            let got = self.receive(&mut buffer)?;
+            for part in messages(&buffer[..got]) {
+                let part = part?;
+                match part.kind {
+                    NLMSG_DONE | NLMSG_ERROR => {
+                        error_code(part.body)?;
+                        return Ok(all);
+                    }
+                    _ => {
+                        all.extend_from_slice(part.whole);
+                        all.resize(all.len().next_multiple_of(4), 0);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Sends one request and waits until it is done.
+    pub fn request(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<()> {
+        self.transact(&message(kind, NLM_F_REQUEST | NLM_F_ACK | flags, body), 1)
+    }
+
+    /// Sends one request that is answered by one message; the body of that.
+    pub fn ask(&self, kind: u16, body: &[u8]) -> io::Result<Vec<u8>> {
+        self.send(&message(kind, NLM_F_REQUEST, body))?;
+        let mut buffer = vec![0; RECEIVE];
+        let got = self.receive(&mut buffer)?;
+        let first = messages(&buffer[..got]).next();
+        let first = first.ok_or(io::ErrorKind::InvalidData)??;
+        if first.kind == NLMSG_ERROR {
+            error_code(first.body)?;
+        }
+        Ok(first.body.to_vec())
+    }
+
+    /// Sends requests made by [`message`] with `NLM_F_ACK` and waits for `acks` good answers; the first bad
     /// one is the error.
-    pub fn transact(&self, messages: &[u8], acks: usize) -> io::Result<()> {
-        self.send(messages)?;
+    pub fn transact(&self, requests: &[u8], acks: usize) -> io::Result<()> {
+        self.send(requests)?;
         let mut buffer = vec![0; RECEIVE];
         let mut seen = 0;
         while seen < acks {
             let got = self.receive(&mut buffer)?;
-            for part in Messages(&buffer[..got]) {
-                let (kind, body) = part?;
-                if kind == NLMSG_ERROR {
-                    error_code(body)?;
+            for part in messages(&buffer[..got]) {
+                let part = part?;
+                if part.kind == NLMSG_ERROR {
+                    error_code(part.body)?;
                     seen += 1;
                 }
             }
@@ -109,7 +154,7 @@ impl AsFd for NetlinkSocket {
 }
 
 /// The bytes of one message.
-pub(crate) fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
+pub fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(HEADER + body.len() + 3);
     bytes.extend_from_slice(&((HEADER + body.len()) as u32).to_ne_bytes());
     bytes.extend_from_slice(&kind.to_ne_bytes());
@@ -121,7 +166,7 @@ pub(crate) fn message(kind: u16, flags: u16, body: &[u8]) -> Vec<u8> {
 }
 
 /// Appends an attribute.
-pub(crate) fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
+pub fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
     bytes.extend_from_slice(&((4 + value.len()) as u16).to_ne_bytes());
     bytes.extend_from_slice(&kind.to_ne_bytes());
     bytes.extend_from_slice(value);
@@ -129,7 +174,7 @@ pub(crate) fn attribute(bytes: &mut Vec<u8>, kind: u16, value: &[u8]) {
 }
 
 /// Appends an attribute that holds those that `fill` appends.
-pub(crate) fn nested(bytes: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
+pub fn nested(bytes: &mut Vec<u8>, kind: u16, fill: impl FnOnce(&mut Vec<u8>)) {
     let mut inner = Vec::new();
     fill(&mut inner);
     attribute(bytes, kind | NLA_F_NESTED, &inner);
@@ -140,7 +185,7 @@ fn pad(bytes: &mut Vec<u8>) {
 }
 
 /// Kind and value of each attribute; what is too short to be one ends the walk.
-pub(crate) fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+pub fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     std::iter::from_fn(move || {
         let size = usize::from(u16::from_ne_bytes(bytes.get(..2)?.try_into().ok()?));
         let kind = u16::from_ne_bytes(bytes.get(2..4)?.try_into().ok()?);
@@ -161,33 +206,39 @@ fn error_code(body: &[u8]) -> io::Result<()> {
     }
 }
 
-/// Walks the messages of one datagram.
-struct Messages<'a>(&'a [u8]);
+/// One message among others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Message<'a> {
+    pub kind: u16,
+    /// What follows the header.
+    pub body: &'a [u8],
+    /// Header and body.
+    pub whole: &'a [u8],
+}
 
-impl<'a> Iterator for Messages<'a> {
-    type Item = io::Result<(u16, &'a [u8])>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.0.is_empty() {
+/// Walks the messages of one datagram; `InvalidData` ends the walk.
+pub fn messages(mut rest: &[u8]) -> impl Iterator<Item = io::Result<Message<'_>>> {
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
             return None;
         }
         let parsed = (|| {
-            let size = u32::from_ne_bytes(self.0.get(..4)?.try_into().ok()?) as usize;
-            let kind = u16::from_ne_bytes(self.0.get(4..6)?.try_into().ok()?);
-            let body = self.0.get(HEADER..size)?;
-            Some((size, kind, body))
+            let size = u32::from_ne_bytes(rest.get(..4)?.try_into().ok()?) as usize;
+            let kind = u16::from_ne_bytes(rest.get(4..6)?.try_into().ok()?);
+            let (body, whole) = (rest.get(HEADER..size)?, rest.get(..size)?);
+            Some((size, Message { kind, body, whole }))
         })();
         match parsed {
-            Some((size, kind, body)) => {
-                self.0 = self.0.get(size.next_multiple_of(4)..).unwrap_or_default();
-                Some(Ok((kind, body)))
+            Some((size, message)) => {
+                rest = rest.get(size.next_multiple_of(4)..).unwrap_or_default();
+                Some(Ok(message))
             }
             None => {
-                self.0 = &[];
+                rest = &[];
                 Some(Err(io::ErrorKind::InvalidData.into()))
             }
         }
-    }
+    })
 }
 
 #[cfg(test)]

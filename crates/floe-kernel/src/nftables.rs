@@ -5,7 +5,10 @@
 
 use std::io;
 
-use crate::netlink::{NLM_F_ACK, NLM_F_REQUEST, NetlinkSocket, attribute, message, nested};
+use crate::netlink::{
+    NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkSocket, attribute, attributes,
+    message, nested,
+};
 
 /// Packets with this mark pass: those that the engine makes itself. CRIU's own value, so that either
 /// engine's packets pass the other's table.
@@ -15,8 +18,6 @@ const BATCH_BEGIN: u16 = 0x10;
 const BATCH_END: u16 = 0x11;
 const SUBSYSTEM: u16 = 10;
 const NFPROTO_INET: u8 = 1;
-const NLM_F_CREATE: u16 = 0x400;
-const NLM_F_EXCL: u16 = 0x200;
 
 const NEW_TABLE: u16 = 0;
 const DELETE_TABLE: u16 = 2;
@@ -100,6 +101,41 @@ pub fn add_table(
         }
     }
     batch.commit(socket)
+}
+
+/// Makes the table `name` of family `inet`, which drops every packet that local sockets send or would get, but
+/// for marked ones. `EEXIST` where there is one of this name.
+pub fn add_closed_table(socket: &NetlinkSocket, name: &str, lifetime: Lifetime) -> io::Result<()> {
+    let mut batch = Batch::new();
+    batch.table(name, lifetime);
+    for (chain, hook) in [("output", 3u32), ("input", 1)] {
+        batch.chain(name, chain, hook);
+        batch.rule(name, chain, &pass_marked());
+        let mut drop_all = Vec::new();
+        verdict(&mut drop_all, NF_DROP);
+        batch.rule(name, chain, &drop_all);
+    }
+    batch.commit(socket)
+}
+
+/// The names of all tables of all families; none where the kernel has no nftables.
+pub fn table_names(socket: &NetlinkSocket) -> io::Result<Vec<String>> {
+    const GET_TABLE: u16 = 1;
+    const NAME: u16 = 1;
+    let mut names = Vec::new();
+    let found = socket.dump(SUBSYSTEM << 8 | GET_TABLE, &[0; 4], |body| {
+        let name = attributes(body.get(4..).unwrap_or_default()).find(|(kind, _)| *kind == NAME);
+        let name = name.map(|(_, name)| name.strip_suffix(&[0]).unwrap_or(name));
+        names.push(String::from_utf8_lossy(name.unwrap_or_default()).into_owned());
+        Ok(())
+    });
+    match found {
+        // No such subsystem, or none that can list.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EINVAL | libc::EOPNOTSUPP)) => {
+            Ok(Vec::new())
+        }
+        other => other.map(|()| names),
+    }
 }
 
 /// Deletes the table `name` of family `inet`; `ENOENT` where there is none.

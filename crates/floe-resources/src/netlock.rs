@@ -1,14 +1,17 @@
-//! Holding back the packets of TCP connections while their sockets are away.
+//! Holding back the packets of TCP connections, or of a whole namespace, while sockets are away.
 //!
 //! Without it the kernel would answer a peer's packet with a reset, as no socket is there to take it.
 //! A lock belongs to this process: it goes when the process does, however it ends. After a dump that ends
 //! the tree it is made to stay, under the name by which a restore of either engine finds it.
 
-use std::io;
-use std::process::Command;
+use std::io::{self, Write};
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use floe_kernel::namespace::{Home, Namespace};
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::nftables::{Flow, Lifetime, PASS_MARK, add_table, delete_table};
+use floe_kernel::nftables::{Flow, Lifetime, PASS_MARK, add_closed_table, add_table, delete_table};
 use floe_options::NetworkLock;
 
 /// The longest name that CRIU gives its table.
@@ -25,6 +28,9 @@ pub enum LockError {
         #[source]
         source: io::Error,
     },
+    /// The namespace could not be entered.
+    #[error("Entering a network namespace to lock it")]
+    Enter(#[source] io::Error),
     /// The program could not be run.
     #[error("Running {program}; --network-lock nftables needs no program")]
     Program {
@@ -48,10 +54,35 @@ pub fn table_name(run_id: &str) -> String {
     name
 }
 
-/// Connections that are locked; dropping it unlocks them.
+/// A network namespace that is locked from another one.
+#[derive(Clone, Debug)]
+pub struct Away {
+    home: Rc<Home>,
+    namespace: Rc<Namespace>,
+}
+
+impl Away {
+    /// `namespace`, reached from `home` by the thread that made that.
+    pub fn new(home: Rc<Home>, namespace: Rc<Namespace>) -> Self {
+        Away { home, namespace }
+    }
+}
+
+/// Which packets are held back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Both directions of these connections, given by their outgoing packets.
+    Flows(Vec<Flow>),
+    /// All of a namespace that the tree has for its own.
+    Everything,
+}
+
+/// Packets that are held back; dropping it lets them pass.
 #[derive(Debug)]
 pub struct Lock {
-    flows: Vec<Flow>,
+    scope: Scope,
+    /// `None`: where the thread is.
+    away: Option<Away>,
     held: Held,
 }
 
@@ -65,28 +96,30 @@ enum Held {
 }
 
 impl Lock {
-    /// Locks both directions of connections, given by their outgoing packets.
-    pub fn new(method: NetworkLock, outgoing: Vec<Flow>) -> Result<Self, LockError> {
+    /// Locks what `scope` says, here or in another namespace.
+    pub fn new(method: NetworkLock, scope: Scope, away: Option<Away>) -> Result<Self, LockError> {
         let mut lock = Lock {
-            flows: outgoing,
             held: Held::Nothing,
+            scope,
+            away,
         };
-        if lock.flows.is_empty() {
+        if lock.scope == Scope::Flows(Vec::new()) {
             return Ok(lock);
         }
         match method {
             NetworkLock::Skip => {}
             NetworkLock::Nftables => {
-                // Two locks of one process must not clash: the address of the flows tells them apart.
-                let name = format!("floe-{}-{:p}", std::process::id(), lock.flows.as_ptr());
-                let socket = add(&name, Lifetime::Owner, &lock.both_ways())?;
+                static COUNT: AtomicU64 = AtomicU64::new(0);
+                // Two locks of one process must not clash.
+                let count = COUNT.fetch_add(1, Ordering::Relaxed);
+                let name = format!("floe-{}-{count}", std::process::id());
+                let add = || add(&name, Lifetime::Owner, &lock.scope);
+                let socket = within(lock.away.as_ref(), add)?;
                 lock.held = Held::Nftables(socket, name);
             }
             NetworkLock::Iptables => {
                 lock.held = Held::Iptables;
-                for flow in &lock.flows {
-                    iptables("-I", flow)?;
-                }
+                within(lock.away.as_ref(), || lock_by_iptables(&lock.scope))?;
             }
         }
         Ok(lock)
@@ -95,18 +128,13 @@ impl Lock {
     /// Makes the lock outlive this process, until a restore of the dump with this run id.
     pub fn persist(mut self, run_id: &str) -> Result<(), LockError> {
         if let Held::Nftables(..) = self.held {
-            add(&table_name(run_id), Lifetime::Persistent, &self.both_ways())?;
+            let name = table_name(run_id);
+            let add = || add(&name, Lifetime::Persistent, &self.scope);
+            within(self.away.as_ref(), add)?;
         } else {
             self.held = Held::Nothing;
         }
         Ok(())
-    }
-
-    fn both_ways(&self) -> Vec<Flow> {
-        let flows = self.flows.iter();
-        flows
-            .flat_map(|flow| [flow.clone(), flow.reversed()])
-            .collect()
     }
 }
 
@@ -121,7 +149,7 @@ impl Drop for Lock {
                     source,
                 })
             }
-            Held::Iptables => self.flows.iter().try_for_each(|flow| iptables("-D", flow)),
+            Held::Iptables => within(self.away.as_ref(), || unlock_by_iptables(&self.scope)),
             Held::Nothing => Ok(()),
         };
         if let Err(error) = result {
@@ -130,49 +158,139 @@ impl Drop for Lock {
     }
 }
 
-fn add(name: &str, lifetime: Lifetime, flows: &[Flow]) -> Result<NetlinkSocket, LockError> {
+/// Does `work` in the namespace that is meant.
+fn within<T>(
+    away: Option<&Away>,
+    work: impl FnOnce() -> Result<T, LockError>,
+) -> Result<T, LockError> {
+    let _visit = match away {
+        Some(away) => {
+            let visit = away.home.visit([&*away.namespace]);
+            Some(visit.map_err(LockError::Enter)?)
+        }
+        None => None,
+    };
+    work()
+}
+
+fn add(name: &str, lifetime: Lifetime, scope: &Scope) -> Result<NetlinkSocket, LockError> {
     let failed = |source| LockError::Nftables {
         action: "Adding",
         table: name.to_string(),
         source,
     };
     let socket = NetlinkSocket::open(libc::NETLINK_NETFILTER).map_err(failed)?;
-    add_table(&socket, name, lifetime, flows).map_err(failed)?;
+    match scope {
+        Scope::Flows(flows) => {
+            let both_ways = flows
+                .iter()
+                .flat_map(|flow| [flow.clone(), flow.reversed()]);
+            let both_ways: Vec<Flow> = both_ways.collect();
+            add_table(&socket, name, lifetime, &both_ways).map_err(failed)?;
+        }
+        Scope::Everything => add_closed_table(&socket, name, lifetime).map_err(failed)?,
+    }
     Ok(socket)
 }
 
-/// Undoes what a dump with this run id left locked, by whatever means; nothing to undo is no error.
-pub fn unlock_dumped(
-    method: NetworkLock,
-    run_id: Option<&str>,
-    outgoing: &[Flow],
-) -> Result<(), LockError> {
-    match (method, run_id) {
-        (NetworkLock::Nftables, Some(run_id)) => {
-            let table = table_name(run_id);
-            let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER)
-                .and_then(|socket| delete_table(&socket, &table));
-            match deleted {
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-                other => other.map_err(|source| LockError::Nftables {
-                    action: "Deleting",
-                    table,
-                    source,
-                }),
-            }
-        }
-        (NetworkLock::Iptables, _) => {
-            for flow in outgoing {
-                // On another machine than the dump's there are no rules.
-                match iptables("-D", flow) {
-                    Err(LockError::Refused { .. }) | Ok(()) => {}
-                    Err(error) => return Err(error),
+/// What a dump may have left locked.
+#[derive(Clone, Copy, Debug)]
+pub struct Left<'a> {
+    /// How it locked.
+    pub method: NetworkLock,
+    /// By which id its table is named.
+    pub run_id: Option<&'a str>,
+}
+
+impl Left<'_> {
+    /// Undoes it, by whatever means; nothing to undo is no error.
+    pub fn unlock(self, scope: &Scope, away: Option<&Away>) -> Result<(), LockError> {
+        within(away, || self.unlock_here(scope))
+    }
+
+    fn unlock_here(self, scope: &Scope) -> Result<(), LockError> {
+        match (self.method, self.run_id) {
+            (NetworkLock::Nftables, Some(run_id)) => {
+                let table = table_name(run_id);
+                let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER)
+                    .and_then(|socket| delete_table(&socket, &table));
+                match deleted {
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+                    other => other.map_err(|source| LockError::Nftables {
+                        action: "Deleting",
+                        table,
+                        source,
+                    }),
                 }
             }
-            Ok(())
+            // On another machine than the dump's there are no rules.
+            (NetworkLock::Iptables, _) => match unlock_by_iptables(scope) {
+                Err(LockError::Refused { .. }) => Ok(()),
+                other => other,
+            },
+            _ => Ok(()),
         }
-        _ => Ok(()),
     }
+}
+
+fn lock_by_iptables(scope: &Scope) -> Result<(), LockError> {
+    match scope {
+        Scope::Flows(flows) => flows.iter().try_for_each(|flow| iptables("-I", flow)),
+        Scope::Everything => {
+            let mark = format!("{PASS_MARK:#x}");
+            iptables_restore(&format!(
+                "*filter\n:CRIU - [0:0]\n-I INPUT -j CRIU\n-I OUTPUT -j CRIU\n\
+                 -A CRIU -m mark --mark {mark} -j ACCEPT\n-A CRIU -j DROP\nCOMMIT\n"
+            ))
+        }
+    }
+}
+
+/// Goes on after a rule that is not there; the first refusal is the result.
+fn unlock_by_iptables(scope: &Scope) -> Result<(), LockError> {
+    match scope {
+        Scope::Flows(flows) => {
+            let results = flows.iter().map(|flow| iptables("-D", flow));
+            results.fold(Ok(()), |all, one| all.and(one))
+        }
+        Scope::Everything => {
+            // Naming the chain empties it. It can go when nothing leads to it any more.
+            iptables_restore(
+                "*filter\n:CRIU - [0:0]\n-D INPUT -j CRIU\n-D OUTPUT -j CRIU\nCOMMIT\n",
+            )?;
+            iptables_restore("*filter\n:CRIU - [0:0]\n-X CRIU\nCOMMIT\n")
+        }
+    }
+}
+
+/// Changes rules of IPv4 and of IPv6 in one go each.
+fn iptables_restore(changes: &str) -> Result<(), LockError> {
+    let v6 = std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false);
+    let programs = ["iptables-restore", "ip6tables-restore"];
+    let programs = if v6 { &programs[..] } else { &programs[..1] };
+    for program in programs {
+        let failed = |source| LockError::Program { program, source };
+        let mut child = Command::new(program)
+            .args(["-w", "--noflush"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .map_err(failed)?;
+        let mut input = child.stdin.take().expect("a pipe was asked for");
+        // What it does not read it refuses below.
+        let _ = input.write_all(changes.as_bytes());
+        drop(input);
+        let output = child.wait_with_output().map_err(failed)?;
+        if !output.status.success() {
+            return Err(LockError::Refused {
+                program,
+                arguments: "-w --noflush".to_string(),
+                output: String::from_utf8_lossy(&output.stderr).trim().to_string(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Adds or deletes the rules for both directions of a connection, as CRIU does.
@@ -250,7 +368,7 @@ mod tests {
             target: vec![192, 0, 2, 2],
             target_port: 2,
         };
-        let lock = match Lock::new(NetworkLock::Nftables, vec![flow]) {
+        let lock = match Lock::new(NetworkLock::Nftables, Scope::Flows(vec![flow]), None) {
             Ok(lock) => lock,
             Err(error) => return eprintln!("skipped: {error}"),
         };

@@ -97,6 +97,9 @@ pub enum CollectError {
     /// The network could not be locked.
     #[error(transparent)]
     Lock(#[from] crate::netlock::LockError),
+    /// The content of a network namespace could not be read.
+    #[error(transparent)]
+    Net(#[from] crate::net::NetError),
     /// An image could not be written.
     #[error(transparent)]
     Write(#[from] WriteError),

@@ -16,6 +16,7 @@ use rustix::event::{PollFd, PollFlags};
 use super::socket_options::{collect_options, family_of, general, set_options};
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::net::{SocketPlace, in_every_network, network_number};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, plan_owner, set_flags};
 
 /// See the module.
@@ -27,11 +28,8 @@ const CONNECTED: u32 = 1;
 struct Table(HashMap<u32, NetlinkPeer>);
 
 impl Table {
-    fn read() -> Result<Self, CollectError> {
-        let listed = netlink_sockets().map_err(|source| CollectError::System {
-            action: "Listing netlink sockets".into(),
-            source,
-        })?;
+    fn read(collector: &Collector<'_>) -> Result<Self, CollectError> {
+        let listed = in_every_network(collector, "netlink sockets", netlink_sockets)?;
         Ok(Table(
             listed
                 .into_iter()
@@ -65,7 +63,7 @@ impl FdKind for NetlinkSocket {
         }
         let inode = fd.stat().st_ino as u32;
         let listed = collector
-            .try_cache(|_| Table::read())?
+            .try_cache(|collector| Table::read(collector))?
             .0
             .get(&inode)
             .cloned();
@@ -77,6 +75,7 @@ impl FdKind for NetlinkSocket {
             flags: fd.flags(),
             fown: fd.owner()?,
             opts: collect_options(fd.file(), libc::AF_NETLINK).map_err(failed)?,
+            ns_id: network_number(fd, collector)?,
             ..NetlinkSkEntry::default()
         };
         // One that is neither bound nor connected may be in no list.
@@ -111,7 +110,10 @@ impl FdRestore for NetlinkSocket {
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
         let entry = payload(file, &file.nlsk)?;
         let name = format!("make netlink socket {}", entry.ino);
-        planner.open(entry.id, name, &[], move |_| make(entry));
+        let place = SocketPlace::new(planner, entry.ns_id);
+        planner.open(entry.id, name, place.needs(), move |world| {
+            place.visit(world, |_| make(entry))
+        });
         plan_owner(planner, entry.id, &entry.fown);
         Ok(())
     }
@@ -192,7 +194,8 @@ mod tests {
         let made = make(&entry).expect("no privileges needed");
         assert!(!has_unread(made.as_fd()).expect("pollable"));
         let inode = rustix::fs::fstat(&made).expect("open").st_ino as u32;
-        let listed = Table::read().expect("sock_diag").0;
-        assert_eq!(listed.get(&inode).map(|found| found.groups[0]), Some(0b101));
+        let listed = netlink_sockets().expect("sock_diag");
+        let found = listed.iter().find(|found| found.inode == inode);
+        assert_eq!(found.map(|found| found.groups[0]), Some(0b101));
     }
 }

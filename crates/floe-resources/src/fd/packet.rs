@@ -16,6 +16,7 @@ use floe_kernel::sockopt::{SocketOption, set_option_bytes, set_option_number};
 use super::socket_options::{collect_options, family_of, set_options};
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::net::{SocketPlace, in_every_network, network_number};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, plan_owner, set_flags};
 
 /// See the module.
@@ -38,11 +39,8 @@ const fn packet(name: i32) -> SocketOption {
 struct Table(HashMap<u32, Listed>);
 
 impl Table {
-    fn read() -> Result<Self, CollectError> {
-        let listed = packet_sockets().map_err(|source| CollectError::System {
-            action: "Listing packet sockets".into(),
-            source,
-        })?;
+    fn read(collector: &Collector<'_>) -> Result<Self, CollectError> {
+        let listed = in_every_network(collector, "packet sockets", packet_sockets)?;
         Ok(Table(
             listed
                 .into_iter()
@@ -74,14 +72,14 @@ impl FdKind for PacketSocket {
             )))
         };
         let Some(listed) = collector
-            .try_cache(|_| Table::read())?
+            .try_cache(|collector| Table::read(collector))?
             .0
             .get(&inode)
             .cloned()
         else {
             return refuse(
-                "not in the network namespace of the caller",
-                "checkpoint from inside that namespace",
+                "in no network namespace of the tree",
+                "close it before the checkpoint",
             );
         };
         if listed.memberships.iter().any(|one| one.count != 1) {
@@ -97,6 +95,7 @@ impl FdKind for PacketSocket {
             flags: fd.flags(),
             fown: fd.owner()?,
             opts: options,
+            ns_id: network_number(fd, collector)?,
             ..entry_of(&listed)
         };
         Ok(FileEntry {
@@ -161,7 +160,10 @@ impl FdRestore for PacketSocket {
             return Err(PlanError::damaged("files.img", what));
         }
         let name = format!("make packet socket {:#x}", entry.id);
-        planner.open(entry.id, name, &[], move |_| make(entry));
+        let place = SocketPlace::new(planner, entry.ns_id);
+        planner.open(entry.id, name, place.needs(), move |world| {
+            place.visit(world, |_| make(entry))
+        });
         plan_owner(planner, entry.id, &entry.fown);
         Ok(())
     }

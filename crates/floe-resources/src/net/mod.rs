@@ -1,28 +1,31 @@
-//! The content of a network namespace: devices, addresses, routes, rules.
+//! The content of a network namespace (`network_namespaces(7)`).
 //!
-//! Saved:    nothing yet.
-//! Rebuilt:  nothing yet.
-//! Not kept: everything; a tree with a network namespace of its own is refused.
+//! Saved:    devices, addresses, routes, routing and packet rules, tracked connections, settings, ids of others.
+//! Rebuilt:  settings, all devices of all namespaces, then what refers to them. Needs: the empty namespaces.
+//! Not kept: neighbours, traffic control, IPsec, devices of kinds that are refused by name.
+//!
+//! A namespace that is somebody else's (`--external net[INODE]:NAME`) or that somebody else fills
+//! (`--empty-ns net`) is left as it is.
 
-use floe_kernel::namespace::NsKind;
+mod collect;
+mod conntrack;
+mod error;
+mod firewall;
+mod ip_dump;
+mod link;
+mod locks;
+mod place;
+mod plan;
+mod sockets;
+mod sysctl;
 
-use crate::collect::{CollectError, Collector, Obstacle};
-use crate::namespace::TreeNamespace;
-use crate::restore::{PlanError, Planner};
+pub use collect::{collect, external_name};
+pub use error::NetError;
+pub use link::TunDevices;
+pub(crate) use locks::unlock_networks;
+pub(crate) use place::SocketPlace;
+pub use plan::plan;
+pub(crate) use sockets::{in_every_network, network_number};
 
-/// Writes the images of a namespace; see [`crate::namespace`].
-pub fn collect(namespace: &TreeNamespace, _: &mut Collector<'_>) -> Result<(), CollectError> {
-    Err(CollectError::Unsupported(Obstacle {
-        pid: namespace.member,
-        object: format!("a {} namespace of its own", NsKind::Net),
-        remedy: "network namespaces are not supported yet".to_string(),
-    }))
-}
-
-/// Adds the steps that fill a namespace; see [`crate::namespace`].
-pub fn plan(id: u32, _: &mut Planner<'_>) -> Result<(), PlanError> {
-    Err(PlanError::Unsupported {
-        object: format!("The {} namespace {id}", NsKind::Net),
-        remedy: "network namespaces are not supported yet; restore it with CRIU",
-    })
-}
+#[cfg(test)]
+mod tests;

@@ -74,6 +74,8 @@ pub enum ExecuteError {
     #[error(transparent)]
     Lock(#[from] crate::netlock::LockError),
     #[error(transparent)]
+    Net(#[from] crate::net::NetError),
+    #[error(transparent)]
     Hook(#[from] floe_options::HookError),
 }
 

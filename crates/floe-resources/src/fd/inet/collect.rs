@@ -1,7 +1,6 @@
 //! Reading internet sockets: what `sock_diag` tells, and what only the socket itself can.
 
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::io;
 use std::os::fd::BorrowedFd;
 
@@ -18,6 +17,7 @@ use super::ip_options::{V6ONLY, collect_ip_options, collect_tcp_options};
 use super::tcp::note_connection;
 use super::{LISTEN, is_connection};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::net::{in_every_network, network_number};
 
 const MPTCP: i32 = 262;
 const UDP_LITE: i32 = 136;
@@ -108,7 +108,10 @@ pub(super) fn collect(
     if let Some((what, remedy)) = state_obstacle(kind, &socket, fd, collector) {
         return refuse(what, remedy);
     }
-    let entry = make_entry(id, fd, (kind, &socket))?;
+    let entry = InetSkEntry {
+        ns_id: network_number(fd, collector)?,
+        ..make_entry(id, fd, (kind, &socket))?
+    };
     if is_connection(&entry) && !collector.options.sockets.tcp_close {
         note_connection(&entry, fd, collector)?;
     }
@@ -126,20 +129,20 @@ fn listed(
     let Some(protocol) = kind.listed_under() else {
         return Ok(None);
     };
-    let tables = &mut collector.cache(Tables::default).0;
     let key = (kind.family, protocol);
-    if let Entry::Vacant(place) = tables.entry(key) {
-        let all = match inet_sockets(kind.family, protocol) {
-            Ok(all) => all,
-            // No module for this protocol: the socket itself tells nearly as much.
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Vec::new(),
-            Err(source) => {
-                let action = format!("Listing the sockets of protocol {protocol}");
-                return Err(CollectError::System { action, source });
+    if !collector.cache(Tables::default).0.contains_key(&key) {
+        let what = format!("the sockets of protocol {protocol}");
+        let all = in_every_network(collector, &what, || {
+            match inet_sockets(kind.family, protocol) {
+                // No module for this protocol: the socket itself tells nearly as much.
+                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(Vec::new()),
+                other => other,
             }
-        };
-        place.insert(all.into_iter().map(|one| (one.inode, one)).collect());
+        })?;
+        let all = all.into_iter().map(|one| (one.inode, one)).collect();
+        collector.cache(Tables::default).0.insert(key, all);
     }
+    let tables = &collector.cache(Tables::default).0;
     Ok(tables[&key].get(&inode).cloned())
 }
 

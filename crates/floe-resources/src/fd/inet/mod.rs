@@ -56,7 +56,7 @@ impl FdRestore for InetSocket {
 }
 
 /// Whether it is one end of a TCP connection.
-fn is_connection(entry: &InetSkEntry) -> bool {
+pub(crate) fn is_connection(entry: &InetSkEntry) -> bool {
     entry.proto == libc::IPPROTO_TCP.cast_unsigned()
         && entry.r#type == libc::SOCK_STREAM.cast_unsigned()
         && entry.dst_port != 0

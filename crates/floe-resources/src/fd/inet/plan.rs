@@ -18,7 +18,8 @@ use super::address::{End, outgoing, source, target};
 use super::ip_options::{V6ONLY, set_ip_options, set_tcp_options};
 use super::restore_tcp::{Rebuilt, plan_connection};
 use super::{LISTEN, is_connection};
-use crate::netlock::{Lock, unlock_dumped};
+use crate::net::{SocketPlace, unlock_networks};
+use crate::netlock::{Left, Lock, Scope};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
 
 /// Every socket has its port.
@@ -49,9 +50,16 @@ pub(super) fn plan<'i>(entry: &'i InetSkEntry, planner: &mut Planner<'i>) -> Res
         }
         plan_connection(planner, entry, (from, to))?;
     } else if is_connection(entry) {
-        planner.open(entry.id, name, &[LISTENERS], move |_| make_closed(entry));
+        let place = SocketPlace::new(planner, entry.ns_id);
+        let needs = [&[LISTENERS], place.needs()].concat();
+        planner.open(entry.id, name, &needs, move |world| {
+            place.visit(world, |_| make_closed(entry))
+        });
     } else {
-        planner.open(entry.id, name, &[], move |_| make(entry, &from, &to));
+        let place = SocketPlace::new(planner, entry.ns_id);
+        planner.open(entry.id, name, place.needs(), move |world| {
+            place.visit(world, |_| make(entry, &from, &to))
+        });
     }
     let done = Handle::Object("finished internet socket", u64::from(entry.id));
     let mut needs = vec![Handle::File(entry.id), PORTS];
@@ -84,18 +92,22 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         Ok(())
     });
     let connections = entries.into_iter().filter(|entry| is_connection(entry));
-    let mut flows = Vec::new();
+    let (mut flows, mut inside) = (Vec::new(), 0);
     for entry in connections.filter(|_| !closes_connections(planner)) {
+        if SocketPlace::new(planner, entry.ns_id).number().is_some() {
+            inside += 1; // Its whole namespace is locked before it has devices.
+            continue;
+        }
         flows.push(outgoing(&source(entry)?, &target(entry)?));
     }
-    if flows.is_empty() {
+    if flows.is_empty() && inside == 0 {
         return Ok(());
     }
     let method = planner.options.sockets.network_lock;
     let name = format!("lock {} TCP connections", flows.len());
     planner.step(name, (&[], &[LOCKED]), move |world| {
         // Connections within the tree too: a timer may send before the other end is there.
-        let lock = Lock::new(method, flows.clone())?;
+        let lock = Lock::new(method, Scope::Flows(flows.clone()), None)?;
         let network = world.state::<Network>();
         network.lock = Some(lock);
         network.flows = flows;
@@ -240,21 +252,21 @@ fn is_tcp(entry: &InetSkEntry) -> bool {
 /// Unlocks the network and lets the connections of the tree go on. The last thing before its tasks run.
 pub fn release_connections(world: &mut World<'_>) -> Result<(), ExecuteError> {
     let network = std::mem::take(world.state::<Network>());
-    if network.flows.is_empty() {
-        return Ok(());
-    }
     let inventory = &world.images.inventory;
     let dumped = match inventory.network_lock_method {
         Some(1) => NetworkLock::Nftables,
         Some(2) => NetworkLock::Skip,
         _ => NetworkLock::Iptables,
     };
+    let left = Left {
+        method: dumped,
+        run_id: inventory.dump_criu_run_id.as_deref(),
+    };
     drop(network.lock);
-    unlock_dumped(
-        dumped,
-        inventory.dump_criu_run_id.as_deref(),
-        &network.flows,
-    )?;
+    if !network.flows.is_empty() {
+        left.unlock(&Scope::Flows(network.flows), None)?;
+    }
+    unlock_networks(world, left)?;
     for one in network.rebuilt {
         let file = world.file(one.id)?;
         one.go_on(file)?;

@@ -20,6 +20,7 @@ use super::super::socket_options::{open_buffers, open_send_buffer, set_buffers};
 use super::address::{End, outgoing};
 use super::plan::{LISTENERS, LOCKED, Network, bind_to, make_sharing};
 use super::tcp_state::{Ends, SYN_SENT, Sequences, agreement, window};
+use crate::net::SocketPlace;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World};
 
 /// Bytes put into a queue at once; the kernel has more overhead for less.
@@ -92,13 +93,15 @@ pub(super) fn plan_connection<'i>(
     let connection = std::rc::Rc::new(connection);
     let copy = connection.clone();
     let name = format!("rebuild TCP connection {}", connection.what());
-    planner.open(entry.id, name, &[LISTENERS, LOCKED], move |world| {
-        rebuild(world, &copy)
+    let place = SocketPlace::new(planner, entry.ns_id);
+    let needs = [&[LISTENERS, LOCKED], place.needs()].concat();
+    planner.open(entry.id, name, &needs, move |world| {
+        place.visit(world, |world| rebuild(world, &copy))
     });
     let name = format!("end directions of TCP connection {}", connection.what());
     let needs = [Handle::File(entry.id)];
     planner.step(name, (&needs, &[ended(entry.id)]), move |world| {
-        end_directions(world, &connection)
+        place.visit(world, |world| end_directions(world, &connection))
     });
     Ok(())
 }

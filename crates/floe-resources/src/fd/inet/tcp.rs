@@ -9,12 +9,14 @@
 
 use std::collections::HashSet;
 use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{InetSkEntry, TcpStreamEntry};
 use floe_inject::{Journal, RepairNote};
 use floe_kernel::ids::{HostPid, TaskFd};
+use floe_kernel::namespace::NsKind;
 use floe_kernel::nftables::Flow;
 use floe_kernel::socket::{unacknowledged_bytes, unread_bytes, unsent_bytes};
 use floe_kernel::tcp_repair::{Agreed, Queue, Repair, tcp_info};
@@ -22,7 +24,8 @@ use floe_kernel::tcp_repair::{Agreed, Queue, Repair, tcp_info};
 use super::address::{End, outgoing};
 use super::tcp_state::Lengths;
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
-use crate::netlock::{Lock, LockError, unlock_dumped};
+use crate::net::external_name;
+use crate::netlock::{Away, Left, Lock, LockError, Scope};
 use floe_options::NetworkLock;
 
 /// How often connections within the tree are looked at again until both ends agree.
@@ -37,6 +40,8 @@ struct Connection {
     fd: TaskFd,
     socket: OwnedFd,
     flow: Flow,
+    /// The number of its network namespace in the images.
+    network: Option<u32>,
 }
 
 impl Connection {
@@ -61,7 +66,9 @@ pub struct HeldConnections {
     // Dropped, and so let go, before their notes end.
     sockets: Vec<Repair>,
     notes: Vec<RepairNote>,
-    lock: Lock,
+    locks: Vec<Lock>,
+    /// The namespaces besides our own that are locked.
+    away: Vec<Away>,
     method: NetworkLock,
 }
 
@@ -70,11 +77,11 @@ impl HeldConnections {
     pub fn release(self) -> Result<(), std::io::Error> {
         let HeldConnections {
             sockets,
-            lock,
+            locks,
             notes,
             ..
         } = self;
-        drop(lock);
+        drop(locks);
         let mut result = Ok(());
         for socket in sockets {
             result = result.and(socket.leave());
@@ -89,11 +96,15 @@ impl HeldConnections {
         let HeldConnections {
             sockets,
             notes,
-            lock,
+            locks,
+            away,
             method,
         } = self;
-        lock.persist(run_id)?;
+        locks
+            .into_iter()
+            .try_for_each(|lock| lock.persist(run_id))?;
         Ok(SilencedConnections {
+            away,
             sockets,
             _notes: notes,
             run_id: run_id.to_string(),
@@ -108,6 +119,7 @@ pub struct SilencedConnections {
     sockets: Vec<Repair>,
     _notes: Vec<RepairNote>,
     run_id: String,
+    away: Vec<Away>,
     method: NetworkLock,
 }
 
@@ -121,8 +133,19 @@ impl SilencedConnections {
 
 impl Drop for SilencedConnections {
     fn drop(&mut self) {
-        if let Err(error) = unlock_dumped(self.method, Some(&self.run_id), &[]) {
-            tracing::warn!(%error, "connections may stay locked");
+        let left = Left {
+            method: self.method,
+            run_id: Some(&self.run_id),
+        };
+        let away = self.away.iter().map(Some);
+        for place in std::iter::once(None).chain(away) {
+            let scope = match place {
+                Some(_) => Scope::Everything,
+                None => Scope::Flows(Vec::new()),
+            };
+            if let Err(error) = left.unlock(&scope, place) {
+                tracing::warn!(%error, "connections may stay locked");
+            }
         }
     }
 }
@@ -147,6 +170,7 @@ pub(super) fn note_connection(
         fd: fd.fd(),
         socket: copy.map_err(|error| fd.failed("Duplicating", error))?,
         flow: outgoing(&source, &target),
+        network: entry.ns_id,
     };
     collector.cache(Connections::default).0.push(connection);
     Ok(())
@@ -166,10 +190,11 @@ pub fn hold_connections(
     journal: Option<&Arc<Journal>>,
 ) -> Result<HeldConnections, CollectError> {
     let connections = std::mem::take(&mut collector.cache(Connections::default).0);
-    let flows: Vec<Flow> = connections.iter().map(|one| one.flow.clone()).collect();
     let method = collector.options.sockets.network_lock;
+    let (locks, away) = lock(&connections, collector)?;
     let mut held = HeldConnections {
-        lock: Lock::new(method, with_outside_peers(&flows))?,
+        locks,
+        away,
         sockets: Vec::with_capacity(connections.len()),
         notes: Vec::with_capacity(connections.len()),
         method,
@@ -200,6 +225,44 @@ pub fn hold_connections(
         image.append_raw(&stream.send)?;
     }
     Ok(held)
+}
+
+/// Locks what the connections are in: a namespace of the tree's own as a whole, whatever is in it, and of the
+/// others the connections.
+fn lock(
+    connections: &[Connection],
+    collector: &Collector<'_>,
+) -> Result<(Vec<Lock>, Vec<Away>), CollectError> {
+    let method = collector.options.sockets.network_lock;
+    let namespaces = collector.namespaces();
+    let flows_in = |tree: &dyn Fn(Option<u32>) -> bool| {
+        let inside = connections.iter().filter(|one| tree(one.network));
+        let flows: Vec<Flow> = inside.map(|one| one.flow.clone()).collect();
+        Scope::Flows(with_outside_peers(&flows))
+    };
+    let all = namespaces.all().iter();
+    let networks: Vec<_> = all.filter(|one| one.kind() == NsKind::Net).collect();
+    let of_tree = |number: Option<u32>| networks.iter().any(|one| Some(one.id) == number);
+    let here = flows_in(&|number| !of_tree(number));
+    let mut locks = vec![Lock::new(method, here, None)?];
+    let mut locked = Vec::new();
+    for network in &networks {
+        let external = external_name(network, collector.options).is_some();
+        let scope = if external {
+            flows_in(&|number| number == Some(network.id))
+        } else {
+            Scope::Everything
+        };
+        let clone = network.namespace.try_clone();
+        let clone = clone.map_err(|source| CollectError::System {
+            action: "Duplicating a namespace".to_string(),
+            source,
+        })?;
+        let away = Away::new(Rc::clone(namespaces.home()), Rc::new(clone));
+        locks.push(Lock::new(method, scope, Some(away.clone()))?);
+        locked.push(away);
+    }
+    Ok((locks, locked))
 }
 
 /// A connection as it goes into its image.

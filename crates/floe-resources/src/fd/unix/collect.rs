@@ -15,6 +15,7 @@ use super::super::socket_options::collect_options;
 use super::super::socket_queue::{QueueOwner, save_queue};
 use super::{EXTERNAL, LISTEN};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle, no_owner};
+use crate::net::{in_every_network, network_number};
 
 /// Every unix socket of the machine, and what was saved of them.
 struct Table {
@@ -28,11 +29,8 @@ struct Table {
 }
 
 impl Table {
-    fn read() -> Result<Self, CollectError> {
-        let listed = unix_sockets().map_err(|source| CollectError::System {
-            action: "Listing unix sockets".into(),
-            source,
-        })?;
+    fn read(collector: &Collector<'_>) -> Result<Self, CollectError> {
+        let listed = in_every_network(collector, "unix sockets", unix_sockets)?;
         let pairs = listed.iter().flat_map(|listener| {
             listener
                 .waiting
@@ -52,7 +50,7 @@ impl Table {
 }
 
 fn table<'c>(collector: &'c mut Collector<'_>) -> Result<&'c mut Table, CollectError> {
-    collector.try_cache(|_| Table::read())
+    collector.try_cache(|collector| Table::read(collector))
 }
 
 /// Where a socket was found, for messages.
@@ -84,11 +82,12 @@ pub(super) fn collect(
         id,
         inode,
     };
+    let network = network_number(fd, collector)?;
     let table = table(collector)?;
     let Some(socket) = table.sockets.get(&inode).cloned() else {
         return Err(at.refuse(
-            "not in the network namespace of the caller",
-            "checkpoint from inside that namespace",
+            "in no network namespace of the tree",
+            "close it before the checkpoint",
         ));
     };
     table.saved.insert(inode, id);
@@ -105,6 +104,7 @@ pub(super) fn collect(
         opts: options(fd)?,
         name: socket.name.clone(),
         shutdown: (socket.shutdown != 0).then(|| socket.shutdown.into()),
+        ns_id: network,
         ..UnixSkEntry::default()
     };
     if socket.name.first().is_some_and(|first| *first != 0) {

@@ -13,6 +13,7 @@ use super::super::socket_queue::{Message, Queues, rights_of, send_queue};
 use super::name::{LONGEST, address, bind_socket, is_path, reach};
 use super::peers::{Peers, Role};
 use super::{ESTABLISHED, LISTEN};
+use crate::net::SocketPlace;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
 
 /// Sockets that exist only to send what others have not read.
@@ -142,6 +143,8 @@ fn plan_making<'i>(
     (needs, has_queue): (&[Handle], bool),
 ) -> Result<(), PlanError> {
     let name = format!("make unix socket {}", entry.ino);
+    let place = SocketPlace::new(planner, entry.ns_id);
+    let needs = &[needs, place.needs()].concat();
     match role {
         Role::PairOf(_) | Role::External => Ok(()),
         Role::PairWith(peer) => {
@@ -155,24 +158,26 @@ fn plan_making<'i>(
             let makes = [Handle::File(entry.id), Handle::File(peer.id)];
             let name = format!("make unix sockets {} and {}", entry.ino, peer.ino);
             planner.step(name, (needs, &makes), move |world| {
-                make_pair(world, entry, peer)
+                place.visit(world, |world| make_pair(world, entry, peer))
             });
             Ok(())
         }
         Role::Orphan => {
             planner.open(entry.id, name, needs, move |world| {
-                make_with_sender(world, entry)
+                place.visit(world, |world| make_with_sender(world, entry))
             });
             Ok(())
         }
         Role::Alone | Role::ConnectTo(_) => {
             let datagrams = entry.r#type == libc::SOCK_DGRAM.cast_unsigned();
             planner.open(entry.id, name, needs, move |world| {
-                if datagrams && has_queue {
-                    make_with_sender(world, entry)
-                } else {
-                    make(world, entry)
-                }
+                place.visit(world, |world| {
+                    if datagrams && has_queue {
+                        make_with_sender(world, entry)
+                    } else {
+                        make(world, entry)
+                    }
+                })
             });
             Ok(())
         }
