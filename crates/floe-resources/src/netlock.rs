@@ -250,8 +250,8 @@ fn lock_by_iptables(scope: &Scope) -> Result<(), LockError> {
 fn unlock_by_iptables(scope: &Scope) -> Result<(), LockError> {
     match scope {
         Scope::Flows(flows) => {
-            let results = flows.iter().map(|flow| iptables("-D", flow));
-            results.fold(Ok(()), |all, one| all.and(one))
+            let results: Vec<_> = flows.iter().map(|flow| iptables("-D", flow)).collect();
+            results.into_iter().collect()
         }
         Scope::Everything => {
             // Naming the chain empties it. It can go when nothing leads to it any more.

@@ -65,7 +65,10 @@ impl<'a> Source<'a> {
             [] => "",
         };
         let code = code_only(text);
-        let tests_from = code.lines().position(|line| line.trim() == "#[cfg(test)]");
+        let tests_from = code.lines().position(|line| {
+            let line = line.trim();
+            line == "#[cfg(test)]" || line == "#![cfg(test)]"
+        });
         let tests_from = tests_from.unwrap_or(code.lines().count());
         let is_product = parts.contains(&"src");
         Self {
