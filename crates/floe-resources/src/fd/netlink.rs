@@ -111,7 +111,7 @@ impl FdRestore for NetlinkSocket {
         let entry = payload(file, &file.nlsk)?;
         let name = format!("make netlink socket {}", entry.ino);
         let place = SocketPlace::new(planner, entry.ns_id);
-        planner.open(entry.id, name, place.needs(), move |world| {
+        planner.open(entry.id, name, &place.needs(), move |world| {
             place.visit(world, |_| make(entry))
         });
         plan_owner(planner, entry.id, &entry.fown);

@@ -161,7 +161,7 @@ impl FdRestore for PacketSocket {
         }
         let name = format!("make packet socket {:#x}", entry.id);
         let place = SocketPlace::new(planner, entry.ns_id);
-        planner.open(entry.id, name, place.needs(), move |world| {
+        planner.open(entry.id, name, &place.needs(), move |world| {
             place.visit(world, |_| make(entry))
         });
         plan_owner(planner, entry.id, &entry.fown);

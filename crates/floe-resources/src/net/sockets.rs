@@ -7,7 +7,6 @@ use floe_kernel::tun::network_of;
 
 use super::error::{Attempt, NetError};
 use crate::collect::{CollectError, Collector, FdProbe, Obstacle};
-use crate::fd::namespace::KINDS;
 
 /// The number of the network namespace of a socket or tun file; `None` where that cannot be asked.
 pub fn network_number(
@@ -22,14 +21,8 @@ pub fn network_number(
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => return Ok(None),
             Err(error) => return Err(fd.failed("Asking for the network namespace", error)),
         };
-    let home = namespaces.home().namespace(NsKind::Net);
-    if home.is_some_and(|home| home.identity() == namespace) {
-        return Ok(Some(host_number()));
-    }
-    let known = namespaces.all().iter();
-    let mut known = known.filter(|known| known.kind() == NsKind::Net);
-    match known.find(|known| known.namespace.identity() == namespace) {
-        Some(known) => Ok(Some(known.id)),
+    match namespaces.number(NsKind::Net, namespace) {
+        Some(number) => Ok(Some(number)),
         None => Err(CollectError::Unsupported(Obstacle::fd(
             fd.pid(),
             fd.fd(),
@@ -37,12 +30,6 @@ pub fn network_number(
             "close it: no task of the tree is in its network namespace",
         ))),
     }
-}
-
-/// The number that the coordinator's own network namespace has in the images.
-fn host_number() -> u32 {
-    let kind = KINDS.iter().find(|kind| kind.name == NsKind::Net.name());
-    kind.expect("one of the kinds").number
 }
 
 /// What `list` tells in our own network namespace and in each of the tree.

@@ -2,6 +2,7 @@
 #![cfg(test)]
 
 use std::process::Command;
+use std::rc::Rc;
 
 use floe_kernel::namespace::{Home, Namespace, NsKind};
 use floe_kernel::netlink::NetlinkSocket;
@@ -46,24 +47,24 @@ fn shown(nft: bool) -> String {
     all
 }
 
-fn in_new_network(home: &Home, work: impl FnOnce()) -> Namespace {
+fn in_new_network(home: &Rc<Home>, work: impl FnOnce()) -> Namespace {
     let _visit = home.visit_new(&[NsKind::Net]).expect("root may");
     work();
     Namespace::own(NsKind::Net).expect("it exists")
 }
 
 /// Runs `work` in a thread of its own where that can make namespaces and the tools are there.
-fn with_home(work: impl FnOnce(&Home) + Send) {
+fn with_home(work: impl FnOnce(&Rc<Home>) + Send) {
     let root = rustix::process::geteuid().is_root();
     if !root || Command::new("ip").arg("-V").output().is_err() {
         return eprintln!("skipped: needs root and ip");
     }
     std::thread::scope(|scope| {
-        scope.spawn(|| work(&Home::here().expect("/proc is there")));
+        scope.spawn(|| work(&Rc::new(Home::here().expect("/proc is there"))));
     });
 }
 
-fn copy(home: &Home, from: &Namespace, to: &Namespace) {
+fn copy(home: &Rc<Home>, from: &Namespace, to: &Namespace) {
     let around = Surroundings {
         own: 10,
         others: &[],

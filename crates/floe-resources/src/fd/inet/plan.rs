@@ -51,13 +51,13 @@ pub(super) fn plan<'i>(entry: &'i InetSkEntry, planner: &mut Planner<'i>) -> Res
         plan_connection(planner, entry, (from, to))?;
     } else if is_connection(entry) {
         let place = SocketPlace::new(planner, entry.ns_id);
-        let needs = [&[LISTENERS], place.needs()].concat();
+        let needs = [&[LISTENERS][..], &place.needs()].concat();
         planner.open(entry.id, name, &needs, move |world| {
             place.visit(world, |_| make_closed(entry))
         });
     } else {
         let place = SocketPlace::new(planner, entry.ns_id);
-        planner.open(entry.id, name, place.needs(), move |world| {
+        planner.open(entry.id, name, &place.needs(), move |world| {
             place.visit(world, |_| make(entry, &from, &to))
         });
     }
@@ -105,7 +105,7 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     }
     let method = planner.options.sockets.network_lock;
     let name = format!("lock {} TCP connections", flows.len());
-    planner.step(name, (&[], &[LOCKED]), move |world| {
+    planner.step_at_home(name, (&[], &[LOCKED]), move |world| {
         // Connections within the tree too: a timer may send before the other end is there.
         let lock = Lock::new(method, Scope::Flows(flows.clone()), None)?;
         let network = world.state::<Network>();

@@ -94,7 +94,7 @@ pub(super) fn plan_connection<'i>(
     let copy = connection.clone();
     let name = format!("rebuild TCP connection {}", connection.what());
     let place = SocketPlace::new(planner, entry.ns_id);
-    let needs = [&[LISTENERS, LOCKED], place.needs()].concat();
+    let needs = [&[LISTENERS, LOCKED][..], &place.needs()].concat();
     planner.open(entry.id, name, &needs, move |world| {
         place.visit(world, |world| rebuild(world, &copy))
     });

@@ -144,7 +144,7 @@ fn plan_making<'i>(
 ) -> Result<(), PlanError> {
     let name = format!("make unix socket {}", entry.ino);
     let place = SocketPlace::new(planner, entry.ns_id);
-    let needs = &[needs, place.needs()].concat();
+    let needs = &[needs, &place.needs()].concat();
     match role {
         Role::PairOf(_) | Role::External => Ok(()),
         Role::PairWith(peer) => {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
+use std::rc::Rc;
 
 use floe_image::messages::{NdType, NetDeviceEntry};
 use floe_kernel::namespace::{Home, Namespace, NsKind};
@@ -31,7 +32,7 @@ pub struct Network<'i> {
 #[derive(Clone, Copy, Debug)]
 pub struct Outside<'a> {
     /// Our own namespace, which devices come from and lead to.
-    pub home: &'a Home,
+    pub home: &'a Rc<Home>,
     pub external: &'a [External],
     pub missing: Missing,
 }
