@@ -134,11 +134,6 @@ impl Settings {
                 "run Floe inside the namespace (nsenter)",
             ),
             (
-                self.empty_net && restore,
-                "--empty-ns",
-                "run Floe inside a new network namespace (unshare --net)",
-            ),
-            (
                 self.lsm_profile.is_some() && restore,
                 "--lsm-profile",
                 "start Floe under the profile",

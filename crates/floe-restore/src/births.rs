@@ -48,7 +48,7 @@ impl Births<'_> {
             .iter()
             .map(|birth| Handle::Session(birth.pid))
             .collect();
-        planner.step("the whole tree stands", (&born, &[Handle::Tree]), |world| {
+        planner.step_at_home("the whole tree stands", (&born, &[Handle::Tree]), |world| {
             let event = HookEvent::new(Action::PostSetupNamespaces, None);
             Ok(world.options.hooks.run(event)?)
         });

@@ -325,11 +325,20 @@ fn skip(entries: &mut Vec<MntEntry>, collector: &Collector<'_>) {
     entries.retain(|entry| !gone.contains(&entry.mnt_id));
 }
 
-/// Devices of file systems that come from outside, so that their content does as well.
+/// Devices of file systems that come from outside, so that their content does as well. A part of one that
+/// the tree has mounted itself may be given from outside too: engines hide files behind a device of the
+/// container's own `/dev`.
 fn given_content(entries: &[MntEntry], of_root: bool) -> Vec<u32> {
     let ids: BTreeSet<u32> = entries.iter().map(|entry| entry.mnt_id).collect();
+    let is_root = |entry: &MntEntry| of_root && !ids.contains(&entry.parent_mnt_id);
+    let own: BTreeSet<u32> = entries
+        .iter()
+        .filter(|entry| entry.root == "/" && entry.ext_key.is_none() && !is_root(entry))
+        .map(|entry| entry.root_dev)
+        .collect();
     let is_given = |entry: &&MntEntry| {
-        entry.ext_key.is_some() || (of_root && !ids.contains(&entry.parent_mnt_id))
+        let part_of_own = entry.root != "/" && own.contains(&entry.root_dev);
+        is_root(entry) || (entry.ext_key.is_some() && !part_of_own)
     };
     let given = entries.iter().filter(is_given);
     given.map(|entry| entry.root_dev).collect()
