@@ -129,11 +129,6 @@ impl Settings {
                 "use a directory",
             ),
             (
-                !self.join_ns.is_empty() && restore,
-                "--join-ns",
-                "run Floe inside the namespace (nsenter)",
-            ),
-            (
                 self.lsm_profile.is_some() && restore,
                 "--lsm-profile",
                 "start Floe under the profile",
@@ -142,11 +137,6 @@ impl Settings {
                 self.lsm_mount_context.is_some() && restore,
                 "--lsm-mount-context",
                 "mount with the context beforehand",
-            ),
-            (
-                !self.veth_pairs.is_empty() && restore,
-                "--veth-pair",
-                "make the pair beforehand",
             ),
         ];
         rows.into_iter()

@@ -77,7 +77,6 @@ fn options_not_supported_yet_are_named_and_exit_with_3() {
             "dump -t 1 --page-server --lazy-pages",
             "--lazy-pages is not supported yet",
         ),
-        ("restore --join-ns net:1", "--join-ns is not supported yet"),
         ("page-server --port 1", "`page-server` is not supported yet"),
     ] {
         let output = run(directory.path(), line);

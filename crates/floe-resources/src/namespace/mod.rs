@@ -19,6 +19,7 @@
 //!   `world.run` and `world.fetch`.
 
 mod collect;
+mod given;
 pub mod ids;
 mod owners;
 mod pids;
@@ -33,6 +34,7 @@ pub use plan::{READY, has_own_pids, of_root, own_of_root, plan_namespaces};
 pub use tree::{TreeNamespace, TreeNamespaces};
 
 use floe_plan::Handle;
+use ids::host_number;
 
 /// The namespace exists, empty.
 pub fn made(id: u32) -> Handle {

@@ -4,6 +4,7 @@ use floe_kernel::namespace::{Namespace, NsKind, VISITED};
 use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
+use super::given::plan_given;
 use super::{filled, ids, made, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 use crate::{ipc, mount, net};
@@ -43,25 +44,24 @@ pub fn has_own_pids(images: &TreeImages) -> bool {
 pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
     check_tasks(images)?;
-    let own: Vec<(NsKind, u32)> = of_root(images)
+    let mut own: Vec<(NsKind, u32)> = of_root(images)
         .into_iter()
         .filter(|(kind, _)| *kind != ENTERED_LATER)
         .collect();
-    if own.is_empty() {
+    let given = plan_given(&mut own, planner)?;
+    if own.is_empty() && given.is_empty() {
         return Ok(());
     }
     check_root(images, &own)?;
-    let visited: Vec<(NsKind, u32)> = own
-        .iter()
-        .copied()
-        .filter(|(kind, _)| VISITED.contains(kind))
-        .collect();
+    let visited = own.iter().filter(|(kind, _)| VISITED.contains(kind));
+    let wanted = visited.filter(|own| !given.contains(own));
+    let wanted: Vec<(NsKind, u32)> = wanted.copied().collect();
     let user = own_of_root(images, NsKind::User);
-    let makes: Vec<Handle> = visited.iter().map(|(_, id)| made(*id)).collect();
-    let kinds = visited.clone();
+    let makes: Vec<Handle> = wanted.iter().map(|(_, id)| made(*id)).collect();
+    let visited = [&wanted[..], &given].concat();
     planner.step_at_home("make namespaces", (&[], &makes), move |world| match user {
-        None => make(world, &kinds),
-        Some(id) => make_owned(world, &kinds, id),
+        None => make(world, &wanted),
+        Some(id) => make_owned(world, &wanted, id),
     });
     for (kind, id) in &own {
         match kind {

@@ -1,0 +1,108 @@
+//! Namespaces that the caller gives instead of those of the images.
+//!
+//! `--join-ns KIND:PID|FILE` names one for the root's of a kind, with whatever is in it. One that was somebody
+//! else's at the dump (`--external net[INODE]:NAME`) comes back as `--inherit-fd fd[N]:NAME`.
+
+use std::os::fd::OwnedFd;
+
+use floe_image::ImageKind;
+use floe_image::messages::NetnsEntry;
+use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::{Namespace, NsKind};
+use floe_options::{InheritFd, JoinNamespace};
+use rustix::fs::{Mode, OFlags};
+
+use super::{filled, host_number, made};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
+
+/// Kinds that can be joined.
+const JOINED: [NsKind; 3] = [NsKind::Net, NsKind::Ipc, NsKind::Uts];
+
+/// What the caller gives.
+#[derive(Clone, Copy, Debug)]
+enum Given<'i> {
+    Joined(&'i JoinNamespace),
+    Inherited(&'i InheritFd),
+}
+
+/// Adds the steps that take over what the caller gives for these namespaces; those that are left are to be made.
+/// A kind that is joined though the tree had none of its own is added to both.
+pub(super) fn plan_given(
+    own: &mut Vec<(NsKind, u32)>,
+    planner: &mut Planner<'_>,
+) -> Result<Vec<(NsKind, u32)>, PlanError> {
+    let mut given = Vec::new();
+    for join in &planner.options.join_ns {
+        let kind = JOINED.into_iter().find(|kind| kind.name() == join.kind);
+        let kind = kind.ok_or_else(|| PlanError::Unsupported {
+            object: format!("Joining a {} namespace", join.kind),
+            remedy: "only net, ipc and uts namespaces can be joined; run Floe inside of it (nsenter)",
+        })?;
+        let id = own.iter().find(|(known, _)| *known == kind);
+        let id = id.map_or_else(|| host_number(kind), |(_, id)| *id);
+        own.retain(|known| *known != (kind, id));
+        given.push((kind, id, Given::Joined(join)));
+    }
+    for (kind, id) in own.clone() {
+        if let Some(fd) = inherited(kind, id, planner)? {
+            given.push((kind, id, Given::Inherited(fd)));
+        }
+    }
+    let mut all = Vec::new();
+    for (kind, id, how) in given {
+        all.push((kind, id));
+        let mut makes = vec![made(id)];
+        // What is inside is not ours; a namespace that was somebody else's has a plan that knows it.
+        if let Given::Joined(_) = how {
+            makes.push(filled(id));
+        }
+        let name = format!("take over {kind} namespace {id}");
+        planner.step_at_home(name, (&[], &makes), move |world| {
+            world.namespaces().keep(id, open(kind, how)?);
+            Ok(())
+        });
+    }
+    Ok(all)
+}
+
+/// The descriptor for a network namespace that was somebody else's.
+fn inherited<'i>(
+    kind: NsKind,
+    id: u32,
+    planner: &Planner<'i>,
+) -> Result<Option<&'i InheritFd>, PlanError> {
+    if kind != NsKind::Net {
+        return Ok(None);
+    }
+    let dir = &planner.images.dir;
+    let entry: Option<NetnsEntry> = dir.read_optional(ImageKind::Netns, u64::from(id))?;
+    let Some(key) = entry.and_then(|entry| entry.ext_key) else {
+        return Ok(None);
+    };
+    let given = &planner.options.inherit_fds;
+    match given.iter().find(|given| given.resource == key) {
+        Some(given) => Ok(Some(given)),
+        None => Err(PlanError::Unsupported {
+            object: format!("The network namespace `{key}`, which is somebody else's,"),
+            remedy: "open it and hand it over with --inherit-fd fd[N]:NAME",
+        }),
+    }
+}
+
+fn open(kind: NsKind, given: Given<'_>) -> Result<Namespace, ExecuteError> {
+    match given {
+        Given::Joined(join) => match join.target.parse() {
+            Ok(pid) => Namespace::of_task(HostPid(pid), kind)
+                .during("Opening the namespace of task", || join.target.clone()),
+            Err(_) => {
+                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+                let file: Result<OwnedFd, _> = rustix::fs::open(&join.target, flags, Mode::empty());
+                let file = file.during("Opening", || join.target.clone())?;
+                Namespace::from_fd(file, kind).during("Opening", || join.target.clone())
+            }
+        },
+        Given::Inherited(given) => floe_kernel::inherited::duplicate(given.fd)
+            .and_then(|file| Namespace::from_fd(file, kind))
+            .during("Taking over fd", || given.fd.to_string()),
+    }
+}
