@@ -15,4 +15,4 @@ mod plan;
 mod properties;
 
 pub use collect::CgroupSets;
-pub use plan::{entered, plan_groups};
+pub use plan::{entered, groups_made, plan_groups};

@@ -23,6 +23,24 @@ pub fn entered(pid: u32) -> Handle {
     Handle::Object("in control groups", u64::from(pid))
 }
 
+/// All groups of the images exist.
+const MADE: Handle = Handle::Object("control groups", 0);
+
+/// The groups to be made; `None` where they are not to be touched.
+fn saved(planner: &Planner<'_>) -> Result<Option<CgroupEntry>, PlanError> {
+    let options = planner.options;
+    if options.cgroups.manage == ManageCgroups::Ignore || options.unprivileged {
+        return Ok(None);
+    }
+    let mut entries: Vec<CgroupEntry> = planner.images.dir.read_all(ImageKind::Cgroup, 0)?;
+    Ok(entries.pop().filter(|entry| !entry.sets.is_empty()))
+}
+
+/// What exists when the groups of the images do, if they are to be made.
+pub fn groups_made(planner: &Planner<'_>) -> Result<Option<Handle>, PlanError> {
+    Ok(saved(planner)?.map(|_| MADE))
+}
+
 /// Adds the steps that make groups, put tasks into them, and write their properties.
 ///
 /// Returns the tasks that enter other groups than their parent's: their children are to be born after
@@ -30,18 +48,14 @@ pub fn entered(pid: u32) -> Handle {
 pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError> {
     let (images, options) = (planner.images, planner.options);
     let mode = options.cgroups.manage;
-    if mode == ManageCgroups::Ignore || options.unprivileged {
-        return Ok(BTreeSet::new());
-    }
-    let mut entries: Vec<CgroupEntry> = images.dir.read_all(ImageKind::Cgroup, 0)?;
-    let Some(mut entry) = entries.pop().filter(|entry| !entry.sets.is_empty()) else {
+    let Some(mut entry) = saved(planner)? else {
         return Ok(BTreeSet::new());
     };
     change_roots(&mut entry, &options.cgroups);
     let sets = Rc::new(sets(&entry));
     let home = images.inventory.root_cg_set;
     let yard = options.cgroups.yard.clone();
-    let made = Handle::Object("control groups", 0);
+    let made = MADE;
     let controllers = std::mem::take(&mut entry.controllers);
     planner.step_at_home("make control groups", (&[], &[made]), move |world| {
         Groups::make(world, controllers, mode, yard.as_deref())

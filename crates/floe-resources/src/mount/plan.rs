@@ -13,6 +13,7 @@ use super::groups::plan_groups;
 use super::model::upgrade_flags;
 use super::remote::mount_in_task;
 use super::tree::{MountTree, Origin, Request, plan_tree};
+use crate::cgroup::{entered, groups_made};
 use crate::namespace::{filled, ids, made, of_root};
 use crate::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
 
@@ -48,7 +49,9 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .filter(|(kind, _)| matches!(kind, NsKind::Net | NsKind::Ipc))
         .map(|(_, id)| *id)
         .collect();
-    let needs: Vec<Handle> = all.iter().chain(&shown).map(|id| made(*id)).collect();
+    let mut needs: Vec<Handle> = all.iter().chain(&shown).map(|id| made(*id)).collect();
+    // Parts of their hierarchies may be mounted.
+    needs.extend(groups_made(planner)?);
     let makes: Vec<Handle> = all.iter().map(|id| filled(*id)).collect();
     let late = plan.tree.mounts.iter().any(|mount| mount.late);
     let name = format!("make {} mounts", plan.tree.mounts.len());
@@ -72,8 +75,16 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
 /// Adds the step that mounts what only a task of the tree can mount.
 fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) {
     let pid = planner.images.root().pid();
-    let handles: [&[Handle]; 2] = [&[], &[COMPLETE]];
-    planner.task_step(pid, "mount proc", (handles[0], handles[1]), move |world| {
+    // The root task begins the cgroup namespace when it enters its groups.
+    let own_cgroups = of_root(planner.images)
+        .iter()
+        .any(|(kind, _)| *kind == NsKind::Cgroup);
+    let needs = if own_cgroups {
+        vec![entered(pid)]
+    } else {
+        Vec::new()
+    };
+    planner.task_step(pid, "mount proc", (&needs, &[COMPLETE]), move |world| {
         let places = find(world, &places)?;
         let Some(mut workshop) = world.state::<Making>().0.take() else {
             return Ok(());

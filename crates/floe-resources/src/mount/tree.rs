@@ -284,8 +284,7 @@ impl Sources<'_> {
             if self.given(mount).is_some() {
                 continue;
             }
-            let narrow = self.is_rooted_in_namespace(entry);
-            if entry.root != "/" && !narrow {
+            if entry.root != "/" && !is_of_cgroups(entry) {
                 continue;
             }
             let Some(name) = fs_name(entry) else {
@@ -299,7 +298,7 @@ impl Sources<'_> {
             });
             match known {
                 Some(source) if source.root.len() > entry.root.len() => {
-                    source.root = entry.root.clone();
+                    source.root.clone_from(&entry.root);
                 }
                 Some(_) => {}
                 None => self.known.push(self.new_source(name, entry)),
@@ -312,7 +311,8 @@ impl Sources<'_> {
         let shared_with_host =
             name == "devpts" && !entry.options.split(',').any(|word| word == "newinstance");
         Source {
-            late: name == "proc" && self.request.own_pids,
+            late: (name == "proc" && self.request.own_pids)
+                || (is_of_cgroups(entry) && self.request.own_cgroups),
             origin: if shared_with_host {
                 Origin::Host(PathBuf::from("/dev/pts"))
             } else {
@@ -321,15 +321,15 @@ impl Sources<'_> {
                     entry: entry.clone(),
                 }))
             },
-            root: entry.root.clone(),
+            // In a cgroup namespace the root of a mount is the namespace's; else all of the hierarchy is
+            // mounted, of which the tree may have only a part.
+            root: if is_of_cgroups(entry) && !self.request.own_cgroups {
+                "/".to_string()
+            } else {
+                entry.root.clone()
+            },
             device: entry.root_dev,
         }
-    }
-
-    /// Control groups: in a cgroup namespace the root of a mount is the namespace's.
-    fn is_rooted_in_namespace(&self, entry: &MntEntry) -> bool {
-        let kind = Fstype::try_from(entry.fstype.cast_signed());
-        self.request.own_cgroups && matches!(kind, Ok(Fstype::Cgroup | Fstype::Cgroup2))
     }
 
     /// The source of a mount that comes from the host, or is part of what does.
@@ -371,6 +371,11 @@ impl Sources<'_> {
             remedy: "dump again with --external mnt[POINT]:NAME",
         })
     }
+}
+
+fn is_of_cgroups(entry: &MntEntry) -> bool {
+    let kind = Fstype::try_from(entry.fstype.cast_signed());
+    matches!(kind, Ok(Fstype::Cgroup | Fstype::Cgroup2))
 }
 
 /// The name of a file system that can be mounted anew.
