@@ -419,14 +419,16 @@ fn pristine(
     };
     let visit = collector.namespaces().visit(&[namespace])?;
     let seen = open_mount(&entry.mountpoint).map_err(|errno| system(errno.into()))?;
-    if mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id)) {
+    let unbindable = entry.flags & libc::MS_UNBINDABLE as u32 != 0;
+    if !unbindable && mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id)) {
         return copy_mount(seen.as_fd(), b"").map_err(system);
     }
     drop(seen);
     uncover(entry, all, &visit).map_err(system)
 }
 
-/// As [`pristine`], for a mount that others hide: they are taken away, in a copy of the namespace.
+/// As [`pristine`], for a mount that others hide or that cannot be copied by itself: a copy of the
+/// namespace is made, and the others are taken away there.
 fn uncover(entry: &MntEntry, all: &[MntEntry], _inside: &Visit) -> std::io::Result<OwnedFd> {
     unshare(NsKind::Mnt.flag())?;
     let root = open_mount("/")?;
