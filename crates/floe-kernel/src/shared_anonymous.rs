@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::namespace::own_proc_path;
 use crate::ids::PAGE_SIZE;
 
 /// A new segment. It lives as long as its descriptor or a mapping of it.
@@ -26,7 +27,7 @@ impl SharedAnonymous {
         let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE | page_flags;
         let mapping = Mapping::new(len, flags, -1)?;
         let start = mapping.start as usize;
-        let path = format!("/proc/self/map_files/{:x}-{:x}", start, start + len);
+        let path = own_proc_path(&format!("self/map_files/{:x}-{:x}", start, start + len));
         let fd = rustix::fs::open(path, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
         Ok(SharedAnonymous { fd, mapping })
     }

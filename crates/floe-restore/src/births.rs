@@ -7,7 +7,7 @@ use floe_kernel::ids::HostPid;
 use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
 use floe_resources::fd::tty::take_controlling_terminal;
-use floe_resources::namespace::has_own_pids;
+use floe_resources::namespace::{has_own_pids, time};
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
 
 use crate::kin::{find_child, known_children, threads_by_number};
@@ -73,7 +73,9 @@ impl Births<'_> {
                     arena,
                     arena_bytes: ARENA_BYTES,
                 };
-                let (arena, leader) = world.inside(|world| midwife::root(world, spawn))?;
+                let (arena, leader) = world.inside(|world| {
+                    time::in_new_clocks(world, |world| midwife::root(world, spawn))
+                })?;
                 let event = HookEvent::new(Action::SetupNamespaces, Some(leader.pid().0));
                 world.puppets.insert(
                     pid,

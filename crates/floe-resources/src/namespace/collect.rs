@@ -6,7 +6,7 @@ use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
 
 use super::tree::{identity, identity_of};
-use super::{TreeNamespace, owners, uts};
+use super::{TreeNamespace, owners, time, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::{ipc, mount, net};
 
@@ -55,7 +55,7 @@ fn collect_one(
             Err(refused(namespace, remedy))
         }
         NsKind::User => owners::collect(namespace, collector),
-        NsKind::Time => Err(refused(namespace, "such namespaces are not supported yet")),
+        NsKind::Time => time::collect(namespace, collector),
     }
 }
 

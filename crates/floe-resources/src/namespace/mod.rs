@@ -24,6 +24,7 @@ pub mod ids;
 mod owners;
 mod pids;
 mod plan;
+pub mod time;
 mod tree;
 mod uts;
 

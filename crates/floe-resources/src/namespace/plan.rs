@@ -5,7 +5,7 @@ use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
 use super::given::plan_given;
-use super::{filled, ids, made, uts};
+use super::{filled, ids, made, time, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 use crate::{ipc, mount, net};
 
@@ -70,12 +70,7 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             NsKind::Uts => uts::plan(*id, planner)?,
             NsKind::Mnt => mount::plan(*id, planner)?,
             NsKind::Pid | NsKind::Cgroup | NsKind::User => {}
-            NsKind::Time => {
-                return Err(PlanError::Unsupported {
-                    object: format!("The {kind} namespace {id}"),
-                    remedy: "such namespaces are not supported yet; restore it with CRIU",
-                });
-            }
+            NsKind::Time => time::check(*id, images)?,
         }
     }
     let needs: Vec<Handle> = visited.iter().map(|(_, id)| filled(*id)).collect();
