@@ -14,7 +14,7 @@ use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::rc::Rc;
 
-use floe_image::messages::FileEntry;
+use floe_image::messages::{FdTypes, FileEntry};
 use floe_image::writer::EntryStream;
 use floe_image::{ImageKind, ImageMessage, ImageWriter, WriteError};
 use floe_kernel::features::KernelFeatures;
@@ -262,6 +262,12 @@ impl<'a> Collector<'a> {
     pub fn finish(self) -> Result<(), WriteError> {
         let mut files = self.writer.stream(ImageKind::Files, 0)?;
         for entry in order_files(self.files, &self.ordered) {
+            if let (Some(_), Some(reg)) = (&entry.tunf, &entry.reg) {
+                // Readers look for the name in an entry of its own with the same number.
+                let mut name = crate::fd::file_entry(FdTypes::Reg, FileId(entry.id));
+                name.reg = Some(reg.clone());
+                files.append(&name)?;
+            }
             files.append(&*entry)?;
         }
         files.finish()?;

@@ -31,6 +31,7 @@ mod socket_options;
 mod socket_queue;
 pub mod timerfd;
 pub mod tty;
+mod tun;
 pub mod unix;
 mod watch;
 
@@ -70,6 +71,7 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &pipe::Pipe,
     &fifo::Fifo,
     &memfd::MemFd,
+    &tun::TunFile,
     &device::Device,
     &tty::Tty,
     &regular::RegularFile,
@@ -110,6 +112,7 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &inotify::Inotify,
     &fanotify::Fanotify,
     &namespace::Namespace,
+    &tun::TunFile,
     &tty::Tty,
     &regular::RegularFile,
 ];

@@ -117,11 +117,17 @@ impl TreeImages {
         if tasks.is_empty() {
             return Err(PlanError::damaged("pstree.img", "it lists no task"));
         }
-        let files: BTreeMap<u32, FileEntry> = dir
-            .read_files()?
-            .into_iter()
-            .map(|file| (file.id, file))
-            .collect();
+        let mut files: BTreeMap<u32, FileEntry> = BTreeMap::new();
+        for mut file in dir.read_files()? {
+            // The name of a tun file is an entry with the same number.
+            if let Some(earlier) = files.remove(&file.id) {
+                file.reg = file.reg.or(earlier.reg);
+                if let Some(tun) = earlier.tunf {
+                    (file.tunf, file.r#type) = (Some(tun), earlier.r#type);
+                }
+            }
+            files.insert(file.id, file);
+        }
         let remaps = dir.read_remaps()?;
         let mut images = TreeImages {
             owners: OwnerMap::default(),

@@ -10,8 +10,8 @@ use floe_image::messages::{NetDeviceEntry, TunLinkEntry};
 use floe_kernel::netlink::attributes;
 use floe_kernel::rtnetlink::Link;
 use floe_kernel::tun::{
-    IFF_MULTI_QUEUE, IFF_NO_PI, IFF_NOFILTER, IFF_PERSIST, IFF_TAP, IFF_VNET_HDR, TunNumber,
-    TunSetting, attach_tun, choose_tun_index, has_tap_filter, set_tun, set_tun_number, tun_number,
+    IFF_MULTI_QUEUE, IFF_NO_PI, IFF_PERSIST, IFF_TAP, IFF_VNET_HDR, TunNumber, TunSetting,
+    attach_tun, choose_tun_index, has_tap_filter, set_tun, set_tun_number, tun_number,
 };
 use rustix::fs::{Mode, OFlags};
 
@@ -62,7 +62,7 @@ impl TunDevices {
                 });
             }
             let file = open()?;
-            attach_tun(file.as_fd(), &link.name, flags | IFF_NOFILTER)
+            attach_tun(file.as_fd(), &link.name, flags)
                 .during("Attaching to", || link.name.clone())?;
             self.note(namespace, (&link.name, flags), file.as_fd())?;
         }
