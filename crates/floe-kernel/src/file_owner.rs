@@ -45,7 +45,10 @@ pub fn file_owner(fd: BorrowedFd<'_>) -> io::Result<FileOwner> {
     let mut owner = OwnerEx::default();
     fcntl(fd, F_GETOWN_EX, &raw mut owner as usize)?;
     let mut uids = [0u32; 2];
-    fcntl(fd, F_GETOWNER_UIDS, &raw mut uids as usize)?;
+    // They are those of the task that set the owner: without one they mean nothing.
+    if owner.pid != 0 {
+        fcntl(fd, F_GETOWNER_UIDS, &raw mut uids as usize)?;
+    }
     let signal = fcntl(fd, F_GETSIG, 0)?;
     Ok(FileOwner {
         kind: owner.kind.cast_unsigned(),

@@ -3,6 +3,8 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::rc::Rc;
 
 use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::kcmp::compare_files;
@@ -11,12 +13,33 @@ use floe_kernel::kcmp::compare_files;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
 
+/// A descriptor of a task, and our duplicate of it.
+#[derive(Clone, Debug)]
+pub struct Seen {
+    pub at: (HostPid, TaskFd),
+    pub own: Rc<OwnedFd>,
+}
+
 /// Where a description was seen first, and what it was taken for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 struct Known {
     at: (HostPid, TaskFd),
+    /// Our duplicate: to compare our own descriptors the kernel need not ask whether we may.
+    own: Option<Rc<OwnedFd>>,
     id: FileId,
     kind: i32,
+}
+
+impl Known {
+    fn compare(&self, us: HostPid, seen: &Seen) -> io::Result<Ordering> {
+        match &self.own {
+            Some(own) => {
+                let ours = |fd: &OwnedFd| (us, TaskFd(fd.as_raw_fd()));
+                compare_files(ours(own), ours(&seen.own))
+            }
+            None => compare_files(self.at, seen.at),
+        }
+    }
 }
 
 /// What cannot differ between descriptors of one description.
@@ -25,12 +48,17 @@ pub struct DescriptionKey {
     pub dev: u64,
     pub ino: u64,
     pub flags: u32,
+    /// The number of an event counter; 0 for others. All counters have one inode.
+    pub counter: u64,
 }
 
 /// Gives every open file description one number.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FileIds {
     last: u32,
+    us: HostPid,
+    /// How many more duplicates may be kept open.
+    room: usize,
     /// Each bucket is sorted by the order of kcmp, so that many opens of one file stay cheap.
     descriptions: HashMap<DescriptionKey, Vec<Known>>,
     /// Files that tasks refer to without a descriptor, by device, inode and mount.
@@ -46,6 +74,37 @@ pub enum Identity {
     Shared(FileId, i32),
 }
 
+impl Default for FileIds {
+    fn default() -> Self {
+        FileIds {
+            last: 0,
+            us: HostPid(std::process::id().cast_signed()),
+            room: room(),
+            descriptions: HashMap::new(),
+            paths: HashMap::new(),
+        }
+    }
+}
+
+/// How many descriptors can be open beside what else a dump needs; the soft limit, which is for programs
+/// that use `select`, is raised.
+fn room() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const OTHERS: u64 = 512;
+    const MOST: u64 = 1 << 16;
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.map_or(MOST, |maximum| maximum.min(MOST));
+    let raised = Rlimit {
+        current: Some(wanted.max(limit.current.unwrap_or(wanted))),
+        maximum: limit.maximum,
+    };
+    let now = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => wanted,
+        Err(_) => limit.current.unwrap_or(MOST),
+    };
+    now.saturating_sub(OTHERS) as usize
+}
+
 impl FileIds {
     /// A number that nothing else has.
     pub fn fresh(&mut self) -> FileId {
@@ -57,12 +116,12 @@ impl FileIds {
     ///
     /// # Errors
     /// Those of `kcmp(2)`.
-    pub fn identify(&mut self, key: DescriptionKey, at: (HostPid, TaskFd)) -> io::Result<Identity> {
+    pub fn identify(&mut self, key: DescriptionKey, seen: &Seen) -> io::Result<Identity> {
         let bucket = self.descriptions.entry(key).or_default();
         let (mut low, mut high) = (0, bucket.len());
         while low < high {
             let middle = low.midpoint(high);
-            match compare_files(bucket[middle].at, at)? {
+            match bucket[middle].compare(self.us, seen)? {
                 Ordering::Equal => {
                     return Ok(Identity::Shared(bucket[middle].id, bucket[middle].kind));
                 }
@@ -72,7 +131,14 @@ impl FileIds {
         }
         self.last += 1;
         let id = FileId(self.last);
-        bucket.insert(low, Known { at, id, kind: 0 });
+        let known = Known {
+            at: seen.at,
+            own: (self.room > 0).then(|| Rc::clone(&seen.own)),
+            id,
+            kind: 0,
+        };
+        self.room = self.room.saturating_sub(1);
+        bucket.insert(low, known);
         Ok(Identity::New(id))
     }
 
@@ -104,38 +170,40 @@ mod tests {
     #[test]
     fn duplicates_share_a_number_and_separate_opens_do_not() {
         let me = HostPid(std::process::id().cast_signed());
-        let files: Vec<_> = (0..5)
-            .map(|_| std::fs::File::open("/dev/null").expect("opens"))
+        let files: Vec<OwnedFd> = (0..5)
+            .map(|_| std::fs::File::open("/dev/null").expect("opens").into())
             .collect();
-        let copies: Vec<_> = files
-            .iter()
-            .map(|file| file.try_clone().expect("dup"))
-            .collect();
+        let copies = files.iter().map(|file| file.try_clone().expect("dup"));
+        let copies: Vec<OwnedFd> = copies.collect();
         let key = DescriptionKey {
             dev: 1,
             ino: 1,
             flags: 0,
+            counter: 0,
         };
-        let mut ids = FileIds::default();
-        let mut seen = Vec::new();
-        for file in &files {
-            match ids
-                .identify(key, (me, TaskFd(file.as_raw_fd())))
-                .expect("kcmp")
-            {
-                Identity::New(id) => {
-                    ids.set_kind(key, id, 7);
-                    seen.push(id);
+        let seen = |file: &OwnedFd| Seen {
+            at: (me, TaskFd(file.as_raw_fd())),
+            own: Rc::new(file.try_clone().expect("dup")),
+        };
+        for room in [0, 3, 100] {
+            let mut ids = FileIds {
+                room,
+                ..FileIds::default()
+            };
+            let mut numbers = Vec::new();
+            for file in &files {
+                match ids.identify(key, &seen(file)).expect("kcmp") {
+                    Identity::New(id) => {
+                        ids.set_kind(key, id, 7);
+                        numbers.push(id);
+                    }
+                    Identity::Shared(..) => panic!("opened separately"),
                 }
-                Identity::Shared(..) => panic!("opened separately"),
             }
-        }
-        for (copy, id) in copies.iter().zip(&seen) {
-            assert_eq!(
-                ids.identify(key, (me, TaskFd(copy.as_raw_fd())))
-                    .expect("kcmp"),
-                Identity::Shared(*id, 7)
-            );
+            for (copy, id) in copies.iter().zip(&numbers) {
+                let found = ids.identify(key, &seen(copy)).expect("kcmp");
+                assert_eq!(found, Identity::Shared(*id, 7));
+            }
         }
     }
 

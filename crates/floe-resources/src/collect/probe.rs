@@ -1,6 +1,6 @@
 //! One descriptor of a task, opened up for the kinds to look at.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use floe_image::messages::FownEntry;
@@ -10,15 +10,71 @@ use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::{FdInfo, ProcDir, parse_fdinfo};
 use rustix::fs::{FileType, OFlags, Stat};
 
-use super::CollectError;
+use super::file_ids::Seen;
+use super::{CollectError, Collector};
 use crate::namespace::PidView;
+
+/// What is asked about a descriptor before it is looked at; any thread may ask.
+#[derive(Debug)]
+pub(super) struct Opened {
+    fd: TaskFd,
+    file: OwnedFd,
+    stat: Stat,
+    target: Vec<u8>,
+    info: FdInfo,
+}
+
+/// Our own directory in `/proc`, opened once.
+pub(super) fn own_proc(collector: &mut Collector<'_>) -> Result<Rc<ProcDir>, CollectError> {
+    let own = collector.try_cache(|_| {
+        let own = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
+        Ok(Rc::new(own))
+    })?;
+    Ok(Rc::clone(own))
+}
+
+/// Where descriptors come from: a stopped task, and our own duplicates.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Source<'a> {
+    pub proc: &'a ProcDir,
+    pub pidfd: &'a Pidfd,
+    /// `/proc/self`: to look at our own files the kernel need not ask whether we may.
+    pub own: &'a ProcDir,
+}
+
+impl Source<'_> {
+    /// Opens up descriptor `fd` of the task.
+    pub(super) fn open(&self, fd: TaskFd) -> Result<Opened, CollectError> {
+        let Source { proc, pidfd, own } = self;
+        let failed = |action, source| CollectError::Fd {
+            pid: proc.pid(),
+            fd,
+            action,
+            source,
+        };
+        let file = pidfd
+            .duplicate_fd(fd)
+            .map_err(|error| failed("Duplicating", error))?;
+        let stat = rustix::fs::fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
+        let target = own.read_link(&format!("fd/{}", file.as_raw_fd()))?;
+        let info = parse_fdinfo(proc.read_record(&format!("fdinfo/{fd}"))?)
+            .map_err(|error| proc.bad(error))?;
+        Ok(Opened {
+            fd,
+            file,
+            stat,
+            target,
+            info,
+        })
+    }
+}
 
 /// A descriptor of a stopped task: our own duplicate of it, and what `/proc` says.
 #[derive(Debug)]
 pub struct FdProbe<'a> {
     proc: &'a ProcDir,
     fd: TaskFd,
-    file: OwnedFd,
+    file: Rc<OwnedFd>,
     stat: Stat,
     target: Vec<u8>,
     info: FdInfo,
@@ -32,31 +88,36 @@ impl<'a> FdProbe<'a> {
         proc: &'a ProcDir,
         pidfd: &Pidfd,
         fd: TaskFd,
-        pids: &Rc<PidView>,
+        collector: &mut Collector<'_>,
     ) -> Result<Self, CollectError> {
-        let failed = |action, source| CollectError::Fd {
-            pid: proc.pid(),
-            fd,
-            action,
-            source,
-        };
-        let file = pidfd
-            .duplicate_fd(fd)
-            .map_err(|error| failed("Duplicating", error))?;
-        let stat = rustix::fs::fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
-        let target = proc.read_link(&format!("fd/{fd}"))?;
-        let info = parse_fdinfo(proc.read_record(&format!("fdinfo/{fd}"))?)
-            .map_err(|error| proc.bad(error))?;
-        Ok(FdProbe {
+        let own = own_proc(collector)?;
+        let source = Source {
             proc,
+            pidfd,
+            own: &own,
+        };
+        Ok(Self::of(proc, source.open(fd)?, collector.pids()))
+    }
+
+    /// Takes what was opened of the task behind `proc`.
+    pub(super) fn of(proc: &'a ProcDir, opened: Opened, pids: &Rc<PidView>) -> Self {
+        let Opened {
             fd,
             file,
             stat,
             target,
             info,
+        } = opened;
+        FdProbe {
+            proc,
+            fd,
+            file: Rc::new(file),
+            stat,
+            target,
+            info,
             carrier: None,
             pids: Rc::clone(pids),
-        })
+        }
     }
 
     /// Says that the file is in no table but in a message to task `carrier`; what was opened is our copy.
@@ -70,6 +131,14 @@ impl<'a> FdProbe<'a> {
     /// The task in whose table descriptors that the file refers to are found.
     pub fn table(&self) -> HostPid {
         self.carrier.unwrap_or(self.pid())
+    }
+
+    /// By what it is told from other descriptors.
+    pub(super) fn seen(&self) -> Seen {
+        Seen {
+            at: (self.pid(), self.fd),
+            own: Rc::clone(&self.file),
+        }
     }
 
     /// The task whose table it is in.
@@ -152,6 +221,13 @@ impl<'a> FdProbe<'a> {
             pid_type: owner.kind,
             pid: self.pids.owner(owner.pid),
         })
+    }
+
+    /// The number that an event counter has of its own (`eventfd-id`); 0 for other kinds.
+    pub(super) fn counter(&self) -> u64 {
+        let is_counter = self.is_anon("[eventfd]");
+        let number = is_counter.then(|| self.info_number("eventfd-id", 10).ok());
+        number.flatten().unwrap_or(0)
     }
 
     /// The number after `key:` in fdinfo, in this base.

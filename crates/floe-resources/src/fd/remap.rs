@@ -49,6 +49,10 @@ struct Links(HashMap<(u64, u64), u32>);
 #[derive(Default)]
 struct Dead(HashSet<u32>);
 
+/// Files that were found by their name, with device, inode and mount: many descriptions may be of one.
+#[derive(Default)]
+struct Seen(HashSet<(u64, u64, Option<u32>, Vec<u8>)>);
+
 /// The name under which restore will find the file of entry `id`; where there is none, what it needs to
 /// bring the name back is saved.
 pub fn reachable_name(
@@ -58,6 +62,15 @@ pub fn reachable_name(
 ) -> Result<Vec<u8>, CollectError> {
     if !file.target.starts_with(b"/") {
         return Err(file.obstacle("", "close it: it has no path"));
+    }
+    let seen = (
+        file.stat.st_dev,
+        file.stat.st_ino,
+        place.mount,
+        file.target.to_vec(),
+    );
+    if collector.cache(Seen::default).0.contains(&seen) {
+        return Ok(seen.3);
     }
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
     match file_system(file)? {
@@ -75,7 +88,10 @@ pub fn reachable_name(
         return Ok(name.to_vec());
     }
     match at(file, place, file.target)? {
-        Found::Itself => return Ok(file.target.to_vec()),
+        Found::Itself => {
+            collector.cache(Seen::default).0.insert(seen);
+            return Ok(file.target.to_vec());
+        }
         Found::Other(rdev) if collector.options.evasive_devices && is_device(file, rdev) => {
             return Ok(file.target.to_vec());
         }

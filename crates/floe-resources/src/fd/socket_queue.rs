@@ -146,7 +146,7 @@ fn collect_rights(
     let mut ids = Vec::with_capacity(files.len());
     for file in files {
         let fd = TaskFd(file.as_raw_fd());
-        let probe = FdProbe::open(&proc, &pidfd, fd, collector.pids())?.in_message_to(carrier);
+        let probe = FdProbe::open(&proc, &pidfd, fd, collector)?.in_message_to(carrier);
         let (id, _) = collect_description(&probe, collector)?;
         ids.push(id.0);
         collector.cache(InFlight::default).0.push(file);
