@@ -8,8 +8,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::namespace::own_proc_path;
 use crate::ids::PAGE_SIZE;
+use crate::namespace::own_proc_path;
 
 /// A new segment. It lives as long as its descriptor or a mapping of it.
 #[derive(Debug)]

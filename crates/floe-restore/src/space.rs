@@ -108,14 +108,19 @@ impl Spaces {
                 );
                 continue;
             };
-            let mut needs = vec![
-                Handle::Files,
-                Handle::Session(pid),
-                Handle::Object("early", u64::from(pid)),
-            ];
+            let mut needs = vec![Handle::Files, Handle::Object("early", u64::from(pid))];
+            // Who shares pages with it and is of its older session is forked between the two.
+            let heirs = tree.births.iter().filter(|child| child.parent == Some(pid));
+            let mut heirs = heirs.filter(|child| sharing.contains(&child.pid));
+            let comes_first = heirs.any(|child| child.before_session);
+            if !comes_first {
+                needs.push(Handle::Session(pid));
+            }
             // A fork of an empty address space is cheap: who shares nothing comes first.
             let children = tree.births.iter().filter(|child| child.parent == Some(pid));
-            let early = children.filter(|child| !sharing.contains(&child.pid));
+            let early = children.filter(|child| {
+                !sharing.contains(&child.pid) && (child.before_session || !comes_first)
+            });
             needs.extend(early.map(|child| Handle::Born(child.pid)));
             needs.extend(plan.system_v().map(shm::provided));
             let parents = self.parents.clone();

@@ -46,6 +46,29 @@ struct Node {
     helper: bool,
 }
 
+/// What helpers need.
+struct Helpers {
+    adopters: BTreeSet<u32>,
+    /// From here on no number is that of a task, thread, group or session.
+    unused: u32,
+}
+
+impl Helpers {
+    fn next(&mut self) -> u32 {
+        self.unused += 1;
+        self.unused - 1
+    }
+}
+
+fn highest_id(images: &TreeImages) -> u32 {
+    let ids = images.tasks.iter().flat_map(|task| {
+        let entry = &task.entry;
+        let threads = entry.threads.iter().copied();
+        threads.chain([entry.pid, entry.pgid, entry.sid])
+    });
+    ids.max().unwrap_or(0)
+}
+
 impl Tree {
     /// Plans the births; `outside` is the session of a root that does not lead its own.
     pub fn new(images: &TreeImages) -> Result<Tree, PlanError> {
@@ -66,8 +89,12 @@ impl Tree {
             order.push(entry.pid);
         }
         let outside = outside_ids(images);
-        let mut adopters = BTreeSet::new();
-        add_session_helpers(&mut nodes, &mut order, &mut adopters, &outside)?;
+        let mut helpers = Helpers {
+            adopters: BTreeSet::new(),
+            unused: highest_id(images) + 1,
+        };
+        add_session_helpers(&mut nodes, &mut order, &mut helpers, &outside)?;
+        let adopters = helpers.adopters;
         add_group_helpers(&mut nodes, &mut order, &outside)?;
         let early = early_sessions(&nodes, &order);
         let births = order
@@ -134,9 +161,10 @@ fn early_sessions(nodes: &BTreeMap<u32, Node>, order: &[u32]) -> BTreeMap<u32, u
 fn add_session_helpers(
     nodes: &mut BTreeMap<u32, Node>,
     order: &mut Vec<u32>,
-    adopters: &mut BTreeSet<u32>,
+    helpers: &mut Helpers,
     outside: &BTreeSet<u32>,
 ) -> Result<(), PlanError> {
+    let mut dead: BTreeMap<u32, u32> = BTreeMap::new();
     loop {
         let early = early_sessions(nodes, order);
         let stray = order.iter().copied().find_map(|pid| {
@@ -149,26 +177,44 @@ fn add_session_helpers(
         let Some((pid, parent, session)) = stray else {
             return Ok(());
         };
-        if outside.contains(&session) || nodes.get(&session).is_some_and(|leader| !leader.helper) {
+        let leader_lives = nodes.get(&session).is_some_and(|leader| !leader.helper);
+        if outside.contains(&session) || leader_lives && is_below(nodes, session, pid) {
             let what = format!(
                 "task {pid} is in session {session}, which it cannot have inherited from its parent {parent}"
             );
             return Err(PlanError::damaged("pstree.img", what));
         }
-        if let Entry::Vacant(place) = nodes.entry(session) {
+        // A dead leader's place is taken by a helper; of one that lives, a helper is the child that died.
+        let (helper, helpers_parent) = match leader_lives {
+            true => (
+                *dead.entry(session).or_insert_with(|| helpers.next()),
+                session,
+            ),
+            false => (session, parent),
+        };
+        if let Entry::Vacant(place) = nodes.entry(helper) {
             place.insert(Node {
-                parent: Some(parent),
+                parent: Some(helpers_parent),
                 sid: session,
                 pgid: session,
                 helper: true,
             });
-            let found = order.iter().position(|other| *other == parent);
-            order.insert(found.map_or(order.len(), |at| at + 1), session);
-            adopters.insert(parent);
+            let found = order.iter().position(|other| *other == helpers_parent);
+            order.insert(found.map_or(order.len(), |at| at + 1), helper);
         }
-        nodes.get_mut(&pid).expect("it was found there").parent = Some(session);
+        helpers.adopters.insert(parent);
+        nodes.get_mut(&pid).expect("it was found there").parent = Some(helper);
         sort_parents_first(nodes, order);
     }
+}
+
+/// Whether `pid` descends from `ancestor`, or is it.
+fn is_below(nodes: &BTreeMap<u32, Node>, pid: u32, ancestor: u32) -> bool {
+    let mut at = Some(pid);
+    while let Some(pid) = at.filter(|pid| *pid != ancestor) {
+        at = nodes.get(&pid).and_then(|node| node.parent);
+    }
+    at.is_some()
 }
 
 fn add_group_helpers(
