@@ -3,6 +3,7 @@
 
 mod bench;
 mod cross;
+mod engines;
 mod install;
 mod tidy;
 mod zdtm;
@@ -30,6 +31,11 @@ enum Task {
     Cross(cross::Arguments),
     /// Run CRIU's test-suite, of a checkout that exists, with our binary.
     Zdtm(zdtm::Arguments),
+    /// Run container engines with our binary as their `criu`.
+    Engines(engines::Arguments),
+    /// Receive a terminal from an engine; for `engines`.
+    #[command(hide = true)]
+    Console(engines::console::Arguments),
     /// Build the binary for release and install it as `floe` and `criu`.
     Install(install::Arguments),
 }
@@ -40,6 +46,8 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Cross(arguments) => cross::run(&arguments),
         Task::Zdtm(arguments) => zdtm::run(&arguments),
+        Task::Engines(arguments) => engines::run(&arguments),
+        Task::Console(arguments) => engines::console::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),
     };
     match result {

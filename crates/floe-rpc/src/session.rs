@@ -180,6 +180,7 @@ impl<'e> Session<'e> {
         let directories = Directories::resolve(opts, context, &mut settings);
         let directories = directories.map_err(|error| refuse(&error))?;
         self.engine.start_log(&settings)?;
+        tracing::debug!("asked with {opts:?}");
         let hooks: Option<Arc<dyn Hooks>> = match opts.notify_scripts {
             Some(true) => Some(Arc::new(Notifier::new(self.channel.clone()))),
             _ => None,

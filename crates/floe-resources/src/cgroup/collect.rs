@@ -69,7 +69,11 @@ impl CgroupSets {
                 .iter()
                 .flatten()
                 .filter(|other| other.controllers == *name);
-            let roots = topmost(of_tasks.map(|other| root(other, options)));
+            let mut groups: Vec<&str> = of_tasks.map(|other| root(other, options)).collect();
+            let at_top = groups.contains(&"/");
+            groups.retain(|group| *group != "/");
+            let mut roots = topmost(groups.into_iter());
+            roots.extend(at_top.then_some(""));
             controllers.push(controller(name, roots, &selection, options)?);
         }
         let prefixes = match own_view {
@@ -145,6 +149,16 @@ fn controller(
         .map_err(|error| failed("Opening the root", error))?;
     let files = selection.of(name);
     for root in roots {
+        // Below the root of a hierarchy are the groups of everybody, and it may be exclusive where no
+        // other group can: only itself is saved, for a restore into another one.
+        if root.is_empty() {
+            let plain = |name: &&str| !EXCLUSIVE.contains(name);
+            let files: Vec<&str> = files.iter().copied().filter(plain).collect();
+            let dir = group(&hierarchy.path(root), String::new(), &files);
+            let dir = dir.map_err(|error| failed("Reading the root", error))?;
+            entry.dirs.push(dir);
+            continue;
+        }
         let dir = directory(&hierarchy.path(root), root.to_string(), &files);
         entry
             .dirs
@@ -162,17 +176,11 @@ fn any_property(dir: &CgroupDirEntry, is: &impl Fn(&CgroupPropEntry) -> bool) ->
     dir.properties.iter().any(is) || dir.children.iter().any(|child| any_property(child, is))
 }
 
+/// Properties by which a group keeps others out.
+const EXCLUSIVE: [&str; 2] = ["cpuset.cpu_exclusive", "cpuset.mem_exclusive"];
+
 /// A group with all groups below it.
 fn directory(path: &Path, dir_name: String, files: &[&str]) -> io::Result<CgroupDirEntry> {
-    let permissions = perms(&std::fs::metadata(path)?);
-    let mut properties = Vec::new();
-    for name in files {
-        match property(path, name) {
-            // Not every kernel has every file, and the root group lacks most.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            other => properties.push(other?),
-        }
-    }
     let mut names = Vec::new();
     for entry in std::fs::read_dir(path)? {
         let entry = entry?;
@@ -186,8 +194,25 @@ fn directory(path: &Path, dir_name: String, files: &[&str]) -> io::Result<Cgroup
         directory(&path.join(&name), text, files)
     };
     Ok(CgroupDirEntry {
-        dir_name,
         children: names.into_iter().map(child).collect::<io::Result<_>>()?,
+        ..group(path, dir_name, files)?
+    })
+}
+
+/// A group without those below it.
+fn group(path: &Path, dir_name: String, files: &[&str]) -> io::Result<CgroupDirEntry> {
+    let permissions = perms(&std::fs::metadata(path)?);
+    let mut properties = Vec::new();
+    for name in files {
+        match property(path, name) {
+            // Not every kernel has every file, and the root group lacks most.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            other => properties.push(other?),
+        }
+    }
+    Ok(CgroupDirEntry {
+        dir_name,
+        children: Vec::new(),
         properties,
         dir_perms: Some(permissions),
     })

@@ -268,7 +268,9 @@ impl Sources<'_> {
                 }),
             };
         }
-        match external_value(key, options, self.request.external) {
+        let find = |key| external_value(key, options, self.request.external);
+        // crun names some by where they are mounted, not by what the dump called them.
+        match find(key).or_else(|| find(&entry.mountpoint)) {
             Some(path) => Ok(Some(PathBuf::from(path))),
             None => Err(PlanError::Unsupported {
                 object: format!("External mount {} (`{key}`)", entry.mountpoint),

@@ -10,7 +10,7 @@ use floe_kernel::ids::TaskFd;
 use floe_kernel::namespace::own_proc_path;
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::tty::{self, Switch};
-use floe_options::RestoreOptions;
+use floe_options::{Action, HookEvent, RestoreOptions};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 
 use super::plan::{End, Pair};
@@ -58,6 +58,30 @@ pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), Ex
     switch_modes(world, pair, master.as_fd()).during("Switching modes of", what)?;
     note_session(world, pair);
     world.keep_file(end.entry.id, master)
+}
+
+/// Makes a pair whose master the caller holds from now on (`orphan-pts-master`). A caller who lets us use
+/// its own terminal, and has one, gives that.
+pub(super) fn make_orphan(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), ExecuteError> {
+    if world.options.shell_job && rustix::termios::isatty(io::stdin()) {
+        return adopt(world, pair);
+    }
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let master = open_master("/dev/ptmx", flags, pair.index)?;
+    let what = || format!("pty {}", pair.index);
+    tty::set_switch(master.as_fd(), Switch::PtyLock, false).during("Unlocking", what)?;
+    for end in &pair.slaves {
+        let slave = open_slave(end, master.as_fd(), &world.images.owners)?;
+        settings::apply(slave.as_fd(), &end.info)?;
+        note_control(world, end);
+        world.keep_file(end.entry.id, slave)?;
+    }
+    let event = HookEvent {
+        action: Action::OrphanPtsMaster,
+        root_pid: None,
+        master: Some(master.as_fd()),
+    };
+    Ok(world.options.hooks.run(event)?)
 }
 
 /// Only a slave that was opened through its master, as `openpty` does, lacks `O_LARGEFILE`.

@@ -187,12 +187,26 @@ fn pair_of<'i>(ends: Vec<End<'i>>, planner: &Planner<'i>) -> Result<Pair<'i>, Pl
     })
 }
 
-/// A slave without its master is replaced by the terminal of the caller.
+/// A slave without its master is replaced by the terminal of the caller, or the caller gets the master of a
+/// new one.
 fn plan_adopted<'i>(
     pair: Pair<'i>,
     makes: &[Handle],
     planner: &mut Planner<'i>,
 ) -> Result<(), PlanError> {
+    if planner.options.orphan_pts_master {
+        if let Some((session, group)) = pair.session() {
+            let file = pair.slaves[0].entry.id;
+            if planner.images.task(session).is_some() {
+                plan_foreground(planner, (session, group), file);
+            }
+        }
+        let name = format!("make pty {} and hand its master out", pair.index);
+        planner.step(name, (&[], makes), move |world| {
+            execute::make_orphan(world, &pair)
+        });
+        return Ok(());
+    }
     if !planner.options.shell_job {
         return Err(PlanError::Unsupported {
             object: format!(
