@@ -32,6 +32,7 @@ bundle() {
 	PROGRAM="$1" perl -0pi -e '
 		s/"terminal": true/"terminal": false/; s/"readonly": true/"readonly": false/;
 		$p = $ENV{PROGRAM}; $p =~ s/(["\\])/\\$1/g;
+		$p =~ s/\n\s*/ /g;
 		s/"args": \[.*?\]/"args": ["sh", "-c", "$p"]/s;' b/config.json
 	[ -z "$EDIT" ] || perl -0pi -e "$EDIT" b/config.json
 }
@@ -53,7 +54,13 @@ restore() { # IMAGES OPTIONS...
 		</dev/null >/dev/null 2>/dev/null || fail "restore failed"
 }
 # The number that the program has counted to by now, in FILE.
-count() { tail -n 1 "b/rootfs/tmp/${1:-count}" 2>/dev/null; }
+count() {
+	for try in 1 2 3 4 5 6 7 8 9; do # it may be empty for a moment
+		counted=$(tail -n 1 "b/rootfs/tmp/${1:-count}" 2>/dev/null)
+		[ -n "$counted" ] && break
+	done
+	echo "$counted"
+}
 counts() { # whether it goes on counting
 	for i in 1 2 3 4 5 6 7 8 9 10; do
 		before=$(count "${1:-count}")
@@ -94,14 +101,14 @@ scenario_pre_dump() {
 	counts
 }
 scenario_tcp_established() {
-	begin '(nc -l -p 99 > /tmp/count) & sleep 0.2
-		i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done | nc 127.0.0.1 99'
+	begin 'nc -l -p 99 > /tmp/count & sleep 0.5;
+		i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done | nc 127.0.0.1 99; sleep 100'
 	counts
 	CHECKPOINT=--tcp-established RESTORE=--tcp-established
 	cycle
 }
 scenario_file_locks() {
-	begin "flock /tmp/lock sh -c '$LOOP'"
+	begin "exec 9>/tmp/lock; flock 9; $LOOP"
 	counts
 	CHECKPOINT=--file-locks RESTORE=--file-locks
 	cycle
@@ -114,6 +121,8 @@ modes() {
 	begin
 	counts
 	CHECKPOINT="--manage-cgroups-mode $1" RESTORE="--manage-cgroups-mode $1"
+	$ENGINE checkpoint --image-path "$PWD/tried" $CHECKPOINT --leave-running "$ID" 2>&1 |
+		grep -q 'Invalid manage' && echo "the engine does not know the mode $1" && exit 77
 	cycle
 }
 scenario_terminal() {

@@ -9,6 +9,7 @@ use std::rc::Rc;
 
 use floe_image::ImageKind;
 use floe_image::dir::ImageDir;
+use floe_image::messages::Fstype;
 use floe_kernel::mount::{
     self, FsOption, NewMountError, Propagation, Reach, attach, copy_mount, join_group,
     set_propagation,
@@ -22,7 +23,14 @@ use super::content;
 use super::groups::{Base, Group};
 use super::model::{Content, FsKind, attributes, split_options, super_words};
 use super::tree::{MountTree, NewFs, Origin, Placed};
+use crate::fd::tty::EarlyMasters;
 use crate::restore::{Attempt, ExecuteError};
+
+/// The number of the terminal that is mounted on a file.
+fn terminal(placed: &Placed) -> Option<u32> {
+    let is_devpts = placed.entry.fstype == Fstype::Devpts as u32;
+    placed.part.parse().ok().filter(|_| is_devpts)
+}
 
 /// A path in a mount: not through links, and not into what is mounted below.
 const WITHIN: ResolveFlags = ResolveFlags::BENEATH
@@ -46,6 +54,8 @@ pub struct Workshop {
     carriers: Vec<Option<OwnedFd>>,
     /// Names of what was deleted, until the mounts of it are attached.
     leftovers: Vec<Leftover>,
+    /// Of terminals that are mounted on files.
+    masters: EarlyMasters,
 }
 
 /// What is to be made.
@@ -90,6 +100,7 @@ impl Workshop {
             mounts: empty(mounts),
             carriers: empty(carriers),
             leftovers: Vec::new(),
+            masters: EarlyMasters::default(),
         })
     }
 
@@ -127,6 +138,11 @@ impl Workshop {
         drop(visit);
         self.make(places, true)?;
         self.attach_all(places, true)
+    }
+
+    /// Masters of terminals that are mounted, for whoever makes these.
+    pub fn take_masters(&mut self) -> EarlyMasters {
+        std::mem::take(&mut self.masters)
     }
 
     /// Lets mounts propagate to each other; none may be attached afterwards.
@@ -282,6 +298,9 @@ impl Workshop {
             self.leftovers.extend(leftovers);
             copy_mount(part.as_fd(), b"").during("Copying the deleted", what)?
         } else {
+            if let Some(index) = terminal(placed) {
+                self.masters.make(source, index)?;
+            }
             let part = open_within(source, &placed.part).during("Looking for", what)?;
             copy_mount(part.as_fd(), b"").during("Copying", what)?
         };

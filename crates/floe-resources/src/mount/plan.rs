@@ -60,6 +60,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         let places = find(world, &places)?;
         let mut workshop = Workshop::open(plan, world.namespaces().home()?)?;
         workshop.make_early(&places)?;
+        workshop.take_masters().keep(world)?;
         if !late {
             return workshop.join_groups();
         }

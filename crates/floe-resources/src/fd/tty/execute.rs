@@ -13,6 +13,7 @@ use floe_kernel::tty::{self, Switch};
 use floe_options::{Action, HookEvent, RestoreOptions};
 use rustix::fs::{Gid, Mode, OFlags, Uid};
 
+use super::early::{EarlyMasters, numbered_master};
 use super::plan::{End, Pair};
 use super::{queue, settings};
 use crate::namespace::OwnerMap;
@@ -30,16 +31,13 @@ enum Controls {
     SlaveOf(u32),
 }
 
-/// Masters that are opened before one has its number at the latest.
-const MOST_MASTERS: usize = 4096;
-
 /// Makes a pair and opens all its descriptions.
 pub(super) fn make_pair(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), ExecuteError> {
     let (path, flags) = match &pair.master {
         Some(end) => (end.path.as_str(), open_flags(end)),
         None => ("/dev/ptmx", OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC),
     };
-    let master = open_master(path, flags, pair.index)?;
+    let master = open_master(world, path, flags, pair.index)?;
     let what = || format!("pty {}", pair.index);
     tty::set_switch(master.as_fd(), Switch::PtyLock, false).during("Unlocking", what)?;
     for end in &pair.slaves {
@@ -67,7 +65,7 @@ pub(super) fn make_orphan(world: &mut World<'_>, pair: &Pair<'_>) -> Result<(), 
         return adopt(world, pair);
     }
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-    let master = open_master("/dev/ptmx", flags, pair.index)?;
+    let master = open_master(world, "/dev/ptmx", flags, pair.index)?;
     let what = || format!("pty {}", pair.index);
     tty::set_switch(master.as_fd(), Switch::PtyLock, false).during("Unlocking", what)?;
     for end in &pair.slaves {
@@ -130,27 +128,18 @@ fn switch_modes(world: &World<'_>, pair: &Pair<'_>, master: BorrowedFd<'_>) -> i
     }
 }
 
-/// The number is the lowest free one, so masters are opened until it is the turn of ours.
-fn open_master(path: &str, flags: OFlags, index: u32) -> Result<OwnedFd, ExecuteError> {
-    let mut others = Vec::new();
-    while others.len() < MOST_MASTERS {
-        let master =
-            rustix::fs::open(path, flags, Mode::empty()).during("Opening", || path.to_string())?;
-        let found = tty::pty_index(master.as_fd())
-            .during("Asking for the number of", || path.to_string())?;
-        if found == index {
-            return Ok(master);
-        }
-        if found > index {
-            break;
-        }
-        others.push(master);
+fn open_master(
+    world: &mut World<'_>,
+    path: &str,
+    flags: OFlags,
+    index: u32,
+) -> Result<OwnedFd, ExecuteError> {
+    if let Some(master) = EarlyMasters::take(world, index) {
+        set_flags(master.as_fd(), flags.bits())?;
+        return Ok(master);
     }
-    let taken = io::Error::new(
-        io::ErrorKind::AddrInUse,
-        "its number is taken on this machine; free it, or restore in a container of its own",
-    );
-    Err(taken).during("Making", || format!("pty {index}"))
+    let open = || rustix::fs::open(path, flags, Mode::empty());
+    numbered_master(index, || open().map_err(io::Error::from))
 }
 
 fn fill(master: BorrowedFd<'_>, pair: &Pair<'_>) -> io::Result<()> {

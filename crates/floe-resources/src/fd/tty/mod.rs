@@ -8,11 +8,13 @@
 //! Not kept: a line that is being edited, events of packet mode.
 
 mod collect;
+mod early;
 mod execute;
 mod plan;
 mod queue;
 mod settings;
 
+pub use early::EarlyMasters;
 pub use execute::take_controlling_terminal;
 
 use floe_image::messages::TtyType;
