@@ -10,6 +10,7 @@ pub mod compress;
 mod early;
 pub mod merged;
 pub mod pack;
+pub mod rounds;
 pub mod squash;
 pub mod stream;
 pub mod summary;

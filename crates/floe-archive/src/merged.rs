@@ -1,8 +1,10 @@
 //! A chain seen as one checkpoint: each page where it is newest.
 
+use std::ops::Range;
+
 use floe_image::catalogue::ImageKind;
-use floe_image::dir::{PARENT_LINK, PE_PARENT, PE_PRESENT};
-use floe_image::manifest::MANIFEST_NAME;
+use floe_image::dir::{PARENT_LINK, PE_LAZY, PE_PARENT, PE_PRESENT};
+use floe_image::manifest::{MANIFEST_NAME, RoundFacts};
 use floe_image::messages::{PagemapEntry, PagemapHead, PstreeEntry};
 use floe_image::schema::ImageMessage;
 use floe_image::{ImageDir, ImageError};
@@ -34,6 +36,8 @@ pub struct MergedPages {
     pub runs: Vec<MergedRun>,
     /// Opens the files that the runs name.
     pub index: PageIndex,
+    /// By file: addresses whose pages may be restored later.
+    lazy: Vec<Vec<Range<u64>>>,
 }
 
 /// A chain, or its newer part.
@@ -45,6 +49,8 @@ pub struct Merged {
     pub first: u32,
     /// Number of the newest.
     pub last: u32,
+    /// How each generation in it was made.
+    pub rounds: Vec<RoundFacts>,
     /// All memory.
     pub memory: Vec<MergedPages>,
     /// Names of the files that are taken as they are.
@@ -98,7 +104,10 @@ impl Merged {
         let mut files = newest.file_names()?;
         files.retain(|name| is_taken(newest, name));
         files.sort();
+        let mut rounds = crate::rounds::of_chain(&chain)?;
+        rounds.retain(|round| since.is_none_or(|since| round.number > since));
         Ok(Merged {
+            rounds,
             first: since.map_or(oldest, |since| since + 1),
             chain,
             last,
@@ -171,13 +180,28 @@ fn merged_pages(
             }),
         }
     }
+    let lazy = (0..index.file_count()).map(|file| lazy_ranges(index.images(file), kind, id));
     Ok(MergedPages {
         kind,
         id,
         pages_id: head.pages_id,
         runs,
+        lazy: lazy.collect::<Result<_, _>>()?,
         index,
     })
+}
+
+/// Addresses that an engine marked as such whose pages may be restored later.
+fn lazy_ranges(dir: &ImageDir, kind: ImageKind, id: u64) -> Result<Vec<Range<u64>>, ImageError> {
+    let (_, entries) = dir.read_pagemap(kind, id)?;
+    let lazy = entries.iter().filter(|entry| entry.flags() & PE_LAZY != 0);
+    let range = |entry: &PagemapEntry| {
+        entry.vaddr
+            ..entry
+                .vaddr
+                .saturating_add(entry.nr_pages().saturating_mul(PAGE_SIZE))
+    };
+    Ok(lazy.map(range).collect())
 }
 
 impl MergedPages {
@@ -213,14 +237,19 @@ impl MergedPages {
         );
         // Neighbours that lie in different files are neighbours in the merged one.
         let mut joined: Vec<(u64, u64, u32)> = Vec::new();
+        let mut join = |start: u64, len: u64, flags: u32| match joined.last_mut() {
+            Some(last) if last.0 + last.1 == start && last.2 == flags => last.1 += len,
+            _ => joined.push((start, len, flags)),
+        };
         for run in &self.runs {
-            let (start, len, flags) = match run {
-                MergedRun::Stored(run) => (run.start, run.len, PE_PRESENT),
-                MergedRun::InBase { start, len } => (*start, *len, PE_PARENT),
-            };
-            match joined.last_mut() {
-                Some(last) if last.0 + last.1 == start && last.2 == flags => last.1 += len,
-                _ => joined.push((start, len, flags)),
+            match run {
+                MergedRun::InBase { start, len } => join(*start, *len, PE_PARENT),
+                MergedRun::Stored(run) => {
+                    for (part, is_lazy) in split(run, &self.lazy[run.file as usize]) {
+                        let lazy = if is_lazy { PE_LAZY } else { 0 };
+                        join(part.start, part.end - part.start, PE_PRESENT | lazy);
+                    }
+                }
             }
         }
         for (vaddr, len, flags) in joined {
@@ -236,7 +265,63 @@ impl MergedPages {
     }
 }
 
+/// Cuts a run where laziness begins and ends; the ranges are in the order of their addresses.
+fn split(run: &StoredRun, lazy: &[Range<u64>]) -> Vec<(Range<u64>, bool)> {
+    let mut parts = Vec::new();
+    let mut at = run.start;
+    let first = lazy.partition_point(|range| range.end <= run.start);
+    for range in lazy[first..]
+        .iter()
+        .take_while(|range| range.start < run.end())
+    {
+        if range.start > at {
+            parts.push((at..range.start, false));
+        }
+        let (from, to) = (range.start.max(at), range.end.min(run.end()));
+        parts.push((from..to, true));
+        at = to;
+    }
+    if at < run.end() {
+        parts.push((at..run.end(), false));
+    }
+    parts
+}
+
 fn append<M: ImageMessage>(bytes: &mut Vec<u8>, message: &M) {
     bytes.extend_from_slice(&(message.encoded_len() as u32).to_le_bytes());
     message.encode_raw(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_cut_where_laziness_begins_and_ends() {
+        let run = StoredRun {
+            start: 10,
+            len: 10,
+            file: 0,
+            offset: 0,
+        };
+        let parts = |lazy: &[Range<u64>]| {
+            let parts = split(&run, lazy);
+            let shown = parts
+                .iter()
+                .map(|(part, lazy)| (part.start, part.end, *lazy));
+            shown.collect::<Vec<_>>()
+        };
+        assert_eq!(parts(&[]), [(10, 20, false)]);
+        assert_eq!(parts(&[0..5, 0..30]), [(10, 20, true)]);
+        assert_eq!(
+            parts(&[5..12, 14..16, 18..40]),
+            [
+                (10, 12, true),
+                (12, 14, false),
+                (14, 16, true),
+                (16, 18, false),
+                (18, 20, true)
+            ]
+        );
+    }
 }

@@ -295,6 +295,7 @@ impl<W: Write> Packer<W> {
             machine: text(|manifest| &manifest.machine),
             cpu: newest.and_then(|manifest| manifest.cpu.clone()),
             created: UNIX_EPOCH + Duration::from_secs(self.modified),
+            rounds: merged.rounds.clone(),
         };
         let manifest = Manifest::new(info, files.collect());
         serde_json::to_string_pretty(&manifest).expect("a manifest has text keys only") + "\n"

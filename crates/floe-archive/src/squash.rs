@@ -235,5 +235,6 @@ fn info(merged: &Merged) -> ManifestInfo {
         created: manifest.map_or_else(SystemTime::now, |manifest| {
             UNIX_EPOCH + Duration::from_secs(manifest.created)
         }),
+        rounds: merged.rounds.clone(),
     }
 }

@@ -3,16 +3,17 @@
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
 
-use floe_image::catalogue::{ImageKind, STATS_DUMP};
+use floe_image::catalogue::ImageKind;
 use floe_image::explore;
+use floe_image::manifest::RoundFacts;
 use floe_image::messages::{
-    CoreEntry, FdTypes, FdinfoEntry, FileEntry, InetSkEntry, StatsEntry, UnixSkEntry, VmaEntry,
+    CoreEntry, FdTypes, FdinfoEntry, FileEntry, InetSkEntry, UnixSkEntry, VmaEntry,
 };
 use floe_image::{ImageDir, ImageError};
-use floe_kernel::ids::PAGE_SIZE;
 use floe_memory::{IndexError, PageIndex};
 use serde::Serialize;
 
+use crate::rounds::kind_word;
 use crate::{Chain, ChainError};
 
 /// A checkpoint.
@@ -27,29 +28,42 @@ pub struct Summary {
     pub machine: Option<String>,
     /// Seconds since 1970 UTC.
     pub created: Option<u64>,
+    /// How each was made, oldest first; also those that were merged into one.
     pub generations: Vec<GenerationSummary>,
+    /// How many of the newest are there by themselves, not merged.
+    pub directories: usize,
     pub tasks: Vec<TaskSummary>,
     pub mappings: Vec<MappingSummary>,
     pub files: Vec<FileSummary>,
     pub sockets: Vec<FileSummary>,
 }
 
-/// One generation.
+/// How one generation was made.
 #[derive(Clone, Debug, Serialize)]
 pub struct GenerationSummary {
-    pub number: u32,
-    pub path: String,
-    pub kind: &'static str,
-    pub tracker: Option<String>,
-    pub created: Option<u64>,
-    /// Bytes of pages that it copied.
-    pub copied: u64,
-    /// Bytes of pages that it found unchanged.
-    pub unchanged: u64,
-    /// Bytes of all its files.
-    pub size: u64,
-    /// How long the tree stood still, in microseconds.
-    pub frozen_us: Option<u32>,
+    #[serde(flatten)]
+    pub facts: RoundFacts,
+    /// Bytes of pages that the program changed in a second before it; `None` where it is not known.
+    pub dirty_rate: Option<u64>,
+}
+
+fn generation_summaries(rounds: Vec<RoundFacts>) -> Vec<GenerationSummary> {
+    let mut before: Option<u64> = None;
+    let summary = |facts: RoundFacts| {
+        let since = std::mem::replace(&mut before, facts.began_us);
+        let micros = facts
+            .began_us
+            .zip(since)
+            .and_then(|(now, then)| now.checked_sub(then));
+        // A generation that found nothing unchanged copied all, changed or not.
+        let rate = micros.filter(|micros| *micros > 0 && facts.unchanged > 0);
+        let rate = rate.map(|micros| u128::from(facts.copied) * 1_000_000 / u128::from(micros));
+        GenerationSummary {
+            dirty_rate: rate.map(|rate| rate as u64),
+            facts,
+        }
+    };
+    rounds.into_iter().map(summary).collect()
 }
 
 /// One task.
@@ -78,7 +92,7 @@ pub struct MappingSummary {
     pub end: u64,
     pub protection: String,
     pub object: String,
-    /// Bytes of pages by the generation in which they are newest, as in [`Summary::generations`].
+    /// Bytes of pages by the generation in which they are newest, for each of the [`Summary::directories`], oldest first.
     pub stored: Vec<u64>,
 }
 
@@ -107,14 +121,7 @@ impl Summary {
     pub fn read(dir: &ImageDir) -> Result<Summary, SummaryError> {
         let chain = Chain::open(dir)?;
         let manifest = chain.newest().manifest.as_ref();
-        let mut generations = Vec::new();
-        for (index, generation) in chain.generations().iter().enumerate() {
-            generations.push(generation_summary(
-                &generation.dir,
-                chain.number(index),
-                generation,
-            )?);
-        }
+        let generations = generation_summaries(crate::rounds::of_chain(&chain)?);
         let files = dir.read_files()?;
         let by_id: BTreeMap<u32, &FileEntry> = files.iter().map(|file| (file.id, file)).collect();
         let mut reader = TaskReader {
@@ -158,6 +165,7 @@ impl Summary {
             machine: manifest.map(|manifest| manifest.machine.clone()),
             created: manifest.map(|manifest| manifest.created),
             generations,
+            directories: chain.generations().len(),
             tasks,
             mappings,
             files: plain,
@@ -169,47 +177,6 @@ impl Summary {
     pub fn stored(&self) -> u64 {
         self.tasks.iter().map(|task| task.stored).sum()
     }
-}
-
-fn kind_word(is_pre_dump: bool) -> &'static str {
-    if is_pre_dump { "pre-dump" } else { "full" }
-}
-
-fn generation_summary(
-    dir: &ImageDir,
-    number: u32,
-    generation: &crate::Generation,
-) -> Result<GenerationSummary, SummaryError> {
-    let (mut copied, mut unchanged) = (0, 0);
-    for (kind, id) in dir.images()? {
-        if !matches!(kind, ImageKind::Pagemap | ImageKind::ShmemPagemap) {
-            continue;
-        }
-        for entry in dir.read_pagemap(kind, id.unwrap_or(0))?.1 {
-            let bytes = entry.nr_pages().saturating_mul(PAGE_SIZE);
-            if entry.flags() & floe_image::dir::PE_PRESENT != 0 {
-                copied += bytes;
-            } else if entry.flags() & floe_image::dir::PE_PARENT != 0 {
-                unchanged += bytes;
-            }
-        }
-    }
-    let stats = dir.read_optional::<StatsEntry>(ImageKind::Stats, STATS_DUMP)?;
-    let manifest = generation.manifest.as_ref();
-    let names = dir.file_names()?;
-    Ok(GenerationSummary {
-        number,
-        path: dir.path().display().to_string(),
-        kind: kind_word(generation.is_pre_dump()),
-        tracker: manifest.and_then(|manifest| manifest.tracker.clone()),
-        created: manifest.map(|manifest| manifest.created),
-        copied,
-        unchanged,
-        size: names.iter().filter_map(|name| dir.file_size(name)).sum(),
-        frozen_us: stats
-            .and_then(|stats| stats.dump)
-            .map(|dump| dump.frozen_time),
-    })
 }
 
 struct TaskReader<'a> {

@@ -121,6 +121,8 @@ pub fn dump(
             tracking.commit(&run_id, &[])?;
         }
         fault::point();
+        // The images are whole; what comes now is the end of the tasks, or not theirs to notice.
+        report.frozen = stopping.elapsed();
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
         let network = network.persist(&run_id)?;
@@ -135,7 +137,6 @@ pub fn dump(
         }
         links.keep();
         tracing::info!("gave up the tree");
-        report.frozen = stopping.elapsed();
     }
     dedup(options)?;
     report.total = started.elapsed();

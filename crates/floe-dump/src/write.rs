@@ -102,6 +102,7 @@ pub fn manifest_info(kind: DumpKind, tracking: Option<&Tracking>) -> ManifestInf
         machine: std::env::consts::ARCH.to_string(),
         cpu: None,
         created: SystemTime::now(),
+        rounds: Vec::new(),
     }
 }
 

@@ -53,6 +53,8 @@ pub struct ManifestInfo {
     pub cpu: Option<String>,
     /// When the dump was made.
     pub created: SystemTime,
+    /// The generations that are merged in it.
+    pub rounds: Vec<RoundFacts>,
 }
 
 /// One file of a dump.
@@ -62,6 +64,29 @@ pub struct ManifestFile {
     pub size: u64,
     /// BLAKE3 of the content in hex; `None` where it was not computed.
     pub blake3: Option<String>,
+}
+
+/// One generation as it was made, kept where several were merged into one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoundFacts {
+    /// Its number.
+    pub number: u32,
+    /// `full` or `pre-dump`.
+    pub kind: String,
+    /// Dirty tracker that chose the pages.
+    pub tracker: Option<String>,
+    /// When it was made, in seconds since 1970 UTC.
+    pub created: Option<u64>,
+    /// When it began, in microseconds since 1970 UTC.
+    pub began_us: Option<u64>,
+    /// Bytes of pages that it copied.
+    pub copied: u64,
+    /// Bytes of pages that it found unchanged.
+    pub unchanged: u64,
+    /// Bytes of all its files.
+    pub size: u64,
+    /// How long the tree stood still, in microseconds.
+    pub frozen_us: Option<u32>,
 }
 
 /// The content of `floe.json`.
@@ -87,6 +112,12 @@ pub struct Manifest {
     pub cpu: Option<String>,
     /// When the dump was made, in seconds since 1970 UTC.
     pub created: u64,
+    /// When the dump began, in microseconds since 1970 UTC.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began_us: Option<u64>,
+    /// The generations that were merged into this one, the oldest first; empty where none were.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rounds: Vec<RoundFacts>,
     /// How the pages are compressed, such as `zstd:3`; `None` for plain ones, which CRIU reads too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compression: Option<String>,
@@ -191,6 +222,8 @@ impl Manifest {
             machine: info.machine,
             cpu: info.cpu,
             created: since.as_secs(),
+            began_us: None,
+            rounds: info.rounds,
             compression: None,
             files,
         }

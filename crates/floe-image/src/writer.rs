@@ -6,6 +6,7 @@ use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 use rustix::io::Errno;
@@ -100,6 +101,7 @@ struct Inner {
     path: PathBuf,
     fd: OwnedFd,
     sync: Sync,
+    began: SystemTime,
     /// Files made so far; `None` until [`ImageWriter::note_file`] or the end of their stream.
     files: Mutex<BTreeMap<String, Option<ManifestFile>>>,
 }
@@ -155,6 +157,7 @@ impl ImageWriter {
                 path,
                 fd,
                 sync,
+                began: SystemTime::now(),
                 files,
             }),
         }
@@ -272,7 +275,11 @@ impl ImageWriter {
         }
         self.sync_files(files.keys())?;
         self.sync_dir()?;
-        let manifest = Manifest::new(info, files);
+        let mut manifest = Manifest::new(info, files);
+        let began = self.inner.began.duration_since(UNIX_EPOCH);
+        manifest.began_us = began
+            .ok()
+            .and_then(|since| since.as_micros().try_into().ok());
         self.write_manifest(&manifest)?;
         self.sync_dir()?;
         Ok(manifest)

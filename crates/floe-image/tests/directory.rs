@@ -22,6 +22,7 @@ fn info() -> ManifestInfo {
         machine: "x86_64".to_string(),
         cpu: None,
         created: SystemTime::now(),
+        rounds: Vec::new(),
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Write;
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -198,7 +199,7 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
         arm_fault()?;
         return rpc::answer_parent(fd);
     }
-    execute(command, absolute(settings)?, rest, reporter)
+    execute(command, absolute(settings, command)?, rest, reporter)
 }
 
 fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
@@ -225,9 +226,17 @@ pub fn by_files(from_line: &Settings) -> Result<Settings, Failure> {
     Ok(settings)
 }
 
-/// Directories are resolved once, so that nothing depends on the current directory later.
-fn absolute(mut settings: Settings) -> Result<Settings, Failure> {
+/// Directories are resolved once, so that nothing depends on the current directory later. A dump makes
+/// that of its images (not those above it).
+fn absolute(mut settings: Settings, command: Command) -> Result<Settings, Failure> {
     let place = settings.place();
+    if matches!(command, Command::Dump | Command::PreDump) && !place.images_dir.exists() {
+        let made = std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&place.images_dir);
+        let shown = place.images_dir.display();
+        made.map_err(|error| anyhow::anyhow!("making {shown} (--images-dir): {error}"))?;
+    }
     let resolve = |path: &Path, option: &str| {
         let found = std::fs::canonicalize(path);
         found.map_err(|error| anyhow::anyhow!("directory {} ({option}): {error}", path.display()))

@@ -82,6 +82,7 @@ fn text(summary: &Summary, all: bool) -> String {
                 "tracker",
                 "copied",
                 "unchanged",
+                "changes",
                 "size",
                 "frozen",
                 "made",
@@ -89,8 +90,8 @@ fn text(summary: &Summary, all: bool) -> String {
             summary.generations.iter().map(generation),
         );
     } else if let Some(only) = summary.generations.first() {
-        let frozen = only.frozen_us.map_or_else(unknown, milliseconds);
-        let _ = writeln!(out, "size {}, frozen for {frozen}", size(only.size));
+        let frozen = only.facts.frozen_us.map_or_else(unknown, milliseconds);
+        let _ = writeln!(out, "size {}, frozen for {frozen}", size(only.facts.size));
     }
     table(
         &mut out,
@@ -107,15 +108,19 @@ fn text(summary: &Summary, all: bool) -> String {
 }
 
 fn generation(row: &GenerationSummary) -> Vec<String> {
+    let dash = || "-".to_owned();
+    let facts = &row.facts;
     vec![
-        row.number.to_string(),
-        row.kind.into(),
-        row.tracker.clone().unwrap_or_else(|| "-".into()),
-        size(row.copied),
-        size(row.unchanged),
-        size(row.size),
-        row.frozen_us.map_or_else(|| "-".into(), milliseconds),
-        row.created.map_or_else(|| "-".into(), own::utc),
+        facts.number.to_string(),
+        facts.kind.clone(),
+        facts.tracker.clone().unwrap_or_else(dash),
+        size(facts.copied),
+        size(facts.unchanged),
+        row.dirty_rate
+            .map_or_else(dash, |rate| format!("{}/s", size(rate))),
+        size(facts.size),
+        facts.frozen_us.map_or_else(dash, milliseconds),
+        facts.created.map_or_else(dash, own::utc),
     ]
 }
 

@@ -92,9 +92,18 @@ fn options_not_supported_yet_are_named_and_exit_with_3() {
 #[test]
 fn a_missing_directory_is_named_and_exits_with_1() {
     let directory = temporary();
-    let output = run(directory.path(), "dump -t 1 -D nowhere");
-    assert_eq!(output.status.code(), Some(1));
-    assert!(text(&output.stderr).contains("directory nowhere (--images-dir)"));
+    for (line, said) in [
+        ("restore -D nowhere", "directory nowhere (--images-dir)"),
+        // A dump makes the last directory of a path, no more.
+        (
+            "dump -t 999999999 -D nowhere/deep",
+            "making nowhere/deep (--images-dir)",
+        ),
+    ] {
+        let output = run(directory.path(), line);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(text(&output.stderr).contains(said), "{line}");
+    }
 }
 
 #[test]

@@ -79,3 +79,17 @@ fn a_report_is_one_page_that_loads_nothing() {
         assert!(!text.contains(part), "`{part}` is in it");
     }
 }
+
+#[test]
+fn an_archive_remembers_its_rounds() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    let archive = root.path().join("archive");
+    floe(&["pack", "-o", &archive.to_string_lossy()], &chain);
+    let output = floe(&["inspect", "--json"], &archive);
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(value["directories"], 1);
+    assert_eq!(value["generations"][0]["copied"], 40960);
+    assert_eq!(value["generations"][1]["unchanged"], 7 * 4096);
+    assert!(value["generations"][1]["dirty_rate"].is_u64(), "{value:#}");
+}

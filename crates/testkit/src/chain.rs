@@ -46,6 +46,7 @@ pub fn info(kind: DumpKind, generation: u32) -> ManifestInfo {
         machine: "x86_64".into(),
         cpu: None,
         created: SystemTime::now(),
+        rounds: Vec::new(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: how long dumps and restores take, beside a peer on the same machine.
 
+mod archive;
 mod measure;
 mod table;
 
@@ -16,6 +17,9 @@ pub struct Arguments {
     /// Another engine with CRIU's command line, as NAME=PATH.
     #[arg(long, value_name = "NAME=PATH", value_parser = peer)]
     peer: Option<Engine>,
+    /// What is measured.
+    #[arg(long, value_enum, default_value_t = Group::Engines)]
+    group: Group,
     /// Only workloads whose names contain this.
     #[arg(long, default_value = "")]
     only: String,
@@ -29,6 +33,18 @@ pub struct Arguments {
     #[arg(long)]
     write: bool,
 }
+
+/// What is measured.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Group {
+    /// Dumps and restores.
+    Engines,
+    /// Packing, unpacking and checking, beside zstd.
+    Archive,
+}
+
+/// Where the rows of archives begin in docs/bench.md.
+const ARCHIVES: &str = "\n## Archives\n";
 
 fn peer(text: &str) -> Result<Engine, String> {
     let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
@@ -56,6 +72,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Some(path) => Engine::new("floe", path),
         None => Engine::new("floe", crate::build_release("floe", "floe")?),
     };
+    if arguments.group == Group::Archive {
+        return archives(&floe, arguments);
+    }
     let engines: Vec<Engine> = std::iter::once(floe)
         .chain(arguments.peer.clone())
         .collect();
@@ -90,10 +109,42 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let text = table::text(&rows);
     print!("{text}");
     if arguments.write {
-        let path = crate::root().join("docs/bench.md");
+        let (_, kept) = document()?;
         let whole = table::document(&text, arguments.rounds)?;
-        std::fs::write(&path, whole).with_context(|| format!("writing {}", path.display()))?;
-        println!("written to {}", path.display());
+        write(&format!("{whole}{kept}"))?;
+    }
+    Ok(())
+}
+
+/// docs/bench.md, in front of the rows of archives and from them on.
+fn document() -> anyhow::Result<(String, String)> {
+    let text = std::fs::read_to_string(path()).context("reading docs/bench.md")?;
+    let end = text.find(ARCHIVES).unwrap_or(text.len());
+    Ok((text[..end].to_owned(), text[end..].to_owned()))
+}
+
+fn path() -> PathBuf {
+    crate::root().join("docs/bench.md")
+}
+
+fn write(text: &str) -> anyhow::Result<()> {
+    let path = path();
+    std::fs::write(&path, text).with_context(|| format!("writing {}", path.display()))?;
+    println!("written to {}", path.display());
+    Ok(())
+}
+
+fn archives(floe: &Engine, arguments: &Arguments) -> anyhow::Result<()> {
+    let text = archive::measure(floe, &arguments.place, arguments.rounds)?;
+    print!("{text}");
+    if arguments.write {
+        let (before, _) = document()?;
+        let how = format!(
+            "From `cargo xtask bench --group archive`: medians of {} rounds after one that warms up. Both have all\n\
+             processors and level 3; `pack` also hashes, `unpack` and `verify` compare every checksum.\n",
+            arguments.rounds
+        );
+        write(&format!("{before}{ARCHIVES}\n{how}\n{text}"))?;
     }
     Ok(())
 }

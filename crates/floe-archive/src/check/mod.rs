@@ -273,7 +273,11 @@ fn tasks(dir: &ImageDir, rows: &mut Vec<Row>) {
         }
     }
     for name in wanted.iter().filter(|name| dir.file_size(name).is_none()) {
-        rows.push(missing(dir, name));
+        let row = missing(dir, name);
+        // The manifest may have named it already.
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
     }
     if rows.len() == before {
         let threads: usize = tree.iter().map(|task| task.threads.len()).sum();

@@ -21,6 +21,10 @@ pub enum Counter {
     ClientPort = 4,
     /// The server's port.
     ServerPort = 5,
+    /// Another number lets the client measure its longest wait anew.
+    Phase = 6,
+    /// The phase that the client measures.
+    PhaseSeen = 7,
 }
 
 /// The file.
@@ -29,7 +33,7 @@ pub struct Counters(File);
 
 impl Counters {
     const NAME: &str = "counters";
-    const COUNT: u64 = 6;
+    const COUNT: u64 = 8;
 
     /// Makes the file with all numbers zero.
     pub fn create(directory: &Path) -> io::Result<Self> {

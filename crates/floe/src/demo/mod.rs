@@ -1,63 +1,75 @@
-//! `floe demo`: a live program is checkpointed, shown, restored, and goes on where it was.
+//! `floe demo`: the memory of a live program is copied in rounds while it answers, what is left in one
+//! short stop; it is restored from the one archive, and goes on where it was.
 
 mod counters;
+mod engine;
 mod janitor;
 mod program;
 
 use std::ffi::OsString;
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Parser;
-use floe_image::{ImageDir, explore};
+use floe_archive::summary::Summary;
 
 use crate::exit::{Exit, Failure};
-use crate::statistics;
+use crate::own;
 use counters::{Counter, Counters};
+use engine::Engine;
 use janitor::Janitor;
 
 /// Checkpoints and restores a live program, to see it: a key-value server and a client.
+///
+/// A plain dump stops it for as long as its memory is copied. Then the same in rounds, into one archive,
+/// from which it is restored. Needs root; leaves nothing behind.
 #[derive(Parser)]
 #[command(name = "floe demo", after_help = Exit::HELP, disable_version_flag = true)]
 struct Demo {
     /// What the server holds in memory, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=65536))]
     size: u64,
-    /// Where to put the images for the time of the demo.
+    /// Where to put the images for the time of the demo (default: memory, if there is room).
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// Another program with CRIU's command line, for comparison.
-    #[arg(long, value_name = "PROGRAM", hide = true)]
-    engine: Option<PathBuf>,
 }
 
 /// Runs `floe demo` with the words behind `demo`.
 pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
-    let name = OsString::from("floe demo");
-    let demo = match Demo::try_parse_from(std::iter::once(&name).chain(args)) {
+    let demo: Demo = match own::parse("floe demo", args) {
         Ok(demo) => demo,
-        Err(error) => {
-            // Nobody is left to tell if the terminal is gone.
-            let _ = error.print();
-            return Ok(if error.use_stderr() {
-                Exit::Usage
-            } else {
-                Exit::Done
-            });
-        }
+        Err(exit) => return Ok(exit),
     };
-    let parent = demo.directory.clone().unwrap_or_else(std::env::temp_dir);
+    let parent = demo
+        .directory
+        .clone()
+        .unwrap_or_else(|| roomy(demo.size << 20));
     let directory = parent.join(format!("floe-demo-{}", std::process::id()));
-    std::fs::create_dir_all(directory.join("images"))
-        .with_context(|| format!("making {}", directory.display()))?;
+    for name in ["plain", "rounds"] {
+        let path = directory.join(name);
+        std::fs::create_dir_all(&path).with_context(|| format!("making {}", path.display()))?;
+    }
     let janitor = Janitor::start(&directory)?;
     let outcome = Stage::new(&demo, &directory).and_then(|mut stage| stage.play());
     janitor.finish()?;
     outcome?;
     Ok(Exit::Done)
+}
+
+/// A file system in memory that has room for what the demo writes, or the directory for such files.
+fn roomy(bytes: u64) -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    // The plain dump, the rounds and the archive.
+    let fits = rustix::fs::statvfs(memory)
+        .is_ok_and(|stat| stat.f_bavail.saturating_mul(stat.f_frsize) > bytes.saturating_mul(4));
+    if fits {
+        memory.to_path_buf()
+    } else {
+        std::env::temp_dir()
+    }
 }
 
 /// Runs one of the demo's own programs: `demo-part NAME MIB DIRECTORY`.
@@ -88,13 +100,21 @@ pub fn run_part(args: &[OsString]) -> Result<Exit, Failure> {
     Ok(Exit::Done)
 }
 
-/// What the table at the end shows.
-struct Times {
-    dump: Duration,
-    restore: Duration,
+/// One way to dump, for the table at the end.
+struct Dump {
+    /// From the start of the command to its end.
+    time: Duration,
+    /// How long the program stood still, as the engine says.
     frozen: Option<Duration>,
-    gap: Duration,
+    /// What it takes on disk, in bytes.
     size: u64,
+}
+
+/// The program as it was before.
+struct Before {
+    pids: [u32; 3],
+    connection: String,
+    answers: u64,
 }
 
 struct Stage<'a> {
@@ -128,9 +148,27 @@ impl<'a> Stage<'a> {
     }
 
     fn play(&mut self) -> anyhow::Result<()> {
+        let mut before = self.start()?;
+        let plain = self.plain_dump(&before)?;
+        let plain_gap = self.longest_wait()?;
+        let rounds = self.dump_in_rounds(&before)?;
+        self.reap(before.pids);
+        before.answers = self.counters.get(Counter::Answers)?;
+        let restore = self.restore()?;
+        let answers = before.answers;
+        self.wait_for("waiting for further answers", |stage| {
+            Ok(stage.counters.get(Counter::Answers)? > answers + 2000)
+        })?;
+        self.prove(&before)?;
+        let gap = Duration::from_micros(self.counters.get(Counter::LongestGap)?);
+        self.table([&plain, &rounds], restore, [plain_gap, gap])
+    }
+
+    /// Waits until the program does what it is for.
+    fn start(&mut self) -> anyhow::Result<Before> {
         let size = self.demo.size;
         self.say(&format!(
-            "a key-value server with {size} MiB and a client that checks every answer"
+            "a key-value server with {size} MiB, which it rewrites all the time, and a client that checks every answer"
         ))?;
         self.wait_for("filling the server's memory", |stage| {
             Ok(stage.counters.get(Counter::Filled)? == size * program::PAGES_PER_MIB)
@@ -143,37 +181,105 @@ impl<'a> Stage<'a> {
         let [server, client] =
             program::read_pids(self.directory).context("the program has no pids")?;
         self.say(&format!(
-            "[1/4] running: root {root}, server {server}, client {client}, {connection}"
+            "[1/5] running: root {root}, server {server}, client {client}, {connection}"
         ))?;
-
-        let dump = self.engine("dump", &["-t", &root.to_string(), "--tcp-established"])?;
-        self.reap([root, server, client]);
-        let before = self.counters.get(Counter::Answers)?;
-        self.say(&format!(
-            "[2/4] dumped in {}, {before} answers checked; the program is gone",
-            seconds(dump)
-        ))?;
-        let size = self.show_images()?;
-        let restore = self.engine("restore", &["--tcp-established", "--restore-detached"])?;
-        self.say(&format!("[3/4] restored in {}", seconds(restore)))?;
-        self.wait_for("waiting for further answers", |stage| {
-            Ok(stage.counters.get(Counter::Answers)? > before + 2000)
-        })?;
-        self.prove(root, &connection, before)?;
-        let stats = statistics::of_dump(&self.images()).context("reading the statistics")?;
-        let frozen = stats.map(|stats| Duration::from_micros(stats.frozen_time.into()));
-        let gap = Duration::from_micros(self.counters.get(Counter::LongestGap)?);
-        self.table(&Times {
-            dump,
-            restore,
-            frozen,
-            gap,
-            size,
+        Ok(Before {
+            pids: [root, server, client],
+            connection,
+            answers: 0,
         })
     }
 
-    fn images(&self) -> PathBuf {
-        self.directory.join("images")
+    /// One dump that stops the program for all of it; the program runs on.
+    fn plain_dump(&mut self, before: &Before) -> anyhow::Result<Dump> {
+        self.begin_measuring()?;
+        let engine = Engine::new(self.directory, "plain");
+        let options = [
+            "-t",
+            &before.pids[0].to_string(),
+            "--tcp-established",
+            "--leave-running",
+        ];
+        let time = engine.run("dump", &options, |_| Ok(()))?;
+        let frozen = engine.frozen()?;
+        self.say(&format!(
+            "[2/5] a plain dump stops the program while its memory is copied: {}; it runs on",
+            shown(frozen)
+        ))?;
+        Ok(Dump {
+            time,
+            frozen,
+            size: engine.size()?,
+        })
+    }
+
+    /// The longest wait of the client since [`Self::begin_measuring`].
+    fn longest_wait(&mut self) -> anyhow::Result<Duration> {
+        let answers = self.counters.get(Counter::Answers)?;
+        self.wait_for("waiting for answers", |stage| {
+            Ok(stage.counters.get(Counter::Answers)? > answers + 64)
+        })?;
+        let gap = Duration::from_micros(self.counters.get(Counter::LongestGap)?);
+        self.begin_measuring()?;
+        Ok(gap)
+    }
+
+    /// Lets the client measure its waits anew.
+    fn begin_measuring(&mut self) -> anyhow::Result<()> {
+        let phase = self.counters.get(Counter::Phase)? + 1;
+        self.counters.set(Counter::Phase, phase)?;
+        self.wait_for("waiting for the client", |stage| {
+            Ok(stage.counters.get(Counter::PhaseSeen)? == phase)
+        })
+    }
+
+    /// The same in rounds, into one archive; the program is gone after it.
+    fn dump_in_rounds(&self, before: &Before) -> anyhow::Result<Dump> {
+        self.say("[3/5] the same in rounds, while it runs; then a short stop for what is left:")?;
+        let engine = Engine::new(self.directory, "rounds");
+        let archive = self.archive();
+        let archive = archive
+            .to_str()
+            .context("a directory whose name is no UTF-8")?;
+        let options = [
+            "-t",
+            &before.pids[0].to_string(),
+            "--tcp-established",
+            "--iterate",
+            "--max-freeze",
+            "5ms",
+            "--compress",
+            "zstd:1",
+            "--archive",
+            archive,
+        ];
+        let time = engine.run("dump", &options, |line| self.say(&format!("      {line}")))?;
+        self.show_archive()?;
+        Ok(Dump {
+            time,
+            frozen: engine.frozen()?,
+            size: std::fs::metadata(archive)
+                .context("looking at the archive")?
+                .len(),
+        })
+    }
+
+    fn restore(&self) -> anyhow::Result<Duration> {
+        let archive = self.archive();
+        let archive = archive
+            .to_str()
+            .context("a directory whose name is no UTF-8")?;
+        let options = ["--tcp-established", "--restore-detached", "-i", archive];
+        let time = Engine::new(self.directory, "rounds").run("restore", &options, |_| Ok(()))?;
+        self.say(&format!(
+            "[4/5] restored from the archive in {}",
+            seconds(time)
+        ))?;
+        Ok(time)
+    }
+
+    fn archive(&self) -> PathBuf {
+        self.directory.join("demo.tar.zst")
     }
 
     fn say(&self, text: &str) -> anyhow::Result<()> {
@@ -218,7 +324,7 @@ impl<'a> Stage<'a> {
                 bail!("{what}: it took too long");
             }
             self.draw(what)?;
-            std::thread::sleep(Duration::from_millis(50));
+            std::thread::sleep(Duration::from_millis(20));
         }
         if self.is_terminal {
             write!(std::io::stdout(), "\r\x1b[K").context("writing to standard output")?;
@@ -239,40 +345,6 @@ impl<'a> Stage<'a> {
         out.flush().context("writing to standard output")
     }
 
-    /// Runs this binary (or the other one) and measures it.
-    fn engine(&self, command: &str, options: &[&str]) -> anyhow::Result<Duration> {
-        let own = std::env::current_exe().context("finding our own binary")?;
-        let log = format!("{command}.log");
-        let mut engine = Command::new(self.demo.engine.as_ref().unwrap_or(&own));
-        engine
-            .args([command, "--no-default-config", "-v4", "-o", &log, "-D"])
-            .arg(self.images())
-            .args(options);
-        let started = Instant::now();
-        let output = engine
-            .stdin(Stdio::null())
-            .output()
-            .with_context(|| format!("starting {command}"))?;
-        let time = started.elapsed();
-        if output.status.success() {
-            return Ok(time);
-        }
-        let log = std::fs::read_to_string(self.images().join(log)).unwrap_or_default();
-        let errors: Vec<&str> = log.lines().filter(|line| line.contains("Error")).collect();
-        let said = String::from_utf8_lossy(&output.stderr);
-        // It says its name on each line, as we do.
-        let said: Vec<&str> = said
-            .lines()
-            .map(|line| line.strip_prefix("floe: ").unwrap_or(line))
-            .collect();
-        let lines = if said.is_empty() { errors } else { said };
-        bail!(
-            "{command} failed ({}):\n{}",
-            output.status,
-            lines.join("\n")
-        )
-    }
-
     /// A dead task keeps its pid until it is waited for. Those that are not our children are
     /// somebody else's to wait for.
     fn reap(&self, pids: [u32; 3]) {
@@ -284,26 +356,25 @@ impl<'a> Stage<'a> {
         }
     }
 
-    /// Shows tasks and largest files; the size of all.
-    fn show_images(&self) -> anyhow::Result<u64> {
-        let dir = ImageDir::open(self.images()).context("opening the images")?;
-        for task in explore::tasks(&dir).context("reading the tasks")? {
-            self.say(&format!("      {task}"))?;
+    /// Shows the tasks in the archive.
+    fn show_archive(&self) -> anyhow::Result<()> {
+        let images = floe_archive::archive::open_images(&self.archive());
+        let summary = Summary::read(&images.context("opening the archive")?);
+        for task in summary.context("reading the archive")?.tasks {
+            let stored = own::size(task.stored);
+            let (pid, threads, comm) = (task.pid, task.threads, task.comm);
+            self.say(&format!(
+                "      in the archive: {pid} {comm}, threads {threads}, {stored} of pages"
+            ))?;
         }
-        let mut files = explore::list(&dir).context("reading the images")?;
-        files.sort_by_key(|file| std::cmp::Reverse(file.size));
-        for file in files.iter().take(3) {
-            self.say(&format!("      {:>12} bytes  {}", file.size, file.name))?;
-        }
-        self.say(&format!("      {:>12} files in all", files.len()))?;
-        Ok(files.iter().map(|file| file.size).sum())
+        Ok(())
     }
 
-    fn prove(&self, root: u32, connection: &str, before: u64) -> anyhow::Result<()> {
-        if !janitor::all_there(self.directory, root) {
+    fn prove(&self, before: &Before) -> anyhow::Result<()> {
+        if !janitor::all_there(self.directory, before.pids[0]) {
             bail!("the processes do not have their old pids");
         }
-        if self.connection()? != connection {
+        if self.connection()? != before.connection {
             bail!("the connection is another one");
         }
         let (answers, wrong) = (
@@ -313,31 +384,47 @@ impl<'a> Stage<'a> {
         if wrong > 0 {
             bail!("{wrong} answers were wrong");
         }
-        let more = answers - before;
+        let more = answers - before.answers;
         self.say(&format!(
-            "[4/4] it goes on: same pids, same connection, {more} more answers, none wrong"
+            "[5/5] it goes on: same pids, same connection, {more} more answers, none wrong"
         ))
     }
 
-    fn table(&self, times: &Times) -> anyhow::Result<()> {
-        let frozen = times.frozen.map_or_else(|| "unknown".into(), seconds);
+    fn table(
+        &self,
+        dumps: [&Dump; 2],
+        restore: Duration,
+        gaps: [Duration; 2],
+    ) -> anyhow::Result<()> {
+        let mut rows = vec![["".to_owned(), "plain dump".into(), "in rounds".into()]];
+        let mut row = |name: &str, cells: [String; 2]| {
+            let [plain, rounds] = cells;
+            rows.push([name.into(), plain, rounds]);
+        };
+        row(
+            "stood still for the dump",
+            dumps.map(|dump| shown(dump.frozen)),
+        );
+        row("dump, all in all", dumps.map(|dump| seconds(dump.time)));
+        row("size", dumps.map(|dump| own::size(dump.size)));
+        row("restore", ["-".into(), seconds(restore)]);
+        self.say("")?;
+        for [name, plain, rounds] in rows {
+            self.say(&format!("  {name:28} {plain:>12} {rounds:>12}"))?;
+        }
+        let [plain, rounds] = gaps.map(seconds);
         self.say("")?;
         self.say(&format!(
-            "  freeze time   {frozen:>10}   the program stood still for the dump"
-        ))?;
-        self.say(&format!("  dump time     {:>10}", seconds(times.dump)))?;
-        self.say(&format!("  restore time  {:>10}", seconds(times.restore)))?;
-        self.say(&format!(
-            "  longest wait  {:>10}   for an answer, by the client's clock",
-            seconds(times.gap)
-        ))?;
-        self.say(&format!(
-            "  image size    {:>6} MiB",
-            times.size.div_ceil(1 << 20)
+            "  The client waited {plain} for an answer during the plain dump. During the one in rounds it was\n  \
+             gone for {rounds}: until the archive was written and it was restored from it."
         ))
     }
 }
 
+fn shown(time: Option<Duration>) -> String {
+    time.map_or_else(|| "unknown".into(), seconds)
+}
+
 fn seconds(time: Duration) -> String {
-    format!("{:.3} s", time.as_secs_f64())
+    format!("{:.1} ms", time.as_secs_f64() * 1e3)
 }

@@ -139,9 +139,9 @@ pub fn server(directory: &Path, mib: u64) -> anyhow::Result<()> {
     }
 }
 
-/// Writes every page again, a few hundred at a time.
+/// Writes every page again, some at a time: up to 32 MiB in a second.
 fn rewrite(pages: &[Mutex<Page>]) {
-    const AT_ONCE: usize = 200;
+    const AT_ONCE: usize = 40;
     const PAUSE: Duration = Duration::from_millis(5);
     loop {
         for (number, page) in pages.iter().enumerate() {
@@ -200,6 +200,11 @@ pub fn client(directory: &Path, mib: u64) -> anyhow::Result<()> {
         if answers % 32 == 0 {
             counters.set(Counter::Answers, answers)?;
             counters.set(Counter::Wrong, wrong)?;
+            let phase = counters.get(Counter::Phase)?;
+            if phase != counters.get(Counter::PhaseSeen)? {
+                longest = Duration::ZERO;
+                counters.set(Counter::PhaseSeen, phase)?;
+            }
             counters.set(
                 Counter::LongestGap,
                 longest.as_micros().try_into().unwrap_or(u64::MAX),

@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use floe_archive::summary::{FileSummary, MappingSummary, Summary};
+use floe_archive::summary::{FileSummary, GenerationSummary, MappingSummary, Summary};
+use floe_image::manifest::RoundFacts;
 
 use super::plot::{Bar, bars, escape, shade};
 use crate::own::{size, utc};
@@ -57,11 +58,11 @@ fn facts(out: &mut String, summary: &Summary) {
     let frozen = summary
         .generations
         .last()
-        .and_then(|newest| newest.frozen_us);
+        .and_then(|newest| newest.facts.frozen_us);
     let size_on_disk = summary
         .generations
         .iter()
-        .map(|generation| generation.size)
+        .map(|generation| generation.facts.size)
         .sum();
     let facts = [
         ("kind", summary.kind.to_owned()),
@@ -89,60 +90,75 @@ fn milliseconds(us: u32) -> String {
     format!("{:.1} ms", f64::from(us) / 1000.0)
 }
 
-/// What each generation copied, and how long the program stood still for it.
+/// What each generation copied, how fast memory changed, and how long the program stood still for it.
 fn rounds(out: &mut String, summary: &Summary) {
     out.push_str(
         "<h2>Rounds</h2><p>Memory that each generation copied, and what it found unchanged.</p>",
     );
     out.push_str("<div class=\"key\"><span><i style=\"background:var(--a)\"></i>copied</span><span><i style=\"background:var(--b)\"></i>unchanged</span></div>");
-    let label = |number: u32, kind: &str| format!("{number} ({kind})");
-    let rows: Vec<Bar> = summary
+    let rows = summary
         .generations
         .iter()
-        .map(|row| Bar {
-            label: label(row.number, row.kind),
-            value: size(row.copied),
-            hint: format!(
-                "generation {}: {} copied, {} unchanged",
-                row.number,
-                size(row.copied),
-                size(row.unchanged)
-            ),
-            parts: vec![
-                (row.copied as f64, "a".into()),
-                (row.unchanged as f64, "b".into()),
-            ],
-        })
-        .collect();
-    let _ = write!(
-        out,
-        "<div class=\"plot\">{}</div>",
-        bars("memory copied by each generation", &rows)
-    );
-    let freezes: Vec<Bar> = summary
-        .generations
-        .iter()
-        .filter_map(|row| {
-            let frozen = row.frozen_us?;
-            Some(Bar {
-                label: label(row.number, row.kind),
-                value: milliseconds(frozen),
+        .map(|GenerationSummary { facts, .. }| {
+            let (copied, unchanged) = (size(facts.copied), size(facts.unchanged));
+            Bar {
+                label: label(facts),
                 hint: format!(
-                    "generation {} stopped the program for {}",
-                    row.number,
-                    milliseconds(frozen)
+                    "generation {}: {copied} copied, {unchanged} unchanged",
+                    facts.number
                 ),
-                parts: vec![(f64::from(frozen), "g0".into())],
-            })
+                value: copied,
+                parts: vec![
+                    (facts.copied as f64, "a".into()),
+                    (facts.unchanged as f64, "b".into()),
+                ],
+            }
+        });
+    plot(out, "memory copied by each generation", rows.collect());
+    let rates = summary.generations.iter().filter_map(|row| {
+        let rate = row.dirty_rate?;
+        let value = format!("{}/s", size(rate));
+        Some(Bar {
+            label: label(&row.facts),
+            hint: format!(
+                "before generation {} the program changed {value}",
+                row.facts.number
+            ),
+            value,
+            parts: vec![(rate as f64, "g1".into())],
         })
-        .collect();
-    if !freezes.is_empty() {
-        let _ = write!(
-            out,
-            "<h2>Freeze</h2><p>How long the program stood still.</p><div class=\"plot\">{}</div>",
-            bars("freeze of each generation", &freezes)
-        );
+    });
+    let rates: Vec<Bar> = rates.collect();
+    if !rates.is_empty() {
+        out.push_str("<h2>Changes</h2><p>Memory that the program changed in a second before each generation.</p>");
+        plot(out, "memory changed in a second", rates);
     }
+    let freezes = summary.generations.iter().filter_map(|row| {
+        let frozen = row.facts.frozen_us?;
+        let value = milliseconds(frozen);
+        Some(Bar {
+            label: label(&row.facts),
+            hint: format!(
+                "generation {} stopped the program for {value}",
+                row.facts.number
+            ),
+            value,
+            parts: vec![(f64::from(frozen), "g0".into())],
+        })
+    });
+    let freezes: Vec<Bar> = freezes.collect();
+    if !freezes.is_empty() {
+        out.push_str("<h2>Freeze</h2><p>How long the program stood still.</p>");
+        plot(out, "freeze of each generation", freezes);
+    }
+}
+
+fn label(facts: &RoundFacts) -> String {
+    format!("{} ({})", facts.number, facts.kind)
+}
+
+fn plot(out: &mut String, title: &str, rows: Vec<Bar>) {
+    let _ = write!(out, "<div class=\"plot\">{}</div>", bars(title, &rows));
 }
 
 /// The largest mappings, each by the generations in which its pages are newest: what is hot changed last.
@@ -159,9 +175,10 @@ fn memory(out: &mut String, summary: &Summary) {
     rows.sort_by_key(|mapping| std::cmp::Reverse(stored(mapping)));
     rows.truncate(MAPPINGS);
     out.push_str("<h2>Memory map</h2><p>Mappings by the generation in which their pages changed last: the newest are hot.</p><div class=\"key\">");
-    let count = summary.generations.len();
+    let count = summary.directories;
+    let newest = summary.generations.last().map_or(0, |row| row.facts.number);
     for from_newest in 0..count.min(6) {
-        let number = summary.generations[count - 1 - from_newest].number;
+        let number = newest.saturating_sub(from_newest as u32);
         let older = if from_newest == 5 && count > 6 {
             " and older"
         } else {
