@@ -41,6 +41,7 @@ use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::seccomp::SeccompFilters;
+use floe_resources::vma::SmapsAhead;
 use floe_resources::{Collector, Obstacle};
 
 pub use error::{DumpError, FreezeError, Obstacles};
@@ -87,8 +88,10 @@ pub fn dump(
         freezing: stopping.elapsed(),
         ..DumpReport::default()
     };
+    memory.smaps = SmapsAhead::start(tree.living().map(|task| &task.proc));
     if let Some(tracking) = &mut memory.tracking {
         tracking.begin_round(&mut tree)?;
+        tracking.arm_fresh()?;
     }
     let unlock = lock_network(options, &tree)?;
     let options = &*asked_external(options)?;
@@ -223,6 +226,8 @@ fn save(
     if let Some(tracking) = &memory.tracking {
         collector.cache(|| tracking.registered());
     }
+    let smaps = std::mem::take(&mut memory.smaps);
+    collector.cache(|| smaps);
     let mut shared = Shared {
         kinship: Kinship::default(),
         cgroups: CgroupSets::default(),

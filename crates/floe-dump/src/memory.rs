@@ -14,7 +14,7 @@ use floe_memory::{
 };
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
-use floe_resources::vma::{AddressSpace, Vma, guard_entry};
+use floe_resources::vma::{AddressSpace, SmapsAhead, Vma, guard_entry};
 use rustix::fs::OFlags;
 
 use crate::error::DumpError;
@@ -45,6 +45,8 @@ pub struct MemoryDump<'a> {
     reserved: Reserved,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
+    /// Mappings that are being read since the tree was stopped.
+    pub smaps: SmapsAhead,
     pub counts: MemoryCounts,
 }
 
@@ -70,6 +72,7 @@ impl<'a> MemoryDump<'a> {
             pages_id: reserved.last_id(),
             reserved,
             tracking: None,
+            smaps: SmapsAhead::default(),
             counts: MemoryCounts::default(),
         }
     }

@@ -1,7 +1,8 @@
 //! A pre-dump: memory is copied while the program runs, which stops only to begin a new round.
 //!
-//! The order decides: writes are noticed from a moment on at which the program stood still, and pages are
-//! read after it. A page that is torn, because the program wrote to it meanwhile, is found changed by the
+//! The order decides: writes to a page are noticed from a moment on, and the page is read after it. Where
+//! they were noticed before, that moment is one at which the program stood still; what is tracked for the
+//! first time is protected while it runs. A page that is torn, because the program wrote to it meanwhile, is found changed by the
 //! next round and copied again.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,6 +69,7 @@ pub fn pre_dump(
         frozen_us = report.frozen.as_micros() as u64,
         "the tree runs on"
     );
+    tracking.arm_fresh()?;
     let mut memory = MemoryDump::incremental(&writer, tracking);
     let unsure = copy(&mut memory, tasks, &mut report)?;
     if ProcDir::open(root).is_err() {

@@ -85,7 +85,6 @@ pub fn collect(
     let pid = task.pid;
     check_task(&task.proc, collector)?;
     let identity = shared.kinship.identify(&task.proc, collector)?;
-    let mut space = collect_address_space(&task.proc, collector)?;
     let fds = if identity.owns_files {
         let pidfd = Pidfd::open(pid).map_err(|source| CollectError::Task {
             pid,
@@ -96,8 +95,6 @@ pub fn collect(
     } else {
         None
     };
-    let found = find_socket_files(&mut space, &task.proc, fds.as_deref());
-    collector.note(found)?;
     let mut threads = Vec::with_capacity(task.threads.len());
     for thread in &task.threads {
         let draft = collect_thread(task, thread, (&mut shared.cgroups, collector.pids()))?;
@@ -125,6 +122,10 @@ pub fn collect(
     };
     leader.core.tc = Some(task_core(task, leader)?);
     let fs = collect_fs(&task.proc, &leader.status, collector);
+    // Late: a thread may still be reading it.
+    let mut space = collect_address_space(&task.proc, collector)?;
+    let found = find_socket_files(&mut space, &task.proc, fds.as_deref());
+    collector.note(found)?;
     let mm = collect_memory_map(&task.proc, &task.stat, collector);
     let (fs, mm) = (collector.note(fs)?, collector.note(mm)?);
     Ok(Draft::Living(Box::new(TaskDraft {

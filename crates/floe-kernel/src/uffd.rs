@@ -13,6 +13,8 @@ const UFFD_API: u64 = 0xaa;
 const UFFDIO_API: libc::c_ulong = 0xc018_aa3f;
 const UFFDIO_REGISTER: libc::c_ulong = 0xc020_aa00;
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
+const WRITEPROTECT_MODE_WP: u64 = 1;
 const REGISTER_MODE_MISSING: u64 = 1;
 const REGISTER_MODE_WP: u64 = 2;
 
@@ -53,6 +55,15 @@ impl Uffd {
     /// space is gone (its program ended or became another).
     pub fn register_write_protect(&self, start: TaskAddr, len: u64) -> io::Result<()> {
         self.ioctl(UFFDIO_REGISTER, &mut [start.0, len, REGISTER_MODE_WP, 0])
+    }
+
+    /// Write-protects all pages of a registered range; those that are not there get a marker.
+    /// `EAGAIN` while the address space changes.
+    pub fn write_protect(&self, start: TaskAddr, len: u64) -> io::Result<()> {
+        self.ioctl(
+            UFFDIO_WRITEPROTECT,
+            &mut [start.0, len, WRITEPROTECT_MODE_WP],
+        )
     }
 
     /// Makes missing pages of a range wait for us instead of becoming zero.

@@ -167,6 +167,8 @@ impl Tracking {
             let mut tracker = self.make(task, &mappings, &areas)?;
             if self.arms {
                 tracker.arm(&areas)?;
+            } else {
+                tracker.survey(&areas)?;
             }
             self.tasks.push((task.pid.0, task.stat.start_time));
             self.trackers.insert(task.pid, tracker);
@@ -176,6 +178,13 @@ impl Tracking {
             });
         }
         Ok(all)
+    }
+
+    /// Has writes noticed also where they were not before: takes time, and the tree may run on meanwhile
+    /// when its pages are read later.
+    pub fn arm_fresh(&mut self) -> Result<(), DumpError> {
+        let mut all = self.trackers.values_mut();
+        Ok(all.try_for_each(|tracker| tracker.arm_fresh())?)
     }
 
     /// Reads where the chain has what of every task: before the tree is stopped, since it takes time.

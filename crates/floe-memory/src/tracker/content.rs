@@ -85,6 +85,14 @@ impl DirtyTracker for ContentTracker {
         Ok(())
     }
 
+    fn arm_fresh(&mut self) -> Result<(), TrackError> {
+        Ok(())
+    }
+
+    fn survey(&mut self, _areas: &[Area]) -> Result<(), TrackError> {
+        Ok(())
+    }
+
     fn unchanged(&mut self, _area: &Area, present: &[PageRun]) -> Result<Vec<PageRun>, TrackError> {
         let mut unchanged = Vec::new();
         let mut buffers = [Vec::new(), Vec::new()];

@@ -126,9 +126,17 @@ pub trait DirtyTracker: Debug + Send {
     /// Which form it is.
     fn kind(&self) -> TrackerKind;
 
-    /// With the task stopped: has writes from now on noticed, and remembers which pages were written
-    /// up to now.
+    /// With the task stopped: has writes from now on noticed where they were before, and remembers which
+    /// pages were written up to now.
     fn arm(&mut self, areas: &[Area]) -> Result<(), TrackError>;
+
+    /// Has writes noticed in what [`DirtyTracker::arm`] left out because it was not tracked before. The
+    /// task may run on already when its pages are read after this; all of them count as written.
+    fn arm_fresh(&mut self) -> Result<(), TrackError>;
+
+    /// With the task stopped for good: finds out now what [`DirtyTracker::unchanged`] will be asked for
+    /// these areas, where the tracker can.
+    fn survey(&mut self, areas: &[Area]) -> Result<(), TrackError>;
 
     /// Which of the pages in `present` (a set inside of `area`) are as the last round copied them: the
     /// last before [`DirtyTracker::arm`], where that was called.

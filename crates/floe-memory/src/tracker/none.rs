@@ -16,6 +16,14 @@ impl DirtyTracker for NoTracker {
         Ok(())
     }
 
+    fn arm_fresh(&mut self) -> Result<(), TrackError> {
+        Ok(())
+    }
+
+    fn survey(&mut self, _areas: &[Area]) -> Result<(), TrackError> {
+        Ok(())
+    }
+
     fn unchanged(
         &mut self,
         _area: &Area,

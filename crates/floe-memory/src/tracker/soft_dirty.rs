@@ -93,6 +93,14 @@ impl DirtyTracker for SoftDirtyTracker {
         Ok(())
     }
 
+    fn arm_fresh(&mut self) -> Result<(), TrackError> {
+        Ok(())
+    }
+
+    fn survey(&mut self, _areas: &[Area]) -> Result<(), TrackError> {
+        Ok(())
+    }
+
     fn unchanged(&mut self, area: &Area, _present: &[PageRun]) -> Result<Vec<PageRun>, TrackError> {
         if !self.continued {
             return Ok(Vec::new());

@@ -5,7 +5,7 @@
 //! (`mremap`), nor those of a forked child or of a new program. So "registered with our descriptor" is
 //! what makes a page trustworthy, and no comparison of maps is needed.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 
 use floe_kernel::ids::{HostPid, PAGE_SIZE, TaskAddr};
@@ -19,6 +19,9 @@ use crate::select::{PageRun, Selection};
 /// Regions that one ioctl may return.
 const REGIONS: usize = 8192;
 
+/// Runs that are protected one by one.
+const FEW_RUNS: usize = 512;
+
 /// Write protection of one task's memory.
 #[derive(Debug)]
 pub struct UffdTracker {
@@ -31,6 +34,10 @@ pub struct UffdTracker {
     unsure: Vec<PageRun>,
     /// What the renewal of the protection found; `None` until then.
     armed: Option<Armed>,
+    /// Areas that were not protected before.
+    fresh: Vec<Area>,
+    /// What a survey found unchanged, by the area.
+    surveyed: HashMap<(u64, u64), Vec<PageRun>>,
     regions: Vec<PageRegion>,
 }
 
@@ -54,6 +61,8 @@ impl UffdTracker {
             continued: false,
             unsure: Vec::new(),
             armed: None,
+            fresh: Vec::new(),
+            surveyed: HashMap::new(),
             regions: Vec::new(),
         }
     }
@@ -133,18 +142,34 @@ impl UffdTracker {
     /// Protects one area; what was written in it, or all of it when it was not protected before, goes to
     /// `armed`.
     fn arm_area(&mut self, area: &Area, armed: &mut Armed) -> io::Result<()> {
-        let ours = self.continued && self.is_ours(area)?;
-        if !ours && self.register(area).is_err() {
+        if !(self.continued && self.is_ours(area)?) {
             // Another descriptor has it, or it cannot be tracked: it stays unprotected, so all of its
-            // pages are copied every time.
+            // pages are copied every time. Only a stopped task is registered: once it runs, the range
+            // may be a part of another mapping, which would be split.
+            if self.register(area).is_ok() {
+                self.fresh.push(area.clone());
+            }
             return Ok(());
         }
         let mut query = present(area.selection);
-        if ours {
-            query.required |= category::WRITTEN;
-            armed.tracked.insert(area.range.start.0);
-        }
+        query.required |= category::WRITTEN;
+        armed.tracked.insert(area.range.start.0);
         self.walk(area, &query, true, &mut armed.written)
+    }
+
+    /// Protects all pages of an area for the first time. A scan that protects takes for each page several
+    /// times as long as the protection of a range.
+    fn protect_all(&mut self, area: &Area) -> io::Result<()> {
+        let query = present(area.selection);
+        let mut runs = Vec::new();
+        self.walk(area, &query, false, &mut runs)?;
+        if runs.len() > FEW_RUNS {
+            return self.walk(area, &query, true, &mut Vec::new());
+        }
+        runs.iter().try_for_each(|run| {
+            let start = TaskAddr(run.start);
+            self.uffd.write_protect(start, run.pages * PAGE_SIZE)
+        })
     }
 }
 
@@ -176,6 +201,10 @@ fn protected(selection: Selection) -> Query {
     query
 }
 
+fn key(area: &Area) -> (u64, u64) {
+    (area.range.start.0, area.range.end.0)
+}
+
 impl DirtyTracker for UffdTracker {
     fn kind(&self) -> TrackerKind {
         TrackerKind::Uffd
@@ -195,7 +224,26 @@ impl DirtyTracker for UffdTracker {
         Ok(())
     }
 
+    fn arm_fresh(&mut self) -> Result<(), TrackError> {
+        for area in std::mem::take(&mut self.fresh) {
+            // The task may have unmapped it: what is not protected is copied every time.
+            let _ = self.protect_all(&area);
+        }
+        Ok(())
+    }
+
+    fn survey(&mut self, areas: &[Area]) -> Result<(), TrackError> {
+        for area in areas {
+            let clean = self.unchanged(area, &[])?;
+            self.surveyed.insert(key(area), clean);
+        }
+        Ok(())
+    }
+
     fn unchanged(&mut self, area: &Area, _present: &[PageRun]) -> Result<Vec<PageRun>, TrackError> {
+        if let Some(clean) = self.surveyed.remove(&key(area)) {
+            return Ok(clean);
+        }
         let tracked = match &self.armed {
             _ if !self.continued => false,
             Some(armed) => armed.tracked.contains(&area.range.start.0),

@@ -5,10 +5,12 @@
 //! Rebuilt:  mapped at the same addresses, then filled, then protected. Needs: the files.
 //! Not kept: what the kernel may drop (`MAP_DROPPABLE`), merged pages of KSM, the vvar's content.
 
+mod ahead;
 mod backing;
 mod flags;
 mod socket;
 
+pub use ahead::SmapsAhead;
 pub use socket::find_socket_files;
 
 use std::collections::HashSet;
@@ -77,7 +79,8 @@ pub fn collect_address_space(
     proc: &ProcDir,
     collector: &mut Collector<'_>,
 ) -> Result<AddressSpace, CollectError> {
-    let mappings = parse_maps(&proc.read("smaps")?).map_err(|error| proc.bad(error))?;
+    let text = collector.cache(SmapsAhead::default).read(proc)?;
+    let mappings = parse_maps(&text).map_err(|error| proc.bad(error))?;
     let mut space = AddressSpace {
         vmas: Vec::with_capacity(mappings.len()),
         executable: executable(&mappings),

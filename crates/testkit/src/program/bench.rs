@@ -21,12 +21,15 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("bench-descriptors", descriptors),
 ];
 
+/// The workload of dumps in rounds.
+pub const IN_ROUNDS: &[Program] = &[Program::new("bench-rounds", rounds)];
+
 const GIB: usize = 1 << 30;
 
 /// Starts the clock: a thread that looks at the time every few microseconds and keeps the longest
 /// gap between two looks, in nanoseconds, in the first word of the file `clock`, and the number of
 /// looks in the second. Whoever writes zero to the first starts a new measurement.
-fn start_clock(place: &Place) -> anyhow::Result<()> {
+fn start_clock(place: &Place) -> anyhow::Result<&'static Mapping> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -41,7 +44,7 @@ fn start_clock(place: &Place) -> anyhow::Result<()> {
     std::thread::Builder::new()
         .name("clock".into())
         .spawn(move || watch(page))?;
-    Ok(())
+    Ok(page)
 }
 
 fn watch(page: &Mapping) {
@@ -65,7 +68,8 @@ fn small(place: &Place) -> anyhow::Result<Check> {
     Ok(Box::new(|| Ok(())))
 }
 
-fn memory(place: &Place, advice: i32) -> anyhow::Result<Check> {
+/// A filled GiB: the mapping and its first page of interest.
+fn gibibyte(advice: i32) -> anyhow::Result<(&'static Mapping, usize)> {
     const HUGE: usize = 2 << 20;
     let memory = Map::private(GIB + HUGE).make()?.leak();
     let first = (HUGE - memory.address() % HUGE) % HUGE / PAGE;
@@ -74,6 +78,12 @@ fn memory(place: &Place, advice: i32) -> anyhow::Result<Check> {
     for page in first..first + count {
         memory.fill_page(page, 20);
     }
+    Ok((memory, first))
+}
+
+fn memory(place: &Place, advice: i32) -> anyhow::Result<Check> {
+    let (memory, first) = gibibyte(advice)?;
+    let count = GIB / PAGE;
     start_clock(place)?;
     Ok(Box::new(move || {
         (first..first + count)
@@ -89,6 +99,43 @@ fn pages(place: &Place) -> anyhow::Result<Check> {
 
 fn huge(place: &Place) -> anyhow::Result<Check> {
     memory(place, libc::MADV_HUGEPAGE)
+}
+
+/// A GiB that changes on demand: as many pages as the third word of `clock` says, all over it, after
+/// which the word is zero again; or, while the fourth is not zero, pages of a part of it again and again,
+/// counted in the fifth.
+fn rounds(place: &Place) -> anyhow::Result<Check> {
+    let (memory, first) = gibibyte(libc::MADV_NOHUGEPAGE)?;
+    let count = GIB / PAGE;
+    let board = start_clock(place)?;
+    std::thread::spawn(move || {
+        let mut turn = 0;
+        loop {
+            let wanted = (board.read(16) as usize).min(count);
+            if wanted > 0 {
+                for page in 0..wanted {
+                    let page = first + page * (count / wanted);
+                    memory.write(page * PAGE, memory.read(page * PAGE) + 1);
+                }
+                board.write(16, 0);
+            } else if board.read(24) != 0 {
+                // One percent, every page written whole: a program that writes one word only for
+                // each fault exists in benchmarks only.
+                turn = (turn + 1) % (count / 100);
+                memory.fill_page(first + turn * 100, turn as u64);
+                board.write(32, board.read(32) + 1);
+            } else {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+    });
+    Ok(Box::new(move || {
+        (first..first + count).step_by(61).try_for_each(|page| {
+            let right = memory.read(page * PAGE + 8) != 0;
+            ensure!(right, "page {page} lost its content");
+            Ok(())
+        })
+    }))
 }
 
 fn threads(place: &Place) -> anyhow::Result<Check> {

@@ -106,6 +106,7 @@ pub fn find(name: &str) -> Option<&'static Program> {
     programs()
         .into_iter()
         .chain(workloads())
+        .chain(bench::IN_ROUNDS)
         .chain(churn::PROGRAMS)
         .find(|program| program.name == name)
 }
