@@ -191,7 +191,6 @@ fn mounts(opts: &CriuOpts, settings: &mut Settings) {
 fn cgroups(opts: &CriuOpts, settings: &mut Settings) -> Result<(), OptionError> {
     let cgroups = &mut settings.cgroups;
     if let Some(manage) = opts.manage_cgroups {
-        cgroups.asked = manage;
         cgroups.manage = match manage {
             true => ManageCgroups::Soft,
             false => ManageCgroups::Ignore,

@@ -101,7 +101,7 @@ scenario_pre_dump() {
 	counts
 }
 scenario_tcp_established() {
-	begin 'nc -l -p 99 > /tmp/count & sleep 0.5;
+	begin 'sleep 1000 | nc -l -p 99 > /tmp/count & sleep 0.5;
 		i=0; while :; do i=$((i+1)); echo $i; sleep 0.05; done | nc 127.0.0.1 99; sleep 100'
 	counts
 	CHECKPOINT=--tcp-established RESTORE=--tcp-established

@@ -177,7 +177,11 @@ fn any_property(dir: &CgroupDirEntry, is: &impl Fn(&CgroupPropEntry) -> bool) ->
 }
 
 /// Properties by which a group keeps others out.
-const EXCLUSIVE: [&str; 2] = ["cpuset.cpu_exclusive", "cpuset.mem_exclusive"];
+const EXCLUSIVE: [&str; 3] = [
+    "cpuset.cpu_exclusive",
+    "cpuset.mem_exclusive",
+    "cpu.rt_runtime_us",
+];
 
 /// A group with all groups below it.
 fn directory(path: &Path, dir_name: String, files: &[&str]) -> io::Result<CgroupDirEntry> {

@@ -117,12 +117,31 @@ impl Groups {
             let path = pending.hierarchy.path(&pending.group);
             let late = |property: &&CgroupPropEntry| !is_for_empty_group(&property.name);
             for property in pending.properties.iter().filter(late) {
-                write_late(&path, property).during("Writing", || {
-                    format!("`{}` of control group {}", property.name, pending.group)
-                })?;
+                let written = write_late(&path, property);
+                allow_refusal(
+                    written,
+                    world.options.cgroups.manage,
+                    (&pending.group, property),
+                )?;
             }
         }
         Ok(())
+    }
+}
+
+/// A kernel that refuses one property is no reason to fail, unless all of them were asked for.
+fn allow_refusal(
+    written: io::Result<()>,
+    mode: ManageCgroups,
+    (group, property): (&str, &CgroupPropEntry),
+) -> Result<(), ExecuteError> {
+    let what = || format!("`{}` of control group {group}", property.name);
+    match written {
+        Err(error) if !matches!(mode, ManageCgroups::Full | ManageCgroups::Strict) => {
+            tracing::warn!(%error, "{} is not as it was", what());
+            Ok(())
+        }
+        other => other.during("Writing", what),
     }
 }
 
@@ -176,9 +195,7 @@ fn make_dir(
             set_dir_perms(&path, &dir_perms).during("Setting permissions of", shown)?;
             let early = |property: &&CgroupPropEntry| is_for_empty_group(&property.name);
             for property in properties.iter().filter(early) {
-                write_early(&path, property).during("Writing", || {
-                    format!("`{}` of control group {group}", property.name)
-                })?;
+                allow_refusal(write_early(&path, property), mode, (&group, property))?;
             }
         } else if mode == ManageCgroups::Strict {
             return Err(io::Error::from(io::ErrorKind::AlreadyExists))

@@ -19,7 +19,7 @@ use rustix::mount::UnmountFlags;
 use super::content;
 use super::groups::plan_groups;
 use super::model::{
-    AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, below, entry_of, kernel_device,
+    AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
 };
 use super::tree::{Request, attach_order, external_value, plan_tree};
 use crate::collect::{CollectError, Collector, Obstacle};
@@ -237,6 +237,11 @@ fn find_external(
         entry.ext_key = Some(name.to_string());
         return true;
     }
+    // Engines give containers with users of their own the host's devices, and do not say so.
+    if namespace.of_root && is_plain_device(entry) {
+        entry.ext_key = Some(entry.mountpoint.clone());
+        return true;
+    }
     let (mut auto, mut masters, mut sharing) = (
         mounts.ext_mount_auto,
         mounts.external_masters,
@@ -282,6 +287,12 @@ fn find_external(
     };
     entry.ext_key = Some(AUTODETECTED.to_string());
     true
+}
+
+/// Whether a device that every system has is mounted at its own name.
+fn is_plain_device(entry: &MntEntry) -> bool {
+    let name = entry.mountpoint.strip_prefix("/dev");
+    PLAIN_DEVICES.contains(&entry.mountpoint.as_str()) && name == Some(entry.root.as_str())
 }
 
 /// Our mount that an external one is a copy of, if possible the one that it shares with.

@@ -68,19 +68,20 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         Ok(())
     });
     if late {
-        plan_late(planner, (all, shown));
+        plan_late(planner, (all, shown))?;
     }
     Ok(())
 }
 
 /// Adds the step that mounts what only a task of the tree can mount.
-fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) {
+fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) -> Result<(), PlanError> {
     let pid = planner.images.root().pid();
     // The root task begins the cgroup namespace when it enters its groups.
     let own_cgroups = of_root(planner.images)
         .iter()
         .any(|(kind, _)| *kind == NsKind::Cgroup);
-    let needs = if own_cgroups {
+    let enters = groups_made(planner)?.is_some();
+    let needs = if own_cgroups && enters {
         vec![entered(pid)]
     } else {
         Vec::new()
@@ -98,6 +99,7 @@ fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) {
         workshop.make_late(&places, mounted)?;
         workshop.join_groups()
     });
+    Ok(())
 }
 
 fn find(

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use floe_image::messages::{Fstype, MntEntry};
 use floe_options::{External, MountOptions};
 
-use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, below};
+use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below};
 use crate::restore::PlanError;
 
 /// What is to be restored, and how.
@@ -272,6 +272,7 @@ impl Sources<'_> {
         // crun names some by where they are mounted, not by what the dump called them.
         match find(key).or_else(|| find(&entry.mountpoint)) {
             Some(path) => Ok(Some(PathBuf::from(path))),
+            None if PLAIN_DEVICES.contains(&key.as_str()) => Ok(Some(PathBuf::from(key))),
             None => Err(PlanError::Unsupported {
                 object: format!("External mount {} (`{key}`)", entry.mountpoint),
                 remedy: "say where it is now by --external mnt[NAME]:PATH",
