@@ -3,16 +3,10 @@
 use testkit::{Engine, Fixture, program, skips};
 
 /// Programs that this version refuses or loses, and why. A program that passes must not be here.
-const KNOWN: &[(&str, &str)] = &[
-    (
-        "pipes-packets",
-        "packets of one pipe become one: limits of the image format",
-    ),
-    (
-        "unix-peer-name",
-        "a pair of sockets is made without its listener's name, as with CRIU",
-    ),
-];
+const KNOWN: &[(&str, &str)] = &[(
+    "unix-peer-name",
+    "a pair of sockets is made without its listener's name, as with CRIU",
+)];
 
 fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))

@@ -1,8 +1,9 @@
 //! Anonymous pipes (`pipe(2)`).
 //!
-//! Saved:    flags and owner of each end; size and unread bytes once for each pipe.
+//! Saved:    flags and owner of each end; size and unread bytes once for each pipe, of a pipe in packet
+//!           mode (`O_DIRECT`) one entry a packet: CRIU refuses such a pipe.
 //! Rebuilt:  created with the first end, then size and bytes, further ends are reopened. Needs: nothing.
-//! Not kept: boundaries between packets of `O_DIRECT` pipes whose packets are unread.
+//! Not kept: whether bytes from before a change of the mode were a packet.
 
 use std::collections::HashSet;
 use std::io;
@@ -75,37 +76,43 @@ pub(super) fn save_data(
     let failed = |action| move |error: io::Error| fd.failed(action, error);
     let size = rustix::pipe::fcntl_getpipe_size(fd.file())
         .map_err(|errno| fd.failed("Asking for the size", errno))?;
-    let bytes = peek(fd.file(), size).map_err(failed("Copying the bytes"))?;
-    let entry = PipeDataEntry {
-        pipe_id,
-        bytes: bytes.len() as u32,
-        size: Some(size as u32),
-    };
-    collector.side(kind, 0)?.append_with_extra(&entry, &bytes)?;
+    let packets = peek(fd.file(), size).map_err(failed("Copying the bytes"))?;
+    for bytes in packets {
+        let entry = PipeDataEntry {
+            pipe_id,
+            bytes: bytes.len() as u32,
+            size: Some(size as u32),
+        };
+        collector.side(kind, 0)?.append_with_extra(&entry, &bytes)?;
+    }
     Ok(())
 }
 
-/// The unread bytes, left where they are: `tee` copies references from pipe to pipe.
-fn peek(pipe: BorrowedFd<'_>, size: usize) -> io::Result<Vec<u8>> {
+/// The unread bytes, left where they are: `tee` copies references from pipe to pipe. Bytes without
+/// boundaries are one piece, even if there are none; a packet ends its piece, as it ends a read.
+fn peek(pipe: BorrowedFd<'_>, size: usize) -> io::Result<Vec<Vec<u8>>> {
     let unread = rustix::io::ioctl_fionread(pipe)?;
     if unread == 0 {
-        return Ok(Vec::new());
+        return Ok(vec![Vec::new()]);
     }
     let (out, into) = rustix::pipe::pipe_with(
         rustix::pipe::PipeFlags::CLOEXEC | rustix::pipe::PipeFlags::NONBLOCK,
     )?;
     // A pipe holds buffers, not bytes, and `tee` takes whole buffers: ours must have as many.
     rustix::pipe::fcntl_setpipe_size(&into, size)?;
-    let copied = rustix::pipe::tee(pipe, into.as_fd(), size, SpliceFlags::NONBLOCK)?;
-    let mut bytes = vec![0u8; copied];
-    let mut done = 0;
-    while done < copied {
-        match rustix::io::read(&out, &mut bytes[done..])? {
-            0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-            read => done += read,
+    let mut left = rustix::pipe::tee(pipe, into.as_fd(), size, SpliceFlags::NONBLOCK)?;
+    let mut pieces = Vec::new();
+    while left > 0 {
+        let mut piece = vec![0; left];
+        let read = rustix::io::read(&out, &mut piece[..])?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
+        piece.truncate(read);
+        pieces.push(piece);
+        left -= read;
     }
-    Ok(bytes)
+    Ok(pieces)
 }
 
 impl FdRestore for Pipe {
@@ -143,8 +150,8 @@ impl FdRestore for Pipe {
     }
 }
 
-/// The size of a pipe and its unread bytes.
-pub(super) type Queued = Option<(PipeDataEntry, Vec<u8>)>;
+/// The size of a pipe and its unread bytes, in order; more than one piece if they are packets.
+pub(super) type Queued = Vec<(PipeDataEntry, Vec<u8>)>;
 
 /// Finds the data of a pipe or fifo.
 pub(super) fn queued(
@@ -152,17 +159,25 @@ pub(super) fn queued(
     kind: ImageKind,
     pipe_id: u32,
 ) -> Result<Queued, PlanError> {
-    let all = planner
+    let mut pieces = planner
         .images
         .dir
         .read_with_extra::<PipeDataEntry>(kind, 0)?;
-    Ok(all.into_iter().find(|(entry, _)| entry.pipe_id == pipe_id))
+    pieces.retain(|(entry, _)| entry.pipe_id == pipe_id);
+    Ok(pieces)
 }
 
 fn make(world: &mut World<'_>, ends: &[&PipeEntry], data: Queued) -> Result<(), ExecuteError> {
     let what = || format!("{:#x}", ends[0].pipe_id);
     let (out, into) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).during("Making pipe", what)?;
+    let packets = ends
+        .iter()
+        .any(|end| OFlags::from_bits_retain(end.flags).contains(OFlags::DIRECT));
+    if packets {
+        rustix::fs::fcntl_setfl(&into, OFlags::DIRECT)
+            .during("Setting packet mode of pipe", what)?;
+    }
     fill(into.as_fd(), data, ends[0].pipe_id)?;
     let mut fresh = [
         Some(out.try_clone().during("Copying pipe", what)?),
@@ -195,25 +210,28 @@ pub(super) fn reopen(pipe: BorrowedFd<'_>, access: OFlags) -> Result<OwnedFd, Ex
     .during("Opening again", || path.clone())
 }
 
-/// Sets the size of a pipe and puts its unread bytes in.
+/// Sets the size of a pipe and puts its unread bytes in, one write a piece: in packet mode each is a
+/// packet.
 pub(super) fn fill(into: BorrowedFd<'_>, data: Queued, pipe_id: u32) -> Result<(), ExecuteError> {
     let what = || format!("{pipe_id:#x}");
-    let Some((entry, bytes)) = data else {
-        return Ok(());
-    };
-    if let Some(size) = entry.size.filter(|size| *size > 0) {
+    let size = data.iter().find_map(|(entry, _)| entry.size);
+    if let Some(size) = size.filter(|size| *size > 0) {
         rustix::pipe::fcntl_setpipe_size(into, size as usize).during("Sizing pipe", what)?;
     }
-    let mut rest = &bytes[..];
-    while !rest.is_empty() {
-        let done = rustix::io::write(into, rest).during("Filling pipe", what)?;
-        rest = &rest[done..];
+    for (_, bytes) in data {
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            let done = rustix::io::write(into, rest).during("Filling pipe", what)?;
+            rest = &rest[done..];
+        }
     }
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use rustix::pipe::PipeFlags;
+
     use super::*;
 
     #[test]
@@ -222,13 +240,21 @@ mod tests {
         rustix::io::write(&into, b"some").expect("room");
         rustix::io::write(&into, &[7; 5000]).expect("room");
         let size = rustix::pipe::fcntl_getpipe_size(&out).expect("a pipe");
-        let bytes = peek(out.as_fd(), size).expect("readable");
-        assert_eq!((bytes.len(), &bytes[..5]), (5004, &b"some\x07"[..]));
+        let pieces = peek(out.as_fd(), size).expect("readable");
+        assert_eq!(pieces.len(), 1);
+        assert_eq!((pieces[0].len(), &pieces[0][..5]), (5004, &b"some\x07"[..]));
         assert_eq!(rustix::io::ioctl_fionread(&out).expect("a pipe"), 5004);
-        assert!(
-            peek(rustix::pipe::pipe().expect("a pipe").0.as_fd(), 4096)
-                .expect("readable")
-                .is_empty()
-        );
+        let (empty, _writer) = rustix::pipe::pipe().expect("a pipe");
+        let pieces = peek(empty.as_fd(), 4096).expect("readable");
+        assert_eq!(pieces, [Vec::<u8>::new()]);
+    }
+
+    #[test]
+    fn packets_are_pieces() {
+        let (out, into) = rustix::pipe::pipe_with(PipeFlags::DIRECT).expect("a pipe");
+        rustix::io::write(&into, b"one").expect("room");
+        rustix::io::write(&into, b"more").expect("room");
+        let pieces = peek(out.as_fd(), 1 << 16).expect("readable");
+        assert_eq!(pieces, [&b"one"[..], b"more"]);
     }
 }
