@@ -328,6 +328,8 @@ pub fn plan_threads(planner: &mut Planner<'_>) {
         if !tids.is_empty() {
             needs.push(crate::state::shared(pid));
         }
+        // Threads are where the task is when they are made.
+        needs.extend(floe_resources::namespace::entered(images, pid));
         let name = format!("make {} threads", tids.len());
         planner.task_step(pid, name, (&needs, &[Handle::Threads(pid)]), move |world| {
             make_threads(world, pid, &tids)

@@ -33,7 +33,8 @@ fn collect_one(
     namespace: &Rc<TreeNamespace>,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
-    if !namespace.of_root {
+    // A task may leave the network of the others.
+    if !namespace.of_root && namespace.kind() != NsKind::Net {
         return Err(refused(
             namespace,
             "only the whole tree may be in one of its own",

@@ -24,6 +24,7 @@ pub mod ids;
 mod owners;
 mod pids;
 mod plan;
+mod split;
 pub mod time;
 mod tree;
 mod uts;
@@ -32,6 +33,7 @@ pub use collect::{check_task, collect_namespaces};
 pub use owners::OwnerMap;
 pub use pids::PidView;
 pub use plan::{READY, has_own_pids, of_root, own_of_root, plan_namespaces};
+pub use split::entered;
 pub use tree::{TreeNamespace, TreeNamespaces};
 
 use floe_plan::Handle;

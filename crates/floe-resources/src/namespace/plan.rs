@@ -5,6 +5,7 @@ use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
 use super::given::plan_given;
+use super::split::{plan_split, split_network};
 use super::{filled, ids, made, time, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 use crate::{ipc, mount, net};
@@ -49,7 +50,8 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .filter(|(kind, _)| *kind != ENTERED_LATER)
         .collect();
     let given = plan_given(&mut own, planner)?;
-    if own.is_empty() && given.is_empty() {
+    let split = plan_split(planner)?;
+    if own.is_empty() && given.is_empty() && split.is_empty() {
         return Ok(());
     }
     check_root(images, &own)?;
@@ -73,7 +75,8 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             NsKind::Time => time::check(*id, images)?,
         }
     }
-    let needs: Vec<Handle> = visited.iter().map(|(_, id)| filled(*id)).collect();
+    let needs = visited.iter().map(|(_, id)| filled(*id));
+    let needs: Vec<Handle> = needs.chain(split).collect();
     let inside: Vec<u32> = visited.iter().map(|(_, id)| *id).collect();
     planner.step_at_home(
         "the namespaces are ready",
@@ -156,7 +159,8 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
         };
         for kind in NsKind::ALL {
             let number = ids::get(own, kind);
-            if number.is_some() && number != ids::get(root, kind) {
+            let split = kind == NsKind::Net && split_network(images, task).is_some();
+            if number.is_some() && number != ids::get(root, kind) && !split {
                 return Err(PlanError::Unsupported {
                     object: format!("The {kind} namespace of task {}", task.pid()),
                     remedy: "only the whole tree may be in one of its own; restore it with CRIU",
