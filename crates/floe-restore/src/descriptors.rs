@@ -4,7 +4,10 @@ use std::collections::BTreeSet;
 
 use floe_image::messages::FdinfoEntry;
 use floe_inject::{Arg, Program};
+use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
+use floe_resources::mount;
+use floe_resources::namespace::own_of_root;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, World};
 
 use crate::tree::is_zombie;
@@ -124,7 +127,10 @@ fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError
         .get(&root)
         .and_then(|file| file.reg.as_ref())
         .is_some_and(|file| file.name == "/");
-    let needs = [Handle::Files, Handle::File(cwd), Handle::File(root)];
+    let mut needs = vec![Handle::Files, Handle::File(cwd), Handle::File(root)];
+    if own_of_root(planner.images, NsKind::Mnt).is_some() {
+        needs.push(mount::entered(pid));
+    }
     let makes = [Handle::Object("directories", u64::from(pid))];
     planner.task_step(
         pid,

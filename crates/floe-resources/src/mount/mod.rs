@@ -16,5 +16,6 @@ mod remote;
 mod tree;
 
 pub use collect::collect;
+pub use model::upgrade_flags;
 pub use place::{NoPlace, Place};
-pub use plan::{needs_of_file, plan};
+pub use plan::{entered, in_place_of, needs_of_file, plan, way_to};

@@ -1,21 +1,21 @@
 //! The steps that make the mounts of a tree.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::os::fd::{AsFd, AsRawFd};
 use std::rc::Rc;
 
-use floe_image::ImageKind;
-use floe_image::messages::{MntEntry, RegFileEntry};
-use floe_kernel::namespace::NsKind;
+use floe_image::messages::{Fstype, MntEntry, RegFileEntry};
+use floe_inject::{Arg, Program};
+use floe_kernel::namespace::{Home, Namespace, NsKind};
 use floe_plan::Handle;
 
 use super::execute::{Places, Plan, Workshop, content_image, has_files};
 use super::groups::plan_groups;
-use super::model::upgrade_flags;
 use super::remote::mount_in_task;
 use super::tree::{MountTree, Origin, Request, plan_tree};
-use crate::cgroup::{entered, groups_made};
-use crate::namespace::{filled, ids, made, of_root};
-use crate::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
+use crate::cgroup::{self, groups_made};
+use crate::namespace::{filled, ids, made, of_root, own_of_root};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when every mount of the tree is in its place.
 const COMPLETE: Handle = Handle::Object("mounts complete", 0);
@@ -67,6 +67,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         world.state::<Making>().0 = Some(workshop);
         Ok(())
     });
+    plan_others(planner, id);
     if late {
         plan_late(planner, (all, shown))?;
     }
@@ -82,7 +83,7 @@ fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) -> Result<
         .any(|(kind, _)| *kind == NsKind::Cgroup);
     let enters = groups_made(planner)?.is_some();
     let needs = if own_cgroups && enters {
-        vec![entered(pid)]
+        vec![cgroup::entered(pid)]
     } else {
         Vec::new()
     };
@@ -131,8 +132,7 @@ fn namespaces(images: &TreeImages) -> Vec<u32> {
 fn tree(images: &TreeImages, root: u32, planner: &Planner<'_>) -> Result<MountTree, PlanError> {
     let mut mounts = BTreeMap::new();
     for id in namespaces(images) {
-        let mut entries: Vec<MntEntry> = images.dir.read_all(ImageKind::Mnts, u64::from(id))?;
-        entries.iter_mut().for_each(upgrade_flags);
+        let entries = images.mounts.get(&id).cloned().unwrap_or_default();
         mounts.insert(id, entries);
     }
     let has = |wanted| of_root(images).iter().any(|(kind, _)| *kind == wanted);
@@ -165,10 +165,134 @@ fn check_content(images: &TreeImages, tree: &MountTree) -> Result<(), PlanError>
     Ok(())
 }
 
+/// That a task is in its own mount namespace.
+pub fn entered(pid: u32) -> Handle {
+    Handle::Object("in a mount namespace", u64::from(pid))
+}
+
+/// Adds the steps that make the namespaces beside the root's, and lead tasks into them.
+fn plan_others(planner: &mut Planner<'_>, root: u32) {
+    for id in namespaces(planner.images)
+        .into_iter()
+        .filter(|id| *id != root)
+    {
+        let name = format!("make mount namespace {id}");
+        planner.step_at_home(name, (&[], &[made(id)]), move |world| make(world, id));
+    }
+    let images = planner.images;
+    for task in &images.tasks {
+        let own = task.ids.as_ref().and_then(|own| ids::get(own, NsKind::Mnt));
+        let (Some(id), true) = (own, task.fs.is_some()) else {
+            continue; // A zombie.
+        };
+        let pid = task.pid();
+        let (needs, makes) = ([Handle::Tree, filled(id)], [entered(pid)]);
+        planner.task_step(
+            pid,
+            "enter the mount namespace",
+            (&needs, &makes),
+            move |world| {
+                if id == root {
+                    return Ok(());
+                }
+                enter(world, pid, id)
+            },
+        );
+    }
+}
+
+fn make(world: &mut World<'_>, id: u32) -> Result<(), ExecuteError> {
+    let home = world.namespaces().home()?;
+    let what = || format!("mount namespace {id}");
+    let visit = home.visit_new(&[NsKind::Mnt]).during("Making", what)?;
+    let namespace = Namespace::own(NsKind::Mnt).during("Opening", what)?;
+    drop(visit);
+    world.namespaces().keep(id, namespace);
+    Ok(())
+}
+
+fn enter(world: &mut World<'_>, pid: u32, id: u32) -> Result<(), ExecuteError> {
+    let namespace = world.namespaces().get(id)?;
+    let number = world.hand_over(pid, namespace.as_fd().as_raw_fd())?;
+    let mut program = Program::new();
+    let args = [Arg::from(number), Arg::from(libc::CLONE_NEWNS)];
+    program.call(
+        format!("setns to mount namespace {id}"),
+        libc::SYS_setns,
+        &args,
+    );
+    program.call("close", libc::SYS_close, &[Arg::from(number)]);
+    world.run(pid, &program).map(drop)
+}
+
+/// The namespace and the entry of a mount.
+fn find_mount(images: &TreeImages, number: i32) -> Option<(u32, &MntEntry)> {
+    let number = u32::try_from(number).ok()?;
+    let mut all = images.mounts.iter();
+    all.find_map(|(id, entries)| {
+        let found = entries.iter().find(|entry| entry.mnt_id == number);
+        found.map(|entry| (*id, entry))
+    })
+}
+
+/// The namespace, beside the root's, that has the mount `number`.
+fn other_namespace(images: &TreeImages, number: Option<i32>) -> Option<u32> {
+    let root = own_of_root(images, NsKind::Mnt)?;
+    let (id, _) = find_mount(images, number?)?;
+    (id != root).then_some(id)
+}
+
+/// The way to where a file of mount `number` is found by its name, when that is not the root's namespace.
+#[expect(clippy::type_complexity, reason = "the parts of a visit")]
+pub fn way_to(
+    world: &mut World<'_>,
+    number: Option<i32>,
+) -> Result<Option<(Rc<Home>, Rc<Namespace>)>, ExecuteError> {
+    let Some(id) = other_namespace(world.images, number) else {
+        return Ok(None);
+    };
+    let namespaces = world.namespaces();
+    Ok(Some((namespaces.home()?, namespaces.get(id)?)))
+}
+
+/// Does something with a file of mount `number` by its name: in the namespace that has this mount.
+pub fn in_place_of<T>(
+    world: &mut World<'_>,
+    number: Option<i32>,
+    work: impl FnOnce(&mut World<'_>) -> Result<T, ExecuteError>,
+) -> Result<T, ExecuteError> {
+    let Some(id) = other_namespace(world.images, number) else {
+        return work(world);
+    };
+    let done = world.in_namespace(id, |world| work(world));
+    world.go_inside()?;
+    done
+}
+
 /// What must be mounted before a file can be opened by its name.
 pub fn needs_of_file(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
-    let own_pids = of_root(images).iter().any(|(kind, _)| *kind == NsKind::Pid);
-    let own_mounts = of_root(images).iter().any(|(kind, _)| *kind == NsKind::Mnt);
-    let late = own_pids && own_mounts && (file.name == "/proc" || file.name.starts_with("/proc/"));
-    if late { vec![COMPLETE] } else { Vec::new() }
+    let own = |kind| own_of_root(images, kind).is_some();
+    if !own(NsKind::Mnt) {
+        return Vec::new();
+    }
+    let found = file.mnt_id.and_then(|number| find_mount(images, number));
+    let mut at = found.map(|(_, entry)| entry);
+    let mut steps = 0;
+    while let Some(entry) = at {
+        let late = match Fstype::try_from(entry.fstype.cast_signed()) {
+            Ok(Fstype::Proc) => own(NsKind::Pid),
+            Ok(Fstype::Cgroup | Fstype::Cgroup2) => own(NsKind::Cgroup),
+            _ => false,
+        };
+        if late {
+            return vec![COMPLETE];
+        }
+        steps += 1;
+        let parent = (entry.parent_mnt_id != entry.mnt_id && steps < 1000)
+            .then_some(entry.parent_mnt_id.cast_signed());
+        at = parent
+            .and_then(|number| find_mount(images, number))
+            .map(|(_, entry)| entry);
+    }
+    Vec::new()
 }

@@ -33,8 +33,9 @@ fn collect_one(
     namespace: &Rc<TreeNamespace>,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
-    // A task may leave the network of the others.
-    if !namespace.of_root && namespace.kind() != NsKind::Net {
+    // A task may leave the network of the others, and their mounts.
+    let may_differ = matches!(namespace.kind(), NsKind::Net | NsKind::Mnt);
+    if !namespace.of_root && !may_differ {
         return Err(refused(
             namespace,
             "only the whole tree may be in one of its own",

@@ -159,7 +159,12 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
         };
         for kind in NsKind::ALL {
             let number = ids::get(own, kind);
-            let split = kind == NsKind::Net && split_network(images, task).is_some();
+            let split = match kind {
+                NsKind::Net => split_network(images, task).is_some(),
+                // Only beside mounts of the root's own.
+                NsKind::Mnt => own_of_root(images, kind).is_some(),
+                _ => false,
+            };
             if number.is_some() && number != ids::get(root, kind) && !split {
                 return Err(PlanError::Unsupported {
                     object: format!("The {kind} namespace of task {}", task.pid()),

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use floe_image::messages::{
-    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, PstreeEntry,
-    RemapFilePathEntry, TaskKobjIdsEntry,
+    CoreEntry, FdTypes, FdinfoEntry, FileEntry, FsEntry, InventoryEntry, MmEntry, MntEntry,
+    PstreeEntry, RemapFilePathEntry, TaskKobjIdsEntry,
 };
 use floe_image::{ImageDir, ImageKind};
 use floe_kernel::namespace::NsKind;
@@ -96,6 +96,8 @@ pub struct TreeImages {
     pub remaps: BTreeMap<u32, RemapFilePathEntry>,
     /// How we see the owners that the images name.
     pub owners: OwnerMap,
+    /// Mounts by the number of their namespace.
+    pub mounts: BTreeMap<u32, Vec<MntEntry>>,
     holders: BTreeMap<u32, Vec<Holder>>,
     named: BTreeMap<u32, Vec<u32>>,
 }
@@ -131,6 +133,7 @@ impl TreeImages {
         let remaps = dir.read_remaps()?;
         let mut images = TreeImages {
             owners: OwnerMap::default(),
+            mounts: read_mounts(&dir)?,
             holders: holders(&tasks),
             named: named(&files),
             remaps: remaps
@@ -244,6 +247,19 @@ impl TreeImages {
         }
         Ok(())
     }
+}
+
+/// The mounts of every namespace that the images have.
+fn read_mounts(dir: &ImageDir) -> Result<BTreeMap<u32, Vec<MntEntry>>, PlanError> {
+    let mut mounts = BTreeMap::new();
+    for id in dir.ids(ImageKind::Mnts)? {
+        let mut entries: Vec<MntEntry> = dir.read_all(ImageKind::Mnts, id)?;
+        entries.iter_mut().for_each(crate::mount::upgrade_flags);
+        let id = u32::try_from(id)
+            .map_err(|_| PlanError::damaged(format!("mountpoints-{id}.img"), "its number"))?;
+        mounts.insert(id, entries);
+    }
+    Ok(mounts)
 }
 
 fn load_task(

@@ -10,6 +10,7 @@ use floe_inject::{Arena, Arg, Outcome, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::janitor::{Janitor, NameKind};
+use floe_kernel::namespace::{Namespace, NsIdentity, NsKind};
 use floe_kernel::pidfd::Pidfd;
 use floe_options::RestoreOptions;
 
@@ -67,7 +68,8 @@ pub struct World<'i> {
     undo: Vec<Undo>,
     /// How tasks get what they cannot fetch by themselves.
     courier: Option<Courier>,
-    janitor: Option<Rc<Janitor>>,
+    /// One for each mount namespace: it removes names as the coordinator gave them there.
+    janitors: HashMap<NsIdentity, Rc<Janitor>>,
     before_release: Vec<Undo>,
     tidy: Vec<Undo>,
     namespaces: Namespaces,
@@ -95,7 +97,7 @@ impl<'i> World<'i> {
             state: HashMap::new(),
             undo: Vec::new(),
             courier: None,
-            janitor: None,
+            janitors: HashMap::new(),
             before_release: Vec::new(),
             tidy: Vec::new(),
             namespaces: Namespaces::default(),
@@ -251,7 +253,7 @@ impl<'i> World<'i> {
     }
 
     /// Takes the coordinator into the namespaces of the root task that can be visited.
-    pub(super) fn go_inside(&mut self) -> Result<(), ExecuteError> {
+    pub(crate) fn go_inside(&mut self) -> Result<(), ExecuteError> {
         self.namespaces.go_inside()
     }
 
@@ -341,17 +343,24 @@ impl<'i> World<'i> {
         });
     }
 
-    /// The process that removes names should we be killed; started with the first call.
+    /// The process that removes names should we be killed, in the mount namespace where the coordinator
+    /// is now; started with the first call.
     pub fn janitor(&mut self) -> Option<Rc<Janitor>> {
-        if self.janitor.is_none() {
-            match Janitor::start() {
-                Ok(janitor) => self.janitor = Some(Rc::new(janitor)),
-                Err(error) => {
-                    tracing::warn!(%error, "names would stay if this process were killed")
-                }
+        let started = Namespace::own(NsKind::Mnt).and_then(|place| {
+            if let Some(janitor) = self.janitors.get(&place.identity()) {
+                return Ok(Rc::clone(janitor));
+            }
+            let janitor = Rc::new(Janitor::start()?);
+            self.janitors.insert(place.identity(), Rc::clone(&janitor));
+            Ok(janitor)
+        });
+        match started {
+            Ok(janitor) => Some(janitor),
+            Err(error) => {
+                tracing::warn!(%error, "names would stay if this process were killed");
+                None
             }
         }
-        self.janitor.clone()
     }
 
     /// Remembers what is to be done when everything is in place, while no task runs yet.

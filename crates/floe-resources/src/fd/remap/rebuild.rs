@@ -57,12 +57,19 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     for (id, users) in users {
         let image = images.dir.open_ghost(u64::from(id))?;
         let name = format!("open the deleted {}", users[0].0.name);
-        planner.step(name, (&[], &[ghost_handle(id)]), move |world| {
-            let names = TemporaryNames::watched(world.janitor());
-            let opened = open_ghost(&users, &image, &names, &world.images.owners);
-            let removed = names.remove();
-            world.state::<Opened>().0.extend(opened?);
-            removed.during("Removing the name of", || users[0].0.name.clone())
+        let needs: Vec<Handle> = users
+            .iter()
+            .flat_map(|(file, _)| mount::needs_of_file(images, file))
+            .collect();
+        planner.step(name, (&needs, &[ghost_handle(id)]), move |world| {
+            let mount = users[0].0.mnt_id;
+            mount::in_place_of(world, mount, |world| {
+                let names = TemporaryNames::watched(world.janitor());
+                let opened = open_ghost(&users, &image, &names, &world.images.owners);
+                let removed = names.remove();
+                world.state::<Opened>().0.extend(opened?);
+                removed.during("Removing the name of", || users[0].0.name.clone())
+            })
         });
     }
     planner.step(
@@ -232,6 +239,14 @@ pub fn open_by_name(
     file: &RegFileEntry,
     open: impl FnOnce(&Path) -> rustix::io::Result<OwnedFd>,
 ) -> Result<OwnedFd, ExecuteError> {
+    mount::in_place_of(world, file.mnt_id, |world| open_here(world, file, open))
+}
+
+fn open_here(
+    world: &mut World<'_>,
+    file: &RegFileEntry,
+    open: impl FnOnce(&Path) -> rustix::io::Result<OwnedFd>,
+) -> Result<OwnedFd, ExecuteError> {
     let path = Path::new(&file.name);
     let what = || file.name.clone();
     let images = world.images;
@@ -246,7 +261,15 @@ pub fn open_by_name(
             let link = link_name(images, remap).map_err(ExecuteError::from_plan)?;
             let names = TemporaryNames::default();
             names.adopt(link);
-            world.on_success(move || names.remove_quietly());
+            match mount::way_to(world, file.mnt_id)? {
+                None => world.on_success(move || names.remove_quietly()),
+                Some((home, namespace)) => {
+                    world.on_success(move || match home.visit([&*namespace]) {
+                        Ok(_visit) => names.remove_quietly(),
+                        Err(error) => tracing::warn!(%error, "a temporary name stays"),
+                    })
+                }
+            }
             let names = TemporaryNames::watched(world.janitor());
             return open_linked(link, (path, &names), open);
         }
