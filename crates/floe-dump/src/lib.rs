@@ -88,11 +88,7 @@ pub fn dump(
         freezing: stopping.elapsed(),
         ..DumpReport::default()
     };
-    memory.smaps = SmapsAhead::start(tree.living().map(|task| &task.proc));
-    if let Some(tracking) = &mut memory.tracking {
-        tracking.begin_round(&mut tree)?;
-        tracking.arm_fresh()?;
-    }
+    look_ahead(&mut memory, &mut tree)?;
     let unlock = lock_network(options, &tree)?;
     let options = &*asked_external(options)?;
     let run_id = run_id();
@@ -145,6 +141,16 @@ pub fn dump(
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
+}
+
+/// Begins what takes long and needs nothing but a stopped tree.
+fn look_ahead(memory: &mut MemoryDump<'_>, tree: &mut FrozenTree) -> Result<(), DumpError> {
+    memory.smaps = SmapsAhead::start(tree.living().map(|task| &task.proc));
+    if let Some(tracking) = &mut memory.tracking {
+        tracking.begin_round(tree)?;
+        tracking.arm_fresh()?;
+    }
+    Ok(())
 }
 
 /// Stops the tree, with every thread in the supervisor's care.

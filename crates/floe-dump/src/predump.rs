@@ -104,7 +104,7 @@ fn open_all(
             pid,
             number: task.number,
             pagemap: task.proc.open_file("pagemap", OFlags::RDONLY)?,
-            source: live_source(&task.proc, unsure.clone())?,
+            source: live_source(&task.proc, tree.tasks.len() > 1, unsure.clone())?,
             areas,
         };
         opened.push((live, unsure));

@@ -27,9 +27,9 @@ use floe_kernel::tcp_repair;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use crate::arena::Arena;
+use crate::arena::{Arena, remote_call};
 use crate::error::InjectError;
-use crate::tracee::{Saved, Seized};
+use crate::tracee::{Saved, Seized, Stopped};
 
 /// Threads and sockets that can be noted at once; memory is taken only for those that are.
 const SLOTS: usize = 1 << 16;
@@ -43,6 +43,8 @@ enum Note {
     Thread {
         saved: Saved,
         arena: Option<(u64, u64)>,
+        /// Where to close the userfaultfd that the thread may have been made to open.
+        userfaultfd: Option<u64>,
     },
     /// A socket of the thread that is in repair mode.
     Repair { fd: i32, reuse_address: bool },
@@ -102,7 +104,14 @@ impl Journal {
     /// Notes what a thread is, before it is changed. `None` when there is no room: then a killed
     /// coordinator leaves it as it is.
     pub(crate) fn note_thread(&self, tid: HostPid, saved: Saved) -> Option<SlotId> {
-        self.write(tid, Note::Thread { saved, arena: None })
+        self.write(
+            tid,
+            Note::Thread {
+                saved,
+                arena: None,
+                userfaultfd: None,
+            },
+        )
     }
 
     /// Notes a socket that is to be put into repair mode, and its `SO_REUSEADDR`, which that changes. The
@@ -138,6 +147,19 @@ impl Journal {
             let note = (*slot).note.assume_init_mut();
             if let Note::Thread { arena: place, .. } = note {
                 *place = arena;
+            }
+        }
+    }
+
+    /// Adds to the note of a thread that it opens a userfaultfd for us, through the instruction at `gate`;
+    /// `None` once it has closed it.
+    pub(crate) fn note_userfaultfd(&self, id: SlotId, gate: Option<u64>) {
+        let slot = self.slot(id);
+        // SAFETY: as in `note_arena`.
+        unsafe {
+            let note = (*slot).note.assume_init_mut();
+            if let Note::Thread { userfaultfd, .. } = note {
+                *userfaultfd = gate;
             }
         }
     }
@@ -304,9 +326,18 @@ fn put_right(notes: Vec<(HostPid, Note)>) {
     for (tid, note) in notes {
         match note {
             Note::Repair { fd, reuse_address } => end_repair(tid, fd, reuse_address),
-            Note::Thread { saved, arena } => {
+            Note::Thread {
+                saved,
+                arena,
+                userfaultfd,
+            } => {
                 let thread = take_over(tid).and_then(Seized::wait_stopped);
-                stopped.extend(thread.map(|thread| (thread, saved, arena)));
+                stopped.extend(thread.map(|mut thread| {
+                    if let Some(gate) = userfaultfd {
+                        close_userfaultfds(&mut thread, gate);
+                    }
+                    (thread, saved, arena)
+                }));
             }
         }
     }
@@ -319,6 +350,21 @@ fn put_right(notes: Vec<(HostPid, Note)>) {
     }
     for (thread, _, _) in stopped {
         let _ = thread.release();
+    }
+}
+
+/// Has the thread close what it opened for us. A task with a userfaultfd of its own is never asked for one.
+fn close_userfaultfds(thread: &mut Stopped, gate: u64) {
+    let directory = format!("/proc/{}/fd", thread.pid());
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let is_one = std::fs::read_link(entry.path())
+            .is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]");
+        let number = entry.file_name().to_string_lossy().parse().ok();
+        if let (true, Some(fd)) = (is_one, number) {
+            let close = ("close of the userfaultfd", libc::SYS_close);
+            // It fails only for a thread that has died.
+            let _ = remote_call(thread, gate, close, [fd, 0, 0, 0, 0, 0]);
+        }
     }
 }
 

@@ -174,6 +174,16 @@ impl Stopped {
         }
     }
 
+    /// Tells the supervisor that the thread is about to open a userfaultfd for us through the instruction
+    /// at `gate`, or that it has closed it.
+    pub fn note_userfaultfd(&mut self, gate: Option<u64>) -> Result<(), InjectError> {
+        self.save()?;
+        if let (Some(journal), Some(note)) = (&self.journal, self.note) {
+            journal.note_userfaultfd(note, gate);
+        }
+        Ok(())
+    }
+
     /// Whether its process was stopped by a signal (state `T`) when it was seized.
     pub fn in_group_stop(&self) -> bool {
         self.stop_signal.is_some()

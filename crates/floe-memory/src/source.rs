@@ -71,7 +71,8 @@ impl PageSource for ForcedTaskPages {
 /// Memory of a task that runs: what it unmaps on the way reads as zeros, and is noted as unsure.
 #[derive(Debug)]
 pub struct LivePages {
-    plain: TaskPages,
+    /// Reads fast, but the kernel copies pages for it that the task shares with a forked one.
+    plain: Option<TaskPages>,
     forced: ForcedTaskPages,
     unsure: Arc<Mutex<Vec<PageRun>>>,
 }
@@ -81,9 +82,23 @@ impl LivePages {
     /// added to `unsure`.
     pub fn new(pid: HostPid, memory: OwnedFd, unsure: Arc<Mutex<Vec<PageRun>>>) -> Self {
         LivePages {
-            plain: TaskPages(pid),
+            plain: Some(TaskPages(pid)),
             forced: ForcedTaskPages(memory),
             unsure,
+        }
+    }
+
+    /// For a task that was forked, or forks: `process_vm_readv(2)` pins the pages that it reads, which
+    /// ends their sharing with other tasks (Linux 5.19+), so memory would grow. Takes twice as long.
+    pub fn keeping_shared(mut self) -> Self {
+        self.plain = None;
+        self
+    }
+
+    fn read_runs(&self, runs: &[PageRun], buffer: &mut [u8]) -> io::Result<()> {
+        match &self.plain {
+            Some(plain) => plain.read(runs, buffer),
+            None => self.forced.read(runs, buffer),
         }
     }
 
@@ -103,13 +118,13 @@ impl LivePages {
 
 impl PageSource for LivePages {
     fn read(&self, runs: &[PageRun], buffer: &mut [u8]) -> io::Result<()> {
-        if self.plain.read(runs, buffer).is_ok() {
+        if self.read_runs(runs, buffer).is_ok() {
             return Ok(());
         }
         let mut rest = buffer;
         for run in runs {
             let (part, after) = rest.split_at_mut((run.pages * PAGE_SIZE) as usize);
-            if self.plain.read(&[*run], part).is_err() {
+            if self.read_runs(&[*run], part).is_err() {
                 for (index, page) in part.chunks_mut(PAGE_SIZE as usize).enumerate() {
                     let start = run.start + index as u64 * PAGE_SIZE;
                     self.read_page(PageRun { start, pages: 1 }, page);

@@ -2,12 +2,12 @@
 
 use std::os::fd::OwnedFd;
 
-use floe_inject::{InjectError, Saved, find_gate, remote_call};
+use floe_inject::{Arena, Arg, InjectError, Program, QuietSignal, Saved, Stopped, find_gate};
 use floe_kernel::fault;
 use floe_kernel::ids::TaskFd;
 use floe_kernel::pagemap::Pagemap;
 use floe_kernel::pidfd::Pidfd;
-use floe_kernel::proc::Mapping;
+use floe_kernel::proc::{Mapping, parse_status};
 use floe_kernel::uffd::{TRACKING_FEATURES, USER_MODE_ONLY, Uffd};
 use floe_memory::{Area, DirtyTracker, NoTracker, PageRun, SoftDirtyTracker, UffdTracker};
 use floe_resources::task::rseq::collect_rseq;
@@ -113,23 +113,34 @@ fn create(task: &mut FrozenTask, mappings: &[Mapping]) -> Result<Uffd, DumpError
         let sigmask = leader.sigmask()?;
         leader.replace(Saved { regs, sigmask });
     }
+    let status = parse_status(&task.proc.read("status")?).map_err(|error| task.proc.bad(error))?;
+    let pending = status.private_pending | status.shared_pending;
+    leader.note_userfaultfd(Some(gate))?;
+    let arena = Arena::inject(leader, gate, QuietSignal::choose(status.caught, pending))?;
+    let taken = open_and_close(&arena, leader);
+    arena.remove(leader)?;
+    Uffd::new(taken?, TRACKING_FEATURES).map_err(DumpError::Uffd)
+}
+
+/// The thread waits in the executor between the two calls, so that nothing but an open descriptor is left
+/// in the task should we be killed; the supervisor has that closed.
+fn open_and_close(arena: &Arena, leader: &mut Stopped) -> Result<OwnedFd, DumpError> {
+    let mut program = Program::new();
     let flags = (libc::O_CLOEXEC | USER_MODE_ONLY) as u64;
-    let made = remote_call(
-        leader,
-        gate,
-        ("userfaultfd", libc::SYS_userfaultfd),
-        [flags, 0, 0, 0, 0, 0],
+    let open = program.call("userfaultfd", libc::SYS_userfaultfd, &[Arg::Value(flags)]);
+    let fd = arena.run(leader, &program)?.result(open);
+    fault::point();
+    let taken = take(leader.pid(), TaskFd(fd as i32));
+    let mut program = Program::new();
+    program.call(
+        "close of the userfaultfd",
+        libc::SYS_close,
+        &[Arg::Value(fd as u64)],
     );
-    let result = made.and_then(|fd| {
-        fault::point();
-        let taken = take(pid, TaskFd(fd as i32));
-        let close = ("close of the userfaultfd", libc::SYS_close);
-        remote_call(leader, gate, close, [fd as u64, 0, 0, 0, 0, 0])?;
-        Ok(taken)
-    });
-    leader.put_back()?;
-    let fd = result?.map_err(DumpError::Uffd)?;
-    Uffd::new(fd, TRACKING_FEATURES).map_err(DumpError::Uffd)
+    arena.run(leader, &program)?;
+    fault::point();
+    leader.note_userfaultfd(None)?;
+    taken.map_err(DumpError::Uffd)
 }
 
 fn take(pid: floe_kernel::ids::HostPid, fd: TaskFd) -> std::io::Result<OwnedFd> {

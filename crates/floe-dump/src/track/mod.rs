@@ -369,11 +369,18 @@ fn choose(
     Ok(kind)
 }
 
-/// Opens what is needed to read a task's memory while it runs.
+/// Opens what is needed to read a task's memory while it runs; a task that has kin in the tree may share
+/// pages with it.
 pub fn live_source(
     proc: &ProcDir,
+    has_kin: bool,
     unsure: Arc<std::sync::Mutex<Vec<PageRun>>>,
 ) -> Result<Arc<dyn PageSource>, DumpError> {
     let memory = proc.open_file("mem", rustix::fs::OFlags::RDONLY)?;
-    Ok(Arc::new(LivePages::new(proc.pid(), memory, unsure)))
+    let pages = LivePages::new(proc.pid(), memory, unsure);
+    Ok(if has_kin {
+        Arc::new(pages.keeping_shared())
+    } else {
+        Arc::new(pages)
+    })
 }
