@@ -1,10 +1,11 @@
 //! A chain seen as one checkpoint: each page where it is newest.
 
 use std::ops::Range;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use floe_image::catalogue::ImageKind;
 use floe_image::dir::{PARENT_LINK, PE_LAZY, PE_PARENT, PE_PRESENT};
-use floe_image::manifest::{MANIFEST_NAME, RoundFacts};
+use floe_image::manifest::{DumpKind, MANIFEST_NAME, Manifest, ManifestInfo, RoundFacts};
 use floe_image::messages::{PagemapEntry, PagemapHead, PstreeEntry};
 use floe_image::schema::ImageMessage;
 use floe_image::{ImageDir, ImageError};
@@ -114,6 +115,44 @@ impl Merged {
             memory,
             files,
         })
+    }
+}
+
+impl Merged {
+    /// Whether the newest generation can be restored.
+    pub fn kind(&self) -> DumpKind {
+        match self.chain.newest().is_pre_dump() {
+            true => DumpKind::PreDump,
+            false => DumpKind::Full,
+        }
+    }
+
+    /// When the newest generation was made; now, where nothing says so.
+    pub fn created(&self) -> SystemTime {
+        let manifest = self.chain.newest().manifest.as_ref();
+        manifest.map_or_else(SystemTime::now, |manifest| {
+            UNIX_EPOCH + Duration::from_secs(manifest.created)
+        })
+    }
+
+    /// The facts of the merged checkpoint, which builds on `parent`.
+    pub fn manifest_info(&self, parent: Option<String>) -> ManifestInfo {
+        let manifest = self.chain.newest().manifest.as_ref();
+        let text = |of: fn(&Manifest) -> &String| {
+            manifest.map_or_else(String::new, |manifest| of(manifest).clone())
+        };
+        ManifestInfo {
+            kind: self.kind(),
+            generation: self.last,
+            parent,
+            tracker: manifest.and_then(|manifest| manifest.tracker.clone()),
+            floe: text(|manifest| &manifest.floe),
+            kernel: text(|manifest| &manifest.kernel),
+            machine: text(|manifest| &manifest.machine),
+            cpu: manifest.and_then(|manifest| manifest.cpu.clone()),
+            created: self.created(),
+            rounds: self.rounds.clone(),
+        }
     }
 }
 

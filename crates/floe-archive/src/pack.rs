@@ -2,19 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use floe_image::catalogue::ImageKind;
 use floe_image::frames::{Codec, FRAME_BYTES, FrameWriter};
-use floe_image::manifest::{DumpKind, MANIFEST_NAME, Manifest, ManifestFile, ManifestInfo};
+use floe_image::manifest::{MANIFEST_NAME, Manifest, ManifestFile};
 use floe_image::{ImageDir, ImageError};
 
+use crate::ChainError;
 use crate::archive::{
     BLOCK, Base, EARLY_NAME, HEAD_NAME, Head, IMAGES, INDEX_FORMAT, INDEX_NAME, Index, Member,
 };
 use crate::early;
 use crate::merged::{MergeError, Merged, MergedPages};
-use crate::{Chain, ChainError};
 
 /// How to pack.
 #[derive(Clone, Copy, Debug)]
@@ -73,7 +73,7 @@ pub fn pack(
     let mut packer = Packer {
         frames: frames.map_err(PackError::Write)?,
         members: BTreeMap::new(),
-        modified: created(&merged.chain),
+        modified: since_epoch(merged.created()),
     };
     let mut head = head(&merged, options.since)?;
     let copies = early::collect(&merged, &mut head.early)?;
@@ -88,7 +88,7 @@ pub fn pack(
     for space in &merged.memory {
         packer.pages(space)?;
     }
-    let manifest = packer.manifest(&merged, head.kind, options.since);
+    let manifest = packer.manifest(&merged, options.since);
     packer.bytes(MANIFEST_NAME, manifest.as_bytes())?;
     let content = packer.members.values().map(|member| member.size).sum();
     let written = packer.finish(head)?;
@@ -99,13 +99,9 @@ pub fn pack(
     })
 }
 
-fn created(chain: &Chain) -> u64 {
-    let noted = chain
-        .newest()
-        .manifest
-        .as_ref()
-        .map(|manifest| manifest.created);
-    noted.unwrap_or_else(|| UNIX_EPOCH.elapsed().map_or(0, |since| since.as_secs()))
+fn since_epoch(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_secs())
 }
 
 /// What the archive will hold.
@@ -129,10 +125,7 @@ fn head(merged: &Merged, since: Option<u32>) -> Result<Head, PackError> {
     });
     Ok(Head {
         format: INDEX_FORMAT,
-        kind: match chain.newest().is_pre_dump() {
-            true => DumpKind::PreDump,
-            false => DumpKind::Full,
-        },
+        kind: merged.kind(),
         first: merged.first,
         last: merged.last,
         base,
@@ -273,7 +266,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// The manifest of the merged checkpoint.
-    fn manifest(&self, merged: &Merged, kind: DumpKind, since: Option<u32>) -> String {
+    fn manifest(&self, merged: &Merged, since: Option<u32>) -> String {
         let files = self.members.iter().map(|(name, member)| {
             let file = ManifestFile {
                 size: member.size,
@@ -281,23 +274,8 @@ impl<W: Write> Packer<W> {
             };
             (name.clone(), file)
         });
-        let newest = merged.chain.newest().manifest.as_ref();
-        let text = |of: fn(&Manifest) -> &String| {
-            newest.map_or_else(String::new, |manifest| of(manifest).clone())
-        };
-        let info = ManifestInfo {
-            kind,
-            generation: merged.last,
-            parent: since.map(|since| format!("{}/{since}", crate::unpack::EARLIER)),
-            tracker: newest.and_then(|manifest| manifest.tracker.clone()),
-            floe: text(|manifest| &manifest.floe),
-            kernel: text(|manifest| &manifest.kernel),
-            machine: text(|manifest| &manifest.machine),
-            cpu: newest.and_then(|manifest| manifest.cpu.clone()),
-            created: UNIX_EPOCH + Duration::from_secs(self.modified),
-            rounds: merged.rounds.clone(),
-        };
-        let manifest = Manifest::new(info, files.collect());
+        let parent = since.map(|since| format!("{}/{since}", crate::unpack::EARLIER));
+        let manifest = Manifest::new(merged.manifest_info(parent), files.collect());
         serde_json::to_string_pretty(&manifest).expect("a manifest has text keys only") + "\n"
     }
 

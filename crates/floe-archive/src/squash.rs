@@ -3,10 +3,8 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use floe_image::catalogue::ImageKind;
-use floe_image::manifest::{DumpKind, Manifest, ManifestInfo};
 use floe_image::{ImageDir, ImageError, ImageWriter, PagesReader, Sync, WriteError};
 use rustix::fs::RenameFlags;
 use rustix::io::Errno;
@@ -143,7 +141,7 @@ fn write(merged: &Merged, writer: &ImageWriter) -> Result<SquashReport, SquashEr
         written.map_err(|source| failed(writer, &name, source))?;
         writer.note_file(&name, pagemap.len() as u64, Some(blake3::hash(&pagemap)));
     }
-    writer.finish(info(merged))?;
+    writer.finish(merged.manifest_info(None))?;
     Ok(SquashReport {
         generations: merged.chain.generations().len(),
         bytes,
@@ -211,30 +209,4 @@ fn copy(
         );
     }
     Ok(())
-}
-
-fn info(merged: &Merged) -> ManifestInfo {
-    let newest = merged.chain.newest();
-    let manifest = newest.manifest.as_ref();
-    let text = |of: fn(&Manifest) -> &String| {
-        manifest.map_or_else(String::new, |manifest| of(manifest).clone())
-    };
-    ManifestInfo {
-        kind: if newest.is_pre_dump() {
-            DumpKind::PreDump
-        } else {
-            DumpKind::Full
-        },
-        generation: merged.last,
-        parent: None,
-        tracker: manifest.and_then(|manifest| manifest.tracker.clone()),
-        floe: text(|manifest| &manifest.floe),
-        kernel: text(|manifest| &manifest.kernel),
-        machine: text(|manifest| &manifest.machine),
-        cpu: manifest.and_then(|manifest| manifest.cpu.clone()),
-        created: manifest.map_or_else(SystemTime::now, |manifest| {
-            UNIX_EPOCH + Duration::from_secs(manifest.created)
-        }),
-        rounds: merged.rounds.clone(),
-    }
 }

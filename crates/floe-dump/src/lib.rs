@@ -110,17 +110,11 @@ pub fn dump(
         drop(unlock);
         release::resume(tree)?;
         report.frozen = stopping.elapsed();
-        report.image_bytes = finish(&writer, memory.tracking.as_ref())?;
-        if let Some(tracking) = memory.tracking.take() {
-            tracking.commit(&run_id, &[])?;
-        }
+        report.image_bytes = finish(&writer, &mut memory, &run_id)?;
     } else {
-        report.image_bytes = finish(&writer, memory.tracking.as_ref())?;
-        if let Some(tracking) = memory.tracking.take() {
-            tracking.commit(&run_id, &[])?;
-        }
+        report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         fault::point();
-        // The images are whole; what comes now is the end of the tasks, or not theirs to notice.
+        // What comes now is the end of the tasks, or not theirs to notice.
         report.frozen = stopping.elapsed();
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
@@ -213,8 +207,16 @@ fn durability(images: &Path) -> Sync {
 }
 
 /// Ends the images: only now does the directory pass for a dump.
-fn finish(writer: &ImageWriter, tracking: Option<&Tracking>) -> Result<u64, DumpError> {
-    let manifest = writer.finish(write::manifest_info(DumpKind::Full, tracking))?;
+fn finish(
+    writer: &ImageWriter,
+    memory: &mut MemoryDump<'_>,
+    run_id: &str,
+) -> Result<u64, DumpError> {
+    let info = write::manifest_info(DumpKind::Full, memory.tracking.as_ref());
+    let manifest = writer.finish(info)?;
+    if let Some(tracking) = memory.tracking.take() {
+        tracking.commit(run_id, &[])?;
+    }
     Ok(manifest.files.values().map(|file| file.size).sum())
 }
 

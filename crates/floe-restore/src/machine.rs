@@ -111,15 +111,16 @@ fn ids(images: &TreeImages) -> Vec<Row> {
     for id in tree.ids(images) {
         count += 1;
         if let Some(owner) = Owner::of(id) {
-            let end = match owner.is_zombie {
-                true => "end the parent that does not reap it".to_owned(),
-                false => format!("end it (kill {id})"),
-            };
-            rows.push(Row::bad(
-                "pids",
-                format!("pid {id} is taken by {}", owner.shown),
-                format!("{end}, or restore in a new pid namespace: unshare --pid --fork --mount-proc floe restore ..."),
-            ));
+            let text = format!("pid {id} is taken by {}", owner.shown);
+            rows.push(match owner.is_zombie {
+                // Init processes reap orphans within seconds.
+                true => Row::note("pids", format!("{text} yet; a restore waits some seconds for that")),
+                false => Row::bad(
+                    "pids",
+                    text,
+                    format!("end it (kill {id}), or restore in a new pid namespace: unshare --pid --fork --mount-proc floe restore ..."),
+                ),
+            });
         }
     }
     if rows.is_empty() {

@@ -365,6 +365,9 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
         Command::PreDump => engine::pre_dump(&options, &features, watch),
         _ => engine::dump(&options, &features, watch),
     };
+    if dumped.is_ok() && settings.display_stats {
+        show_statistics(&options.place.work_dir)?;
+    }
     match (archive, dumped, codec) {
         (Some(archive), Ok(()), _) => archive.finish()?,
         (Some(archive), Err(failure), _) => {
@@ -374,18 +377,15 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
         (None, Ok(()), Some(codec)) => engine::compress(&options.place.images_dir, codec)?,
         (None, dumped, _) => dumped?,
     }
-    if settings.display_stats {
-        let stats = statistics::of_dump(&options.place.work_dir);
-        let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
-        print(
-            &stats
-                .as_ref()
-                .map(statistics::dump_text)
-                .unwrap_or_default(),
-        )?;
-    }
     tracing::info!("Dumping finished successfully");
     Ok(Exit::Done)
+}
+
+fn show_statistics(work_dir: &Path) -> Result<(), Failure> {
+    let stats = statistics::of_dump(work_dir);
+    let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let text = stats.as_ref().map(statistics::dump_text);
+    print(&text.unwrap_or_default())
 }
 
 fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {

@@ -14,6 +14,9 @@ use crate::own;
 /// Most bytes of a log that are read: the first cause stands near its beginning.
 const MAX_LOG: u64 = 64 << 20;
 
+/// Where a text is from that is no file.
+const MESSAGE: &str = "the message";
+
 /// Finds the first cause in a log of Floe, CRIU, runc, crun, Podman or Docker, and says what to do.
 #[derive(Parser)]
 #[command(name = "floe explain", after_help = Exit::HELP, disable_version_flag = true)]
@@ -44,6 +47,13 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Finding::Unknown { line, number } => (
             format!(
                 "First error ({source}, line {number}):\n  {line}\n\nNo explanation of it is known. Run the command again with -v4 and look at the lines above it.\n"
+            ),
+            Exit::Failed,
+        ),
+        Finding::Nothing if source == MESSAGE && what.len() == 1 => (
+            format!(
+                "There is no file `{}`, and as a message it reports no error.\n",
+                what[0]
             ),
             Exit::Failed,
         ),
@@ -80,7 +90,7 @@ fn read(what: &[String]) -> Result<(String, String), Failure> {
                 .context(format!("reading {whole}"))
                 .into())
         }
-        Err(_) => Ok(("the message".into(), whole)),
+        Err(_) => Ok((MESSAGE.into(), whole)),
     }
 }
 

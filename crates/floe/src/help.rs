@@ -69,8 +69,9 @@ fn usage_of(command: Command, out: &mut String) {
         .find(|(other, ..)| *other == command)
         .map_or("", |(.., about)| about);
     let tail = match command {
-        Command::Dump | Command::PreDump => "-t PID [OPTIONS]",
-        Command::Restore => "[OPTIONS] [--exec-cmd -- COMMAND [ARGS]]",
+        Command::Dump => "-t PID -D DIR | --archive FILE [OPTIONS]",
+        Command::PreDump => "-t PID -D DIR [--prev-images-dir DIR] [OPTIONS]",
+        Command::Restore => "-D DIR | -i FILE [OPTIONS] [--exec-cmd -- COMMAND [ARGS]]",
         Command::Swrk => "FD",
         _ => "[OPTIONS]",
     };

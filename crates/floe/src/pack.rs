@@ -113,6 +113,9 @@ impl OnTheWay {
         if let Some(previous) = &mut place.prev_images_dir {
             *previous = place.images_dir.join(&*previous);
         }
+        if place.work_dir == place.images_dir {
+            place.work_dir = directory.clone();
+        }
         place.images_dir = directory.clone();
         Ok(OnTheWay {
             directory,

@@ -95,6 +95,8 @@ fn half_a_copy_is_named_file_by_file() {
             "pages-1.img has 4096 bytes, 40960 when it was made",
         ],
     );
+    let text = said(&floe("verify", &newest));
+    assert_eq!(text.matches("core-7.img is missing").count(), 1, "{text}");
 }
 
 #[test]

@@ -62,12 +62,6 @@ impl Engine {
         bail!("{command} failed ({status}):\n{}", said.join("\n"))
     }
 
-    /// How long the last dump stopped the program.
-    pub fn frozen(&self) -> anyhow::Result<Option<Duration>> {
-        let stats = statistics::of_dump(&self.images).context("reading the statistics")?;
-        Ok(stats.map(|stats| Duration::from_micros(stats.frozen_time.into())))
-    }
-
     /// Bytes of the images.
     pub fn size(&self) -> anyhow::Result<u64> {
         let mut bytes = 0;
@@ -80,4 +74,10 @@ impl Engine {
         }
         Ok(bytes)
     }
+}
+
+/// How long the last dump stopped the program, by the statistics in a directory.
+pub fn frozen(work_dir: &Path) -> anyhow::Result<Option<Duration>> {
+    let stats = statistics::of_dump(work_dir).context("reading the statistics")?;
+    Ok(stats.map(|stats| Duration::from_micros(stats.frozen_time.into())))
 }

@@ -201,7 +201,7 @@ impl<'a> Stage<'a> {
             "--leave-running",
         ];
         let time = engine.run("dump", &options, |_| Ok(()))?;
-        let frozen = engine.frozen()?;
+        let frozen = engine::frozen(&self.directory.join("plain"))?;
         self.say(&format!(
             "[2/5] a plain dump stops the program while its memory is copied: {}; it runs on",
             shown(frozen)
@@ -241,6 +241,7 @@ impl<'a> Stage<'a> {
         let archive = archive
             .to_str()
             .context("a directory whose name is no UTF-8")?;
+        let work_dir = self.directory.to_str().context("the same")?;
         let options = [
             "-t",
             &before.pids[0].to_string(),
@@ -250,6 +251,9 @@ impl<'a> Stage<'a> {
             "5ms",
             "--compress",
             "zstd:1",
+            // Where the statistics stay.
+            "-W",
+            work_dir,
             "--archive",
             archive,
         ];
@@ -257,7 +261,7 @@ impl<'a> Stage<'a> {
         self.show_archive()?;
         Ok(Dump {
             time,
-            frozen: engine.frozen()?,
+            frozen: engine::frozen(self.directory)?,
             size: std::fs::metadata(archive)
                 .context("looking at the archive")?
                 .len(),
