@@ -68,8 +68,8 @@ pub fn collect(socket: &NetlinkSocket) -> Result<IpDump, NetError> {
     rules.extend(image(RULES, &rules6, |rule| !is_default_rule(rule))?.split_off(4));
     Ok(IpDump {
         addresses: image(ADDRESSES, &addresses, |_| true)?,
-        routes: image(ROUTES, &routes, is_kept_route)?,
-        routes6: image(ROUTES, &routes6, is_kept_route)?,
+        routes: without_state(image(ROUTES, &routes, is_kept_route)?),
+        routes6: without_state(image(ROUTES, &routes6, is_kept_route)?),
         rules,
     })
 }
@@ -85,6 +85,47 @@ fn image(magic: u32, dump: &[u8], keep: impl Fn(Message<'_>) -> bool) -> Result<
         }
     }
     Ok(image)
+}
+
+/// An image of routes without what the kernel says about the state of their links and does not take back.
+fn without_state(mut image: Vec<u8>) -> Vec<u8> {
+    const MAGIC: usize = 4;
+    const HEADER: usize = 16;
+    let mut at = MAGIC;
+    while let Some(size) = image.get(at..).and_then(word) {
+        if let Some(body) = image.get_mut(at + HEADER..at + size as usize) {
+            clear_state(body);
+        }
+        at += (size as usize).next_multiple_of(4).max(HEADER);
+    }
+    image
+}
+
+/// Clears flags of the route, and of each of its hops if it has several.
+fn clear_state(body: &mut [u8]) {
+    /// `RTNH_F_DEAD`, `OFFLOAD`, `LINKDOWN`, `UNRESOLVED`, `TRAP`.
+    const STATE: u8 = 1 | 8 | 16 | 32 | 64;
+    const FLAGS: usize = 8;
+    const HOP_FLAGS: usize = 2;
+    if let Some(flags) = body.get_mut(FLAGS) {
+        *flags &= !STATE;
+    }
+    let mut at = ROUTE_HEADER;
+    let short = |body: &[u8], at: usize| {
+        let bytes = body.get(at..at + 2)?.try_into().ok()?;
+        Some(usize::from(u16::from_ne_bytes(bytes)))
+    };
+    while let (Some(size), Some(kind)) = (short(body, at), short(body, at + 2)) {
+        let mut hop = at + 4;
+        while kind == usize::from(RTA_MULTIPATH) && hop < at + size {
+            let Some(length) = short(body, hop).filter(|length| *length >= 8) else {
+                break;
+            };
+            body[hop + HOP_FLAGS] &= !STATE;
+            hop += length.next_multiple_of(4);
+        }
+        at += size.next_multiple_of(4).max(4);
+    }
 }
 
 fn byte(message: Message<'_>, at: usize) -> u8 {
@@ -161,7 +202,8 @@ fn shown(address: &[u8]) -> String {
 
 /// Adds the routes of one family: first networks that are on a link, last what goes through a gateway.
 pub fn execute_routes(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetError> {
-    let mut routes = open(image, ROUTES, "routes")?;
+    let image = without_state(image.to_vec());
+    let mut routes = open(&image, ROUTES, "routes")?;
     routes.sort_by_key(|route| {
         let has = |kind| find(*route, kind).is_some();
         if has(RTA_GATEWAY) || has(RTA_VIA) || has(RTA_MULTIPATH) {
@@ -240,6 +282,20 @@ mod tests {
         assert!(!kept(&route(255, RTPROT_KERNEL)));
         assert!(kept(&route(255, 4)));
         assert!(kept(&route(254, RTPROT_KERNEL)));
+    }
+
+    #[test]
+    fn the_state_of_links_is_no_part_of_a_route() {
+        let mut body = vec![0u8; ROUTE_HEADER];
+        body[8] = 16 | 4;
+        let hops = [8, 0, 17 | 4, 0, 3, 0, 0, 0, 8, 0, 16, 0, 4, 0, 0, 0];
+        floe_kernel::netlink::attribute(&mut body, RTA_MULTIPATH, &hops);
+        let route = message(RTM_NEWROUTE, 0, &body);
+        let image = without_state([&ROUTES.to_ne_bytes()[..], &route].concat());
+        let opened = open(&image, ROUTES, "routes").expect("whole");
+        assert_eq!(opened[0].body[8], 4);
+        let kept = find(opened[0], RTA_MULTIPATH).expect("there");
+        assert_eq!((kept[2], kept[10]), (4, 0));
     }
 
     #[test]
