@@ -6,7 +6,7 @@
 use std::io;
 
 use crate::ids::HostPid;
-use crate::namespace::NsKind;
+use crate::namespace::{self, Namespace, NsKind};
 
 /// The process; dropped, it is killed and reaped.
 #[derive(Debug)]
@@ -40,6 +40,42 @@ impl Placeholder {
     /// is among them.
     pub fn start_in_new(kinds: &[NsKind]) -> io::Result<Self> {
         Self::clone(kinds.iter().fold(0, |all, kind| all | kind.flag()), None)
+    }
+
+    /// Starts it in new namespaces of these kinds that belong to the user namespace `user`.
+    pub fn start_inside(user: &Namespace, kinds: &[NsKind]) -> io::Result<Self> {
+        let flags = kinds.iter().fold(0, |all, kind| all | kind.flag());
+        let (ready, done) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let args = CloneArgs::default();
+        // SAFETY: `args` is live and describes a plain fork; the child makes system calls with integers
+        // and one byte of its own stack, and never returns.
+        let pid = unsafe {
+            libc::syscall(
+                libc::SYS_clone3,
+                &raw const args,
+                std::mem::size_of::<CloneArgs>(),
+            )
+        };
+        if pid < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        if pid == 0 {
+            let entered = namespace::enter(user).and_then(|()| namespace::unshare(flags));
+            let errno = entered.map_or_else(|error| error.raw_os_error().unwrap_or(1), |()| 0);
+            // Whoever does not hear of it finds the process dead.
+            let _ = rustix::io::write(&done, &[errno as u8]);
+            idle();
+        }
+        let maker = Placeholder {
+            pid: HostPid(pid as i32),
+        };
+        drop(done);
+        let mut errno = [0u8];
+        match rustix::io::read(&ready, &mut errno)? {
+            1 if errno[0] == 0 => Ok(maker),
+            1 => Err(io::Error::from_raw_os_error(i32::from(errno[0]))),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
     }
 
     fn clone(flags: u32, pid: Option<HostPid>) -> io::Result<Self> {

@@ -56,7 +56,18 @@ pub fn collect(
     let own = own_mounts(collector)?;
     let mounts = read_mounts(namespace, collector)?;
     let mut entries = Vec::with_capacity(mounts.len());
+    let of_root = collector.namespaces().of_root(NsKind::Mnt).map(|ns| ns.id);
+    let known = &collector.cache(KnownMounts::default).namespaces;
+    let of_root = of_root.and_then(|id| known.get(&id)).into_iter().flatten();
+    let there: BTreeSet<u32> = of_root.map(|entry| entry.root_dev).collect();
     for mount in &mounts {
+        // What the root's namespace has mounted too is copied from there.
+        if let Ok(entry) = entry_of(mount)
+            && there.contains(&entry.root_dev)
+        {
+            entries.push(entry);
+            continue;
+        }
         let entry = describe(mount, namespace, &own, collector);
         entries.extend(collector.note(entry)?);
     }

@@ -14,8 +14,8 @@ use super::groups::plan_groups;
 use super::remote::mount_in_task;
 use super::tree::{MountTree, Origin, Request, plan_tree};
 use crate::cgroup::{self, groups_made};
-use crate::namespace::{filled, ids, made, of_root, own_of_root};
-use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
+use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
+use crate::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when every mount of the tree is in its place.
 const COMPLETE: Handle = Handle::Object("mounts complete", 0);
@@ -177,7 +177,13 @@ fn plan_others(planner: &mut Planner<'_>, root: u32) {
         .filter(|id| *id != root)
     {
         let name = format!("make mount namespace {id}");
-        planner.step_at_home(name, (&[], &[made(id)]), move |world| make(world, id));
+        let needs: Vec<Handle> = own_of_root(planner.images, NsKind::User)
+            .map(made)
+            .into_iter()
+            .collect();
+        planner.step_at_home(name, (&needs, &[made(id)]), move |world| {
+            make_beside(world, NsKind::Mnt, id)
+        });
     }
     let images = planner.images;
     for task in &images.tasks {
@@ -199,16 +205,6 @@ fn plan_others(planner: &mut Planner<'_>, root: u32) {
             },
         );
     }
-}
-
-fn make(world: &mut World<'_>, id: u32) -> Result<(), ExecuteError> {
-    let home = world.namespaces().home()?;
-    let what = || format!("mount namespace {id}");
-    let visit = home.visit_new(&[NsKind::Mnt]).during("Making", what)?;
-    let namespace = Namespace::own(NsKind::Mnt).during("Opening", what)?;
-    drop(visit);
-    world.namespaces().keep(id, namespace);
-    Ok(())
 }
 
 fn enter(world: &mut World<'_>, pid: u32, id: u32) -> Result<(), ExecuteError> {

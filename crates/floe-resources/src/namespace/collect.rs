@@ -5,6 +5,7 @@ use std::rc::Rc;
 use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
 
+use super::split::SPLIT;
 use super::tree::{identity, identity_of};
 use super::{TreeNamespace, owners, time, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
@@ -33,8 +34,8 @@ fn collect_one(
     namespace: &Rc<TreeNamespace>,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
-    // A task may leave the network of the others, and their mounts.
-    let may_differ = matches!(namespace.kind(), NsKind::Net | NsKind::Mnt);
+    // A task may leave the network of the others, their mounts, and the like.
+    let may_differ = namespace.kind() == NsKind::Mnt || SPLIT.contains(&namespace.kind());
     if !namespace.of_root && !may_differ {
         return Err(refused(
             namespace,

@@ -34,6 +34,7 @@ pub use owners::OwnerMap;
 pub use pids::PidView;
 pub use plan::{READY, has_own_pids, of_root, own_of_root, plan_namespaces};
 pub use split::entered;
+pub(crate) use split::make_beside;
 pub use tree::{TreeNamespace, TreeNamespaces};
 
 use floe_plan::Handle;

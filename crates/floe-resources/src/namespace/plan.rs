@@ -5,7 +5,7 @@ use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
 use super::given::plan_given;
-use super::split::{plan_split, split_network};
+use super::split::{SPLIT, plan_split};
 use super::{filled, ids, made, time, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 use crate::{ipc, mount, net};
@@ -59,7 +59,8 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let wanted = visited.filter(|own| !given.contains(own));
     let wanted: Vec<(NsKind, u32)> = wanted.copied().collect();
     let user = own_of_root(images, NsKind::User);
-    let makes: Vec<Handle> = wanted.iter().map(|(_, id)| made(*id)).collect();
+    let makes = wanted.iter().map(|(_, id)| *id).chain(user);
+    let makes: Vec<Handle> = makes.map(made).collect();
     let visited = [&wanted[..], &given].concat();
     planner.step_at_home("make namespaces", (&[], &makes), move |world| match user {
         None => make(world, &wanted),
@@ -160,7 +161,7 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
         for kind in NsKind::ALL {
             let number = ids::get(own, kind);
             let split = match kind {
-                NsKind::Net => split_network(images, task).is_some(),
+                kind if SPLIT.contains(&kind) => true,
                 // Only beside mounts of the root's own.
                 NsKind::Mnt => own_of_root(images, kind).is_some(),
                 _ => false,

@@ -1,29 +1,39 @@
-//! Network namespaces that tasks below the root have of their own.
+//! Namespaces that tasks below the root have of their own.
 //!
 //! All of them are made and filled with those of the root; a task enters its own when the whole tree is born,
-//! so that it does not matter where its children are.
+//! so that it does not matter where its children are. Those of mounts are entered with their mounts
+//! ([`crate::mount`]).
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, AsRawFd};
 
 use floe_inject::{Arg, Program};
 use floe_kernel::namespace::{Namespace, NsKind};
+use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
-use super::{READY, filled, ids, made, own_of_root};
-use crate::net;
+use super::{READY, filled, ids, made, own_of_root, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, TreeImages, World};
+use crate::{ipc, net};
 
-/// The number of a task's network namespace, where it is not the root's.
-pub(super) fn split_network(images: &TreeImages, task: &TaskImages) -> Option<u32> {
-    let of = |task: &TaskImages| ids::get(task.ids.as_ref()?, NsKind::Net);
-    of(task).filter(|number| Some(*number) != of(images.root()))
+/// Kinds in which a task may differ from the root, but for mounts.
+pub(super) const SPLIT: [NsKind; 3] = [NsKind::Net, NsKind::Ipc, NsKind::Uts];
+
+/// The numbers of a task's namespaces that are not the root's.
+pub(super) fn split_of(images: &TreeImages, task: &TaskImages) -> Vec<(NsKind, u32)> {
+    let of = |task: &TaskImages, kind| ids::get(task.ids.as_ref()?, kind);
+    let split = SPLIT.into_iter().filter_map(|kind| {
+        let number = of(task, kind)?;
+        (Some(number) != of(images.root(), kind)).then_some((kind, number))
+    });
+    split.collect()
 }
 
-/// The task is in its own network namespace; `None` for one that stays in the root's.
+/// The task is in its own namespaces; `None` for one that stays in the root's.
 pub fn entered(images: &TreeImages, pid: u32) -> Option<Handle> {
     let task = images.task(pid)?;
-    split_network(images, task).map(|_| Handle::Object("network of task", u64::from(pid)))
+    let stays = split_of(images, task).is_empty();
+    (!stays).then_some(Handle::Object("namespaces of task", u64::from(pid)))
 }
 
 /// Adds the steps that make such namespaces, fill them, and take tasks there. Handles of what has to be there
@@ -31,57 +41,87 @@ pub fn entered(images: &TreeImages, pid: u32) -> Option<Handle> {
 pub(super) fn plan_split(planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanError> {
     let images = planner.images;
     let tasks = images.tasks.iter();
-    let split = tasks.filter_map(|task| Some((task.pid(), split_network(images, task)?)));
-    let split: Vec<(u32, u32)> = split.collect();
-    let numbers: BTreeSet<u32> = split.iter().map(|(_, number)| *number).collect();
+    let split: Vec<(u32, Vec<(NsKind, u32)>)> = tasks
+        .map(|task| (task.pid(), split_of(images, task)))
+        .filter(|(_, split)| !split.is_empty())
+        .collect();
     let host = images.inventory.root_ids.as_ref();
-    let host = host.and_then(|host| ids::get(host, NsKind::Net));
-    let own_users = own_of_root(images, NsKind::User).is_some();
-    for (pid, number) in &split {
-        if own_users || Some(*number) == host {
+    for (pid, namespaces) in &split {
+        let of_host = |(kind, number): &&(NsKind, u32)| {
+            host.and_then(|host| ids::get(host, *kind)) == Some(*number)
+        };
+        if let Some((kind, _)) = namespaces.iter().find(of_host) {
             return Err(PlanError::Unsupported {
-                object: format!("The network namespace of task {pid}"),
-                remedy: "only the whole tree may be in another one than its caller, or in a user namespace",
+                object: format!("The {kind} namespace of task {pid}"),
+                remedy: "only the whole tree may be in that of its caller",
             });
         }
     }
-    for number in &numbers {
-        let number = *number;
-        let name = format!("make network namespace {number}");
-        planner.step_at_home(name, (&[], &[made(number)]), move |world| {
-            make(world, number)
+    let all: BTreeSet<(NsKind, u32)> = split.iter().flat_map(|(_, split)| split.clone()).collect();
+    for (kind, number) in &all {
+        let (kind, number) = (*kind, *number);
+        let name = format!("make {kind} namespace {number}");
+        let needs: Vec<Handle> = own_of_root(images, NsKind::User)
+            .map(made)
+            .into_iter()
+            .collect();
+        planner.step_at_home(name, (&needs, &[made(number)]), move |world| {
+            make_beside(world, kind, number)
         });
-        net::plan(number, planner)?;
+        match kind {
+            NsKind::Net => net::plan(number, planner)?,
+            NsKind::Ipc => ipc::plan(number, planner)?,
+            _ => uts::plan(number, planner)?,
+        }
     }
-    for (pid, number) in split {
+    for (pid, namespaces) in split {
         let handle = entered(images, pid).expect("it is one of them");
-        let needs = [Handle::Tree, READY, filled(number)];
-        let name = format!("enter network namespace {number}");
+        let mut needs = vec![Handle::Tree, READY];
+        needs.extend(namespaces.iter().map(|(_, number)| filled(*number)));
+        let name = format!("enter {} namespaces of its own", namespaces.len());
         planner.task_step(pid, name, (&needs, &[handle]), move |world| {
-            enter(world, pid, number)
+            let mut all = namespaces.iter();
+            all.try_for_each(|(kind, number)| enter(world, pid, (*kind, *number)))
         });
     }
-    Ok(numbers.into_iter().map(filled).collect())
+    Ok(all.into_iter().map(|(_, number)| filled(number)).collect())
 }
 
-fn make(world: &mut World<'_>, number: u32) -> Result<(), ExecuteError> {
-    let home = world.namespaces().home()?;
-    let what = || number.to_string();
-    let _visit = home
-        .visit_new(&[NsKind::Net])
-        .during("Making network namespace", what)?;
-    let namespace = Namespace::own(NsKind::Net).during("Opening network namespace", what)?;
+/// Makes a namespace that is not the root's, but belongs to the same user namespace.
+pub(crate) fn make_beside(
+    world: &mut World<'_>,
+    kind: NsKind,
+    number: u32,
+) -> Result<(), ExecuteError> {
+    let what = || format!("{kind} namespace {number}");
+    let namespace = match own_of_root(world.images, NsKind::User) {
+        Some(user) => {
+            let user = world.namespaces().get(user)?;
+            let maker = Placeholder::start_inside(&user, &[kind]).during("Making", what)?;
+            Namespace::of_task(maker.pid(), kind)
+        }
+        None => {
+            let home = world.namespaces().home()?;
+            let _visit = home.visit_new(&[kind]).during("Making", what)?;
+            Namespace::own(kind)
+        }
+    };
+    let namespace = namespace.during("Opening the new", what)?;
     world.namespaces().keep(number, namespace);
     Ok(())
 }
 
-fn enter(world: &mut World<'_>, pid: u32, number: u32) -> Result<(), ExecuteError> {
+fn enter(
+    world: &mut World<'_>,
+    pid: u32,
+    (kind, number): (NsKind, u32),
+) -> Result<(), ExecuteError> {
     let namespace = world.namespaces().get(number)?;
     let there = world.hand_over(pid, namespace.as_fd().as_raw_fd())?;
     let mut program = Program::new();
-    let args = [Arg::from(there), Arg::from(libc::CLONE_NEWNET)];
-    program.call("setns to its network namespace", libc::SYS_setns, &args);
+    let args = [Arg::from(there), Arg::from(kind.flag())];
+    let label = format!("setns to {kind} namespace {number}");
+    program.call(label, libc::SYS_setns, &args);
     program.call("close", libc::SYS_close, &[Arg::from(there)]);
-    world.run(pid, &program)?;
-    Ok(())
+    world.run(pid, &program).map(drop)
 }
