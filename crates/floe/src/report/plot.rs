@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 const WIDTH: f64 = 420.0;
 const ROW: f64 = 24.0;
 const LABEL: f64 = 124.0;
-const VALUE: f64 = 66.0;
+const VALUE: f64 = 78.0;
 /// Classes of colours for generations; older ones share the last.
 const SHADES: usize = 6;
 
