@@ -55,7 +55,7 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 const ENGINES: &[Engine] = &[
     Engine {
-        name: "runc",
+        name: "runc-here",
         command: "runc",
         place: Where::Here,
         packages: &["runc"],
@@ -254,14 +254,19 @@ fn remove_groups() {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
         entries.map(|entry| entry.path()).collect()
     };
-    let hierarchies = below(Path::new("/sys/fs/cgroup"));
-    let groups = hierarchies.iter().flat_map(|hierarchy| below(hierarchy));
-    let ours = |path: &PathBuf| {
-        path.file_name()
-            .is_some_and(|name| name.to_string_lossy().starts_with("floe-"))
-    };
-    for group in groups.filter(ours) {
-        // One that is not empty belongs to somebody else's run.
+    let hierarchies: Vec<PathBuf> = below(Path::new("/sys/fs/cgroup"));
+    let parents = hierarchies
+        .iter()
+        .map(|hierarchy| hierarchy.join("libpod_parent"));
+    let parents: Vec<PathBuf> = parents.collect();
+    let own = hierarchies.iter().flat_map(|hierarchy| below(hierarchy));
+    let own = own.filter(|path| {
+        let name = path.file_name().unwrap_or_default();
+        name.to_string_lossy().starts_with("floe-")
+    });
+    let of_podman = parents.iter().flat_map(|parent| below(parent));
+    for group in own.chain(of_podman).chain(parents.iter().cloned()) {
+        // One that is not empty belongs to somebody else's run; files are no directories.
         let _ = fs::remove_dir(group);
     }
 }

@@ -3,7 +3,7 @@ set -u
 export TMPDIR=$PWD
 NAME=floe-$1-$$
 PODMAN="$ENGINE --root $PWD/storage --runroot $PWD/runroot --cgroup-manager cgroupfs --events-backend file"
-PODMAN="$PODMAN --storage-driver vfs --tmpdir $PWD/tmp --network-cmd-path none"
+PODMAN="$PODMAN --storage-driver vfs --tmpdir $PWD/tmp"
 LOOP='i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done'
 
 fail() {
@@ -16,7 +16,7 @@ fail() {
 }
 end() { $PODMAN rm -f -t 0 -a >/dev/null 2>&1; }
 trap end EXIT
-podman() { $PODMAN "$@" >printed 2>&1 || fail "podman $*"; }
+run() { $PODMAN "$@" >printed 2>&1 || fail "podman $*"; }
 
 image() {
 	mkdir -p r/bin r/proc r/sys r/dev r/tmp r/etc r/run
@@ -26,7 +26,7 @@ image() {
 }
 begin() { # OPTIONS...
 	image
-	podman run -d --name "$NAME" --network none --security-opt seccomp=unconfined "$@" floe-test sh -c "$LOOP"
+	run run -d --name "$NAME" --network none --pids-limit 0 --security-opt seccomp=unconfined "$@" floe-test sh -c "$LOOP"
 	counts
 }
 count() { $PODMAN exec "$NAME" cat /tmp/count 2>/dev/null; }
@@ -42,21 +42,21 @@ counts() {
 
 scenario_restore() {
 	begin
-	podman container checkpoint "$NAME"
-	podman container restore "$NAME"
+	run container checkpoint "$NAME"
+	run container restore "$NAME"
 	counts
 }
 scenario_keep_and_statistics() {
 	begin
-	podman container checkpoint --keep --print-stats "$NAME"
+	run container checkpoint --keep --print-stats "$NAME"
 	grep -q memdump_time printed || fail "no statistics of the dump"
-	podman container restore --keep --print-stats "$NAME"
+	run container restore --keep --print-stats "$NAME"
 	grep -q restore_time printed || fail "no statistics of the restore"
 	counts
 }
 scenario_leave_running() {
 	begin
-	podman container checkpoint --leave-running "$NAME"
+	run container checkpoint --leave-running "$NAME"
 	counts
 }
 scenario_export_gzip() { exported gzip; }
@@ -64,57 +64,57 @@ scenario_export_none() { exported none; }
 scenario_export_zstd() { exported zstd; }
 exported() {
 	begin
-	podman container checkpoint --compress "$1" --export "$PWD/archive" "$NAME"
-	podman rm -f "$NAME"
-	podman container restore --import "$PWD/archive"
+	run container checkpoint --compress "$1" --export "$PWD/archive" "$NAME"
+	run rm -f "$NAME"
+	run container restore --import "$PWD/archive"
 	counts
 }
 scenario_other_name() {
 	begin
-	podman container checkpoint --export "$PWD/archive" "$NAME"
-	podman container restore --import "$PWD/archive" --name "$NAME-2"
+	run container checkpoint --export "$PWD/archive" "$NAME"
+	run container restore --import "$PWD/archive" --name "$NAME-2"
 	NAME=$NAME-2
 	counts
 }
 scenario_pre_checkpoint() {
 	begin
-	podman container checkpoint --pre-checkpoint "$NAME"
+	run container checkpoint --pre-checkpoint "$NAME"
 	counts
-	podman container checkpoint --with-previous "$NAME"
-	podman container restore "$NAME"
+	run container checkpoint --with-previous "$NAME"
+	run container restore "$NAME"
 	counts
 }
 scenario_pre_checkpoint_export() {
 	begin
-	podman container checkpoint --pre-checkpoint --export "$PWD/first" "$NAME"
-	podman container checkpoint --with-previous --export "$PWD/second" "$NAME"
-	podman rm -f "$NAME"
-	podman container restore --import-previous "$PWD/first" --import "$PWD/second"
+	run container checkpoint --pre-checkpoint --export "$PWD/first" "$NAME"
+	run container checkpoint --with-previous --export "$PWD/second" "$NAME"
+	run rm -f "$NAME"
+	run container restore --import-previous "$PWD/first" --import "$PWD/second"
 	counts
 }
 scenario_volume() {
 	mkdir data
 	begin -v "$PWD/data:/data"
-	podman container checkpoint "$NAME"
-	podman container restore "$NAME"
+	run container checkpoint "$NAME"
+	run container restore "$NAME"
 	counts
 }
 scenario_terminal() {
 	begin -t
-	podman container checkpoint "$NAME"
-	podman container restore "$NAME"
+	run container checkpoint "$NAME"
+	run container restore "$NAME"
 	counts
 }
 scenario_file_locks() {
 	begin
-	podman container checkpoint --file-locks "$NAME"
-	podman container restore --file-locks "$NAME"
+	run container checkpoint --file-locks "$NAME"
+	run container restore --file-locks "$NAME"
 	counts
 }
 scenario_tcp_established() {
 	begin
-	podman container checkpoint --tcp-established "$NAME"
-	podman container restore --tcp-established "$NAME"
+	run container checkpoint --tcp-established "$NAME"
+	run container restore --tcp-established "$NAME"
 	counts
 }
 

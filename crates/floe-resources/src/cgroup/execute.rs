@@ -240,6 +240,27 @@ fn create(
             other => other.during("Making", || format!("control group {upper}"))?,
         }
         world.made_name(NameKind::Directory, hierarchy.path(&upper));
+        inherit_processors(&hierarchy.path(&upper))
+            .during("Giving processors to", || format!("control group {upper}"))?;
+    }
+    Ok(())
+}
+
+/// A new group of the cpuset controller of version 1 has no processor, and nobody can enter it or give one
+/// to groups below it. It begins with those of the group above, as one of version 2 does.
+fn inherit_processors(group: &Path) -> io::Result<()> {
+    let Some(upper) = group.parent() else {
+        return Ok(());
+    };
+    for name in ["cpuset.cpus", "cpuset.mems"] {
+        let own = group.join(name);
+        let is_empty = match std::fs::read_to_string(&own) {
+            Ok(text) => text.trim().is_empty(),
+            Err(_) => false,
+        };
+        if is_empty && !group.join("cgroup.controllers").exists() {
+            std::fs::write(&own, std::fs::read(upper.join(name))?)?;
+        }
     }
     Ok(())
 }
