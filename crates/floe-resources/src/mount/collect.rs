@@ -440,12 +440,14 @@ fn pristine(
         source,
     };
     let visit = collector.namespaces().visit(&[namespace])?;
-    let seen = open_mount(&entry.mountpoint).map_err(|errno| system(errno.into()))?;
     let unbindable = entry.flags & libc::MS_UNBINDABLE as u32 != 0;
-    if !unbindable && mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id)) {
+    // Where its point is hidden as well, the name leads nowhere.
+    if let Ok(seen) = open_mount(&entry.mountpoint)
+        && !unbindable
+        && mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id))
+    {
         return copy_mount(seen.as_fd(), b"").map_err(system);
     }
-    drop(seen);
     uncover(entry, all, &visit).map_err(system)
 }
 

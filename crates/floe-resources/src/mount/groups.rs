@@ -79,17 +79,31 @@ impl GroupPlanner<'_> {
             let what = format!("group {} is a slave of itself", key.1);
             return Err(PlanError::damaged(image_name(first.namespace), what));
         }
-        let source = self.source(&members)?;
         let base = self.base(key, &members, depth)?;
-        let group = Group {
-            shared: key.0,
-            master: key.1,
-            base,
-            source,
-            members,
-        };
-        self.groups.push(group);
-        let index = self.groups.len() - 1;
+        let mut parts: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        match self.source(&members) {
+            Ok(source) => {
+                parts.insert(source, members);
+            }
+            // Mounts of the host find their master by themselves, each from its own place.
+            Err(_) if base == Base::SlaveOfHost && key.0 == 0 => {
+                for member in members {
+                    let source = self.tree.mounts[member].source;
+                    parts.entry(source).or_default().push(member);
+                }
+            }
+            Err(error) => return Err(error),
+        }
+        let index = self.groups.len();
+        for (source, members) in parts {
+            self.groups.push(Group {
+                shared: key.0,
+                master: key.1,
+                base,
+                source,
+                members,
+            });
+        }
         self.done.insert(key, index);
         Ok(index)
     }

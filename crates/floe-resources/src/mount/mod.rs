@@ -18,4 +18,4 @@ mod tree;
 pub use collect::collect;
 pub use model::upgrade_flags;
 pub use place::{NoPlace, Place};
-pub use plan::{entered, in_place_of, needs_of_file, plan, way_to};
+pub use plan::{Writable, entered, in_place_of, needs_of_file, plan, seen_from, way_to};

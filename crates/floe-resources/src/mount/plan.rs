@@ -1,16 +1,19 @@
 //! The steps that make the mounts of a tree.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
 use floe_image::messages::{Fstype, MntEntry, RegFileEntry};
 use floe_inject::{Arg, Program};
+use floe_kernel::mount::set_flags;
 use floe_kernel::namespace::{Home, Namespace, NsKind};
 use floe_plan::Handle;
+use rustix::fs::{Mode, OFlags};
 
 use super::execute::{Places, Plan, Workshop, content_image, has_files};
 use super::groups::plan_groups;
+use super::model::{attributes, below};
 use super::remote::mount_in_task;
 use super::tree::{MountTree, Origin, Request, plan_tree};
 use crate::cgroup::{self, groups_made};
@@ -291,4 +294,67 @@ pub fn needs_of_file(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
             .map(|(_, entry)| entry);
     }
     Vec::new()
+}
+
+/// A name in mount `from`, as it is in mount `to` of the same file system; `None` where both are the same or
+/// the name is out of its sight.
+pub fn seen_from(
+    images: &TreeImages,
+    name: &str,
+    (from, to): (Option<i32>, Option<i32>),
+) -> Option<String> {
+    let (_, from) = find_mount(images, from?)?;
+    let (_, to) = find_mount(images, to?)?;
+    if from.mnt_id == to.mnt_id || from.root_dev != to.root_dev {
+        return None;
+    }
+    let inside = join(&from.root, below(name, &from.mountpoint)?);
+    Some(join(&to.mountpoint, below(&inside, &to.root)?))
+}
+
+fn join(directory: &str, name: &str) -> String {
+    let directory = directory.trim_end_matches('/');
+    match name {
+        "" if directory.is_empty() => "/".to_string(),
+        "" => directory.to_string(),
+        name => format!("{directory}/{name}"),
+    }
+}
+
+/// A mount that files are made in for a moment, although it is read-only.
+#[derive(Debug)]
+pub struct Writable {
+    mount: OwnedFd,
+    flags: u32,
+}
+
+impl Writable {
+    /// Lets the mount `number` be written to; `None` where it can be. The coordinator must be in its
+    /// namespace.
+    pub fn of(images: &TreeImages, number: Option<i32>) -> Result<Option<Self>, ExecuteError> {
+        own_of_root(images, NsKind::Mnt)
+            .and(number)
+            .and_then(|number| find_mount(images, number))
+            .filter(|(_, entry)| entry.flags & libc::MS_RDONLY as u32 != 0)
+            .map(|(_, entry)| {
+                let what = || entry.mountpoint.clone();
+                let flags = OFlags::PATH | OFlags::CLOEXEC;
+                let mount = rustix::fs::open(entry.mountpoint.as_str(), flags, Mode::empty())
+                    .during("Opening", what)?;
+                let (set, clear) = attributes(entry.flags & !(libc::MS_RDONLY as u32));
+                set_flags(mount.as_fd(), set, clear).during("Making writable", what)?;
+                let flags = entry.flags;
+                Ok(Writable { mount, flags })
+            })
+            .transpose()
+    }
+}
+
+impl Drop for Writable {
+    fn drop(&mut self) {
+        let (set, clear) = attributes(self.flags);
+        if let Err(error) = set_flags(self.mount.as_fd(), set, clear) {
+            tracing::warn!(%error, "a mount of the tree is not read-only any more");
+        }
+    }
 }

@@ -271,7 +271,8 @@ impl Sources<'_> {
         let find = |key| external_value(key, options, self.request.external);
         // crun names some by where they are mounted, not by what the dump called them.
         match find(key).or_else(|| find(&entry.mountpoint)) {
-            Some(path) => Ok(Some(PathBuf::from(path))),
+            // Relative ones begin at the root, as CRIU takes them.
+            Some(path) => Ok(Some(PathBuf::from("/").join(path))),
             None if PLAIN_DEVICES.contains(&key.as_str()) => Ok(Some(PathBuf::from(key))),
             None => Err(PlanError::Unsupported {
                 object: format!("External mount {} (`{key}`)", entry.mountpoint),

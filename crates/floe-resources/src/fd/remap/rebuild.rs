@@ -64,6 +64,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         planner.step(name, (&needs, &[ghost_handle(id)]), move |world| {
             let mount = users[0].0.mnt_id;
             mount::in_place_of(world, mount, |world| {
+                let _writable = mount::Writable::of(world.images, mount)?;
                 let names = TemporaryNames::watched(world.janitor());
                 let opened = open_ghost(&users, &image, &names, &world.images.owners);
                 let removed = names.remove();
@@ -259,6 +260,14 @@ fn open_here(
         }
         Some(remap) if remap.remap_type() == RemapType::Linked => {
             let link = link_name(images, remap).map_err(ExecuteError::from_plan)?;
+            let entry = images.files.get(&remap.remap_id);
+            let mounts = (
+                entry.and_then(|entry| entry.reg.as_ref()?.mnt_id),
+                file.mnt_id,
+            );
+            let here = link.to_str();
+            let here = here.and_then(|link| mount::seen_from(images, link, mounts));
+            let link = here.as_ref().map_or(link, Path::new);
             let names = TemporaryNames::default();
             names.adopt(link);
             match mount::way_to(world, file.mnt_id)? {
