@@ -84,10 +84,12 @@ pub fn collect(
     for entry in given_content(&entries, namespace.of_root) {
         collector.cache(KnownMounts::default).saved.insert(entry);
     }
-    for entry in &entries {
-        let saved = save_content(entry, &entries, namespace, collector);
-        collector.note(saved)?;
-    }
+    // Files may still get names until all tasks and all that they defer are collected.
+    let (id, all) = (namespace.id, entries.clone());
+    collector.defer(move |collector| {
+        collector.defer(move |collector| save_contents(id, &all, collector));
+        Ok(())
+    });
     // Last mounted first, as others write and read them.
     let stream = collector.side(ImageKind::Mnts, u64::from(namespace.id))?;
     for entry in entries.iter().rev() {
@@ -364,6 +366,22 @@ fn given_content(entries: &[MntEntry], of_root: bool) -> Vec<u32> {
     };
     let given = entries.iter().filter(is_given);
     given.map(|entry| entry.root_dev).collect()
+}
+
+fn save_contents(
+    id: u32,
+    entries: &[MntEntry],
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let all = collector.namespaces().all();
+    let Some(namespace) = all.iter().find(|namespace| namespace.id == id).cloned() else {
+        return Ok(());
+    };
+    for entry in entries {
+        let saved = save_content(entry, entries, &namespace, collector);
+        collector.note(saved)?;
+    }
+    Ok(())
 }
 
 /// Saves the content of a mount's file system, where it is the first mount that shows all of it.

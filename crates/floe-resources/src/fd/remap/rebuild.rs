@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use floe_image::dir::GhostImage;
 use floe_image::messages::{RegFileEntry, RemapFilePathEntry, RemapType};
@@ -62,15 +62,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             .flat_map(|(file, _)| mount::needs_of_file(images, file))
             .collect();
         planner.step(name, (&needs, &[ghost_handle(id)]), move |world| {
-            let mount = users[0].0.mnt_id;
-            mount::in_place_of(world, mount, |world| {
-                let _writable = mount::Writable::of(world.images, mount)?;
-                let names = TemporaryNames::watched(world.janitor());
-                let opened = open_ghost(&users, &image, &names, &world.images.owners);
-                let removed = names.remove();
-                world.state::<Opened>().0.extend(opened?);
-                removed.during("Removing the name of", || users[0].0.name.clone())
-            })
+            open_ghost(world, &users, &image)
         });
     }
     planner.step(
@@ -81,32 +73,70 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     Ok(())
 }
 
+/// Makes the file, opens it for its users, each where it had its name, and removes it again.
 fn open_ghost(
+    world: &mut World<'_>,
     users: &[User<'_>],
+    image: &GhostImage,
+) -> Result<(), ExecuteError> {
+    let first = users[0].0;
+    let (names, ghost) = mount::in_place_of(world, first.mnt_id, |world| {
+        let _writable = mount::Writable::of(world.images, first.mnt_id)?;
+        let names = TemporaryNames::watched(world.janitor());
+        let ghost = make_ghost(first, image, &names, &world.images.owners);
+        Ok((names, ghost))
+    })?;
+    let opened = ghost.and_then(|ghost| open_for_all(world, users, (&ghost, image)));
+    let removed = mount::in_place_of(world, first.mnt_id, |world| {
+        let _writable = mount::Writable::of(world.images, first.mnt_id)?;
+        names
+            .remove()
+            .during("Removing the name of", || first.name.clone())
+    });
+    opened.and(removed)
+}
+
+/// A directory keeps the name under which it is made: it can have no second one.
+fn is_directory(image: &GhostImage) -> bool {
+    FileType::from_raw_mode(image.entry.mode) == FileType::Directory
+}
+
+fn make_ghost(
+    first: &RegFileEntry,
     image: &GhostImage,
     names: &TemporaryNames,
     owners: &OwnerMap,
-) -> Result<Vec<(u32, OwnedFd)>, ExecuteError> {
-    // A directory keeps the name under which it is made: it can have no second one.
-    let is_directory = FileType::from_raw_mode(image.entry.mode) == FileType::Directory;
-    let first = &users[0].0.name;
-    let ghost = if is_directory {
-        ghost::make(names, Path::new(first), image, owners)?
-    } else {
-        let name = format!("{first}.cr.{:x}.ghost", users[0].0.id);
-        ghost::make(names, Path::new(&name), image, owners)?
-    };
-    let mut opened = Vec::with_capacity(users.len());
-    for (file, flags) in users {
-        let open = |path: &Path| rustix::fs::open(path, *flags, Mode::empty());
-        let descriptor = if is_directory {
-            open(&ghost).during("Opening the deleted directory", || file.name.clone())?
-        } else {
-            open_linked(&ghost, (Path::new(&file.name), names), open)?
-        };
-        opened.push((file.id, descriptor));
+) -> Result<PathBuf, ExecuteError> {
+    if is_directory(image) {
+        return ghost::make(names, Path::new(&first.name), image, owners);
     }
-    Ok(opened)
+    let name = format!("{}.cr.{:x}.ghost", first.name, first.id);
+    ghost::make(names, Path::new(&name), image, owners)
+}
+
+fn open_for_all(
+    world: &mut World<'_>,
+    users: &[User<'_>],
+    (ghost, image): (&Path, &GhostImage),
+) -> Result<(), ExecuteError> {
+    let first = users[0].0.mnt_id;
+    for (file, flags) in users {
+        let opened = mount::in_place_of(world, file.mnt_id, |world| {
+            let _writable = mount::Writable::of(world.images, file.mnt_id)?;
+            let open = |path: &Path| rustix::fs::open(path, *flags, Mode::empty());
+            let mounts = (first, file.mnt_id);
+            let here = ghost.to_str();
+            let here = here.and_then(|ghost| mount::seen_from(world.images, ghost, mounts));
+            let ghost = here.as_ref().map_or(ghost, Path::new);
+            if is_directory(image) {
+                return open(ghost).during("Opening the deleted directory", || file.name.clone());
+            }
+            let names = TemporaryNames::watched(world.janitor());
+            open_linked(ghost, (Path::new(&file.name), &names), open)
+        })?;
+        world.state::<Opened>().0.insert(file.id, opened);
+    }
+    Ok(())
 }
 
 /// Opens a file under a name that it has for that moment only.
