@@ -142,21 +142,30 @@ pub enum FsOption {
 /// # Errors
 /// Those of fsopen(2), fsconfig(2) and fsmount(2), and the option that was refused where it was one.
 pub fn new_mount(fs_type: &str, options: &[FsOption]) -> Result<OwnedFd, NewMountError> {
+    let context = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC)
+        .map_err(|errno| NewMountError::Call("fsopen", errno.into()))?;
+    mount_of_context(context.as_fd(), options)
+}
+
+/// As [`new_mount`], of what `fsopen` has begun; it may have been called by another task, whose namespaces
+/// the file system then shows.
+pub fn mount_of_context(
+    context: BorrowedFd<'_>,
+    options: &[FsOption],
+) -> Result<OwnedFd, NewMountError> {
     let failed = |call| move |errno: rustix::io::Errno| NewMountError::Call(call, errno.into());
-    let context =
-        rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC).map_err(failed("fsopen"))?;
     for option in options {
         let set = match option {
-            FsOption::Flag(key) => rustix::mount::fsconfig_set_flag(context.as_fd(), key.as_str()),
+            FsOption::Flag(key) => rustix::mount::fsconfig_set_flag(context, key.as_str()),
             FsOption::Text(key, value) => {
-                rustix::mount::fsconfig_set_string(context.as_fd(), key.as_str(), value.as_str())
+                rustix::mount::fsconfig_set_string(context, key.as_str(), value.as_str())
             }
         };
         set.map_err(|errno| NewMountError::Option(option.clone(), errno.into()))?;
     }
-    rustix::mount::fsconfig_create(context.as_fd()).map_err(failed("fsconfig"))?;
+    rustix::mount::fsconfig_create(context).map_err(failed("fsconfig"))?;
     rustix::mount::fsmount(
-        context.as_fd(),
+        context,
         FsMountFlags::FSMOUNT_CLOEXEC,
         MountAttrFlags::empty(),
     )

@@ -127,8 +127,7 @@ impl Drop for Tree {
 }
 
 /// What makes a network, without what comes and goes by itself.
-const LIST: &str =
-    "ip addr | grep -v \"valid_lft\\|inet6 fe80\" | sed \"s/state [A-Z]*//; s/NO-CARRIER,//; s/,LOWER_UP//\"; ip route | sed \"s/ linkdown//\"; ip rule";
+const LIST: &str = "ip addr | grep -v \"valid_lft\\|inet6 fe80\" | sed \"s/state [A-Z]*//; s/NO-CARRIER,//; s/,LOWER_UP//\"; ip route | sed \"s/ linkdown//\"; ip rule";
 
 #[test]
 fn networks_of_a_tree_come_back_with_the_pair_between_them() -> anyhow::Result<()> {

@@ -478,7 +478,7 @@ fn fs_options(options: &str) -> Vec<FsOption> {
         .collect()
 }
 
-fn describe(error: NewMountError) -> (String, std::io::Error) {
+pub fn describe(error: NewMountError) -> (String, std::io::Error) {
     match error {
         NewMountError::Call(call, source) => (call.to_string(), source),
         NewMountError::Option(FsOption::Flag(key), source) => (format!("option {key}"), source),
