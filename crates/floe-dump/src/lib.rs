@@ -37,6 +37,7 @@ use floe_kernel::proc::ProcDir;
 use floe_memory::punch_replaced;
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::cgroup::CgroupSets;
+use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::namespace::collect_namespaces;
@@ -82,12 +83,11 @@ pub fn dump(
         }
         None => MemoryDump::prepare(&writer, root)?,
     };
+    prepare(&writer, options);
+    let mut report = DumpReport::default();
     let stopping = Instant::now();
     let mut tree = stop(root, options, watch)?;
-    let mut report = DumpReport {
-        freezing: stopping.elapsed(),
-        ..DumpReport::default()
-    };
+    report.freezing = stopping.elapsed();
     look_ahead(&mut memory, &mut tree)?;
     let unlock = lock_network(options, &tree)?;
     let options = &*asked_external(options)?;
@@ -145,6 +145,15 @@ fn look_ahead(memory: &mut MemoryDump<'_>, tree: &mut FrozenTree) -> Result<(), 
         tracking.arm_fresh()?;
     }
     Ok(())
+}
+
+/// Does what the tree need not stand still for.
+fn prepare(writer: &ImageWriter, options: &DumpOptions) {
+    make_room_for_descriptors();
+    // A tree that runs on need not wait for files to be made.
+    if options.after == AfterDump::LeaveRunning && !options.hooks.watches_dumps() {
+        writer.hold();
+    }
 }
 
 /// Stops the tree, with every thread in the supervisor's care.

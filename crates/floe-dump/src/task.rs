@@ -8,11 +8,11 @@ use floe_image::messages::{
 use floe_inject::Stopped;
 use floe_kernel::ids::HostPid;
 use floe_kernel::pidfd::Pidfd;
-use floe_kernel::proc::{Status, parse_status};
+use floe_kernel::proc::{ProcError, Status, parse_status};
 use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::cgroup::CgroupSets;
-use floe_resources::collect::collect_fd_table;
+use floe_resources::collect::{ask_ahead, collect_fd_table};
 use floe_resources::namespace::{OwnerMap, PidView, check_task};
 use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::credentials_entry;
@@ -95,12 +95,7 @@ pub fn collect(
     } else {
         None
     };
-    let mut threads = Vec::with_capacity(task.threads.len());
-    for thread in &task.threads {
-        let draft = collect_thread(task, thread, (&mut shared.cgroups, collector.pids()))?;
-        let noted = collector.note(draft)?;
-        threads.extend(noted);
-    }
+    let mut threads = collect_threads(task, shared, collector)?;
     let mut views: Vec<(HostPid, &Status, &mut ThreadCoreEntry)> = threads
         .iter_mut()
         .map(|draft| {
@@ -139,18 +134,50 @@ pub fn collect(
     })))
 }
 
+fn collect_threads(
+    task: &FrozenTask,
+    shared: &mut Shared,
+    collector: &mut Collector<'_>,
+) -> Result<Vec<ThreadDraft>, CollectError> {
+    let tids: Vec<HostPid> = task.threads.iter().map(Stopped::pid).collect();
+    let proc = &task.proc;
+    let read = |tid: HostPid| -> Result<Texts, ProcError> {
+        Ok(Texts {
+            status: proc.read_record(&format!("task/{tid}/status"))?,
+            cgroup: proc.read_record(&format!("task/{tid}/cgroup"))?,
+        })
+    };
+    let mut drafts = Vec::with_capacity(tids.len());
+    ask_ahead(&tids, read, |index, texts| {
+        let thread = &task.threads[index];
+        let draft = collect_thread(
+            (task, thread),
+            texts?,
+            (&mut shared.cgroups, collector.pids()),
+        )?;
+        drafts.extend(collector.note(draft)?);
+        Ok(())
+    })?;
+    Ok(drafts)
+}
+
+/// What `/proc` says about a thread.
+struct Texts {
+    status: Vec<u8>,
+    cgroup: Vec<u8>,
+}
+
 /// The outer result is a failure, the inner one may be an obstacle.
 fn collect_thread(
-    task: &FrozenTask,
-    thread: &Stopped,
+    (task, thread): (&FrozenTask, &Stopped),
+    texts: Texts,
     (cgroups, pids): (&mut CgroupSets, &PidView),
 ) -> Result<Result<ThreadDraft, CollectError>, CollectError> {
     let proc = &task.proc;
     let tid = thread.pid();
     let regs = thread.regs()?;
-    let status = parse_status(&proc.read_record(&format!("task/{tid}/status"))?)
-        .map_err(|error| proc.bad(error))?;
-    let cg_set = cgroups.of(proc, &format!("task/{tid}/cgroup"))?;
+    let status = parse_status(&texts.status).map_err(|error| proc.bad(error))?;
+    let cg_set = cgroups.of_text(proc, texts.cgroup)?;
     let (futex_rla, futex_rla_len) = robust_list(tid).map_err(|source| CollectError::Task {
         pid: tid,
         action: "Asking for the robust futexes",

@@ -104,7 +104,19 @@ struct Inner {
     began: SystemTime,
     /// Files made so far; `None` until [`ImageWriter::note_file`] or the end of their stream.
     files: Mutex<BTreeMap<String, Option<ManifestFile>>>,
+    held: Mutex<Held>,
 }
+
+/// Images that are kept in memory for now.
+#[derive(Debug, Default)]
+struct Held {
+    /// Bytes that may be kept yet; `None` where images are written at once.
+    room: Option<usize>,
+    files: Vec<(String, Vec<u8>)>,
+}
+
+/// More bytes of images than this are not kept in memory.
+const MOST_HELD: usize = 16 << 20;
 
 /// More files than this are synced with their whole file system.
 const SYNCED_ONE_BY_ONE: usize = 4;
@@ -159,8 +171,42 @@ impl ImageWriter {
                 sync,
                 began: SystemTime::now(),
                 files,
+                held: Mutex::default(),
             }),
         }
+    }
+
+    /// From now on images are kept in memory, as far as there are not too many bytes of them: the files
+    /// are made by [`Self::write_held`] or [`Self::finish`].
+    pub fn hold(&self) {
+        self.held().room = Some(MOST_HELD);
+    }
+
+    /// Writes what was kept, and writes at once from now on.
+    pub fn write_held(&self) -> Result<(), WriteError> {
+        for (name, bytes) in std::mem::take(&mut *self.held()).files {
+            let mut file = self.create_file(&name)?;
+            if let Err(source) = file.write_all(&bytes) {
+                let path = self.file_path(&name);
+                return Err(WriteError::Write { path, source });
+            }
+            let size = bytes.len() as u64;
+            self.note_file(&name, size, (size <= HASHED).then(|| blake3::hash(&bytes)));
+        }
+        Ok(())
+    }
+
+    /// Takes room for some bytes; false where there is none.
+    fn take_room(&self, bytes: usize) -> bool {
+        let mut held = self.held();
+        let left = held.room.and_then(|room| room.checked_sub(bytes));
+        held.room = left.or(held.room);
+        left.is_some()
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        let held = self.inner.held.lock();
+        held.expect("no thread panics while it holds the list of images")
     }
 
     /// The path that the directory was opened by.
@@ -200,15 +246,21 @@ impl ImageWriter {
     /// Begins an image whose entries come one by one.
     pub fn stream(&self, kind: ImageKind, id: u64) -> Result<EntryStream, WriteError> {
         let name = kind.file_name(id);
-        let file = self.create_file(&name)?;
+        let sink = match self.held().room {
+            Some(_) => Sink::Held(Vec::new()),
+            None => Sink::File(self.begin(&name)?),
+        };
         let mut stream = EntryStream {
-            file: BufWriter::with_capacity(BUFFER, file),
+            sink,
             writer: self.clone(),
             name,
             kind,
             size: 0,
             hasher: Some(blake3::Hasher::new()),
         };
+        if matches!(stream.sink, Sink::Held(_)) {
+            stream.hasher = None;
+        }
         if let Some(magic) = kind.first_magic() {
             stream.append_raw(&magic.to_le_bytes())?;
         }
@@ -216,6 +268,10 @@ impl ImageWriter {
             stream.append_raw(&kind.magic().to_le_bytes())?;
         }
         Ok(stream)
+    }
+
+    fn begin(&self, name: &str) -> Result<BufWriter<File>, WriteError> {
+        Ok(BufWriter::with_capacity(BUFFER, self.create_file(name)?))
     }
 
     /// Creates a file without header (`pages-N` and the like) that the caller writes by itself.
@@ -265,6 +321,7 @@ impl ImageWriter {
     /// Hashes what is not hashed yet, syncs everything as asked for and writes the manifest: only now is
     /// the dump whole.
     pub fn finish(&self, info: ManifestInfo) -> Result<Manifest, WriteError> {
+        self.write_held()?;
         let mut files = BTreeMap::new();
         for (name, noted) in self.files().iter() {
             let noted = match noted {
@@ -376,12 +433,19 @@ impl ImageWriter {
 #[must_use = "an image is whole only after `finish`"]
 #[derive(Debug)]
 pub struct EntryStream {
-    file: BufWriter<File>,
+    sink: Sink,
     writer: ImageWriter,
     name: String,
     kind: ImageKind,
     size: u64,
     hasher: Option<blake3::Hasher>,
+}
+
+#[derive(Debug)]
+enum Sink {
+    File(BufWriter<File>),
+    /// Its bytes so far, see [`ImageWriter::hold`]. They are hashed when they are written.
+    Held(Vec<u8>),
 }
 
 impl EntryStream {
@@ -429,38 +493,63 @@ impl EntryStream {
         if let Some(hasher) = &mut self.hasher {
             hasher.update(bytes);
         }
-        let written = self.file.write_all(bytes);
+        if let Sink::Held(held) = &mut self.sink
+            && self.writer.take_room(bytes.len())
+        {
+            held.extend_from_slice(bytes);
+            return Ok(());
+        }
+        let written = self.file()?.write_all(bytes);
         written.map_err(|source| WriteError::Write {
             path: self.path(),
             source,
         })
     }
 
+    /// The file, which is made now if what comes before it was kept in memory.
+    fn file(&mut self) -> Result<&mut BufWriter<File>, WriteError> {
+        if let Sink::Held(held) = &mut self.sink {
+            let held = std::mem::take(held);
+            let mut file = self.writer.begin(&self.name)?;
+            if let Err(source) = file.write_all(&held) {
+                let path = self.path();
+                return Err(WriteError::Write { path, source });
+            }
+            self.sink = Sink::File(file);
+        }
+        match &mut self.sink {
+            Sink::File(file) => Ok(file),
+            Sink::Held(_) => unreachable!("made above"),
+        }
+    }
+
     /// Flushes, and gives the file positioned at its end for content that the caller streams.
     ///
     /// The file's size is measured when all is finished.
     pub fn into_file(mut self) -> Result<File, WriteError> {
-        if let Err(source) = self.file.flush() {
-            return Err(WriteError::Write {
-                path: self.path(),
-                source,
-            });
-        }
+        self.file()?;
         let path = self.path();
-        let file = self.file.into_inner();
-        file.map_err(|error| WriteError::Write {
+        let Sink::File(file) = self.sink else {
+            unreachable!("made above");
+        };
+        file.into_inner().map_err(|error| WriteError::Write {
             path,
             source: error.into_error(),
         })
     }
 
     /// Flushes and ends the image.
-    pub fn finish(mut self) -> Result<(), WriteError> {
-        if let Err(source) = self.file.flush() {
-            return Err(WriteError::Write {
-                path: self.path(),
-                source,
-            });
+    pub fn finish(self) -> Result<(), WriteError> {
+        let path = self.path();
+        let mut file = match self.sink {
+            Sink::File(file) => file,
+            Sink::Held(held) => {
+                self.writer.held().files.push((self.name, held));
+                return Ok(());
+            }
+        };
+        if let Err(source) = file.flush() {
+            return Err(WriteError::Write { path, source });
         }
         let hash = self.hasher.map(|hasher| hasher.finalize());
         self.writer.note_file(&self.name, self.size, hash);

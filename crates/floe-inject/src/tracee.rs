@@ -1,5 +1,6 @@
 //! Traced threads as types: [`Seized`] runs, [`Stopped`] does not.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -97,6 +98,8 @@ impl Seized {
             pid,
             stop_signal,
             saved: None,
+            seen_regs: Cell::new(None),
+            seen_mask: Cell::new(None),
             put_off: Vec::new(),
             released: false,
             on_drop: self.on_drop,
@@ -149,6 +152,9 @@ pub struct Stopped {
     pid: HostPid,
     stop_signal: Option<i32>,
     saved: Option<Saved>,
+    /// What was read while the thread was as we found it, to be read once.
+    seen_regs: Cell<Option<Regs>>,
+    seen_mask: Cell<Option<u64>>,
     put_off: Vec<i32>,
     released: bool,
     on_drop: OnDrop,
@@ -198,7 +204,9 @@ impl Stopped {
     pub fn regs(&self) -> Result<Regs, InjectError> {
         match self.saved {
             Some(saved) => Ok(saved.regs),
-            None => ptrace::regs(self.pid).on(self.pid, "getregs"),
+            None => self.once(&self.seen_regs, || {
+                ptrace::regs(self.pid).on(self.pid, "getregs")
+            }),
         }
     }
 
@@ -206,8 +214,26 @@ impl Stopped {
     pub fn sigmask(&self) -> Result<u64, InjectError> {
         match self.saved {
             Some(saved) => Ok(saved.sigmask),
-            None => ptrace::sigmask(self.pid).on(self.pid, "getsigmask"),
+            None => self.once(&self.seen_mask, || {
+                ptrace::sigmask(self.pid).on(self.pid, "getsigmask")
+            }),
         }
+    }
+
+    /// Only what nobody but us can change is kept: a puppet is built in many ways.
+    fn once<T: Copy>(
+        &self,
+        seen: &Cell<Option<T>>,
+        read: impl FnOnce() -> Result<T, InjectError>,
+    ) -> Result<T, InjectError> {
+        if let Some(value) = seen.get() {
+            return Ok(value);
+        }
+        let value = read()?;
+        if self.on_drop == OnDrop::Release {
+            seen.set(Some(value));
+        }
+        Ok(value)
     }
 
     /// Decides what the thread will be when it is released, in place of what it was.
@@ -243,6 +269,8 @@ impl Stopped {
             ptrace::set_regs(self.pid, &saved.regs).on(self.pid, "setregs")?;
             ptrace::set_sigmask(self.pid, saved.sigmask).on(self.pid, "setsigmask")?;
             self.saved = None;
+            self.seen_regs.set(Some(saved.regs));
+            self.seen_mask.set(Some(saved.sigmask));
         }
         if let (Some(journal), Some(note)) = (&self.journal, self.note.take()) {
             journal.done(note);

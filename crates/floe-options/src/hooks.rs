@@ -83,6 +83,9 @@ pub trait Hooks: Send + Sync {
     /// Runs what the caller has for this event and returns when it is done.
     fn run(&self, event: HookEvent<'_>) -> Result<(), HookError>;
 
+    /// Whether somebody may look at the images at `PostDump`, while the tree stands still.
+    fn watches_dumps(&self) -> bool;
+
     /// Asks for resources that shall not be saved, beyond those of the options, once the tree stands
     /// still (`QueryExtFiles`).
     fn external_files(&self) -> Result<Vec<External>, HookError>;
@@ -95,6 +98,10 @@ pub struct NoHooks;
 impl Hooks for NoHooks {
     fn run(&self, _event: HookEvent<'_>) -> Result<(), HookError> {
         Ok(())
+    }
+
+    fn watches_dumps(&self) -> bool {
+        false
     }
 
     fn external_files(&self) -> Result<Vec<External>, HookError> {

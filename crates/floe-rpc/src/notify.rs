@@ -65,6 +65,10 @@ impl Hooks for Notifier {
         self.ask(event).map(drop)
     }
 
+    fn watches_dumps(&self) -> bool {
+        true
+    }
+
     fn external_files(&self) -> Result<Vec<External>, HookError> {
         let action = Action::QueryExtFiles;
         let answer = self.ask(HookEvent::new(action, None))?;

@@ -54,6 +54,10 @@ impl Hooks for Scripts {
         Ok(())
     }
 
+    fn watches_dumps(&self) -> bool {
+        !self.scripts.is_empty()
+    }
+
     fn external_files(&self) -> Result<Vec<External>, HookError> {
         Ok(Vec::new())
     }
@@ -71,6 +75,10 @@ impl Hooks for CallerAndScripts {
     fn run(&self, event: HookEvent<'_>) -> Result<(), HookError> {
         self.caller.run(event)?;
         self.scripts.run(event)
+    }
+
+    fn watches_dumps(&self) -> bool {
+        self.caller.watches_dumps() || self.scripts.watches_dumps()
     }
 
     fn external_files(&self) -> Result<Vec<External>, HookError> {

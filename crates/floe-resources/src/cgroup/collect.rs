@@ -28,7 +28,11 @@ pub struct CgroupSets {
 impl CgroupSets {
     /// The number of the set that a thread (or process) is in.
     pub fn of(&mut self, proc: &ProcDir, name: &str) -> Result<u32, CollectError> {
-        let text = proc.read(name)?;
+        self.of_text(proc, proc.read_record(name)?)
+    }
+
+    /// As [`CgroupSets::of`], of what was read of `proc` already.
+    pub fn of_text(&mut self, proc: &ProcDir, text: Vec<u8>) -> Result<u32, CollectError> {
         if let Some(number) = self.known.get(&text) {
             return Ok(*number);
         }

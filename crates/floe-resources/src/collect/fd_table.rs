@@ -1,15 +1,13 @@
 //! A task's table of descriptors.
 
-use std::sync::mpsc::{SyncSender, sync_channel};
-
 use floe_image::messages::FdinfoEntry;
 use floe_kernel::ids::TaskFd;
-use floe_kernel::namespace::unshare;
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::ProcDir;
 
+use super::ahead::ask_ahead;
 use super::file_ids::{DescriptionKey, Identity};
-use super::probe::{Opened, Source, own_proc};
+use super::probe::{Source, own_proc};
 use super::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::fd::FD_KINDS;
 use crate::file_lock::collect_locks;
@@ -27,67 +25,14 @@ pub fn collect_fd_table(
         pidfd,
         own: &own,
     };
-    if numbers.len() < WORTH_A_THREAD {
-        let opened = numbers.iter().map(|fd| source.open(TaskFd(*fd)));
-        return collect_opened(proc, opened, collector);
-    }
-    std::thread::scope(|scope| {
-        let (sender, batches) = sync_channel(BATCHES);
-        let ask = move || ask_ahead(&source, &numbers, &sender);
-        let asking = std::thread::Builder::new().name("floe-ask".into());
-        asking
-            .spawn_scoped(scope, ask)
-            .map_err(|source| CollectError::System {
-                action: "Starting a thread".to_string(),
-                source,
-            })?;
-        collect_opened(proc, batches.into_iter().flatten(), collector)
-    })
-}
-
-/// So many descriptors take longer than to start a thread.
-const WORTH_A_THREAD: usize = 64;
-/// Descriptors that are handed over at a time, and how many such batches may wait: each holds a
-/// descriptor of ours open.
-const BATCH: usize = 32;
-const BATCHES: usize = 2;
-
-type Batch = Vec<Result<Opened, CollectError>>;
-
-/// Asks about descriptors while the caller works on those before.
-fn ask_ahead(source: &Source<'_>, numbers: &[i32], sender: &SyncSender<Batch>) {
-    // The other thread may visit mount namespaces, which it can only if it shares no directory with us.
-    let mut alone =
-        unshare(libc::CLONE_FS.cast_unsigned())
-            .err()
-            .map(|source| CollectError::System {
-                action: "Leaving the shared working directory".to_string(),
-                source,
-            });
-    for chunk in numbers.chunks(BATCH) {
-        let open = |fd: &i32| match alone.take() {
-            Some(error) => Err(error),
-            None => source.open(TaskFd(*fd)),
-        };
-        let batch = chunk.iter().map(open).collect();
-        // Nobody listens any more after a failure.
-        if sender.send(batch).is_err() {
-            return;
-        }
-    }
-}
-
-fn collect_opened(
-    proc: &ProcDir,
-    opened: impl Iterator<Item = Result<Opened, CollectError>>,
-    collector: &mut Collector<'_>,
-) -> Result<Vec<FdinfoEntry>, CollectError> {
     let mut table = Vec::new();
-    for opened in opened {
+    let open = |fd: i32| source.open(TaskFd(fd));
+    ask_ahead(&numbers, open, |_, opened| {
         let probe = FdProbe::of(proc, opened?, collector.pids());
         let entry = collect_fd(&probe, collector);
         table.extend(collector.note(entry)?);
-    }
+        Ok(())
+    })?;
     Ok(table)
 }
 

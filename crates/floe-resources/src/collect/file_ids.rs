@@ -79,16 +79,16 @@ impl Default for FileIds {
         FileIds {
             last: 0,
             us: HostPid(std::process::id().cast_signed()),
-            room: room(),
+            room: make_room_for_descriptors(),
             descriptions: HashMap::new(),
             paths: HashMap::new(),
         }
     }
 }
 
-/// How many descriptors can be open beside what else a dump needs; the soft limit, which is for programs
-/// that use `select`, is raised.
-fn room() -> usize {
+/// How many descriptors can be open beside what else a dump needs. The soft limit, which is for programs
+/// that use `select`, is raised. To be called first while there is one thread only.
+pub fn make_room_for_descriptors() -> usize {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     const OTHERS: u64 = 512;
     const MOST: u64 = 1 << 16;
@@ -102,7 +102,18 @@ fn room() -> usize {
         Ok(()) => wanted,
         Err(_) => limit.current.unwrap_or(MOST),
     };
+    widen_table(now);
     now.saturating_sub(OTHERS) as usize
+}
+
+/// Makes our table of descriptors large at once: to make it larger step by step, the kernel waits each
+/// time until no other thread can be looking at the old one, which takes milliseconds.
+fn widen_table(limit: u64) {
+    const WIDE: u64 = 8192;
+    let high = limit.min(WIDE).saturating_sub(1) as i32;
+    let anything = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC);
+    // Without it the dump is slower, no more.
+    let _ = anything.and_then(|fd| rustix::io::fcntl_dupfd_cloexec(&fd, high));
 }
 
 impl FileIds {

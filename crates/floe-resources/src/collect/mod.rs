@@ -3,6 +3,7 @@
 //! Everything here reads and nothing changes the tasks, so all obstacles can be listed before the first
 //! remote call.
 
+mod ahead;
 mod error;
 mod fd_table;
 mod file_ids;
@@ -24,10 +25,11 @@ use floe_options::DumpOptions;
 
 use crate::namespace::{OwnerMap, PidView, TreeNamespaces};
 
+pub use ahead::ask_ahead;
 pub use error::{CollectError, Obstacle};
 pub(crate) use fd_table::collect_description;
 pub use fd_table::collect_fd_table;
-pub use file_ids::{FileId, FileIds};
+pub use file_ids::{FileId, FileIds, make_room_for_descriptors};
 pub use path_files::PathFile;
 pub use probe::FdProbe;
 pub(crate) use probe::{no_owner, own_link};
