@@ -18,7 +18,7 @@ use super::remote::mount_in_task;
 use super::tree::{MountTree, Origin, Request, plan_tree};
 use crate::cgroup::{self, groups_made};
 use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
-use crate::restore::{ExecuteError, PlanError, Planner, TreeImages, World};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when every mount of the tree is in its place.
 const COMPLETE: Handle = Handle::Object("mounts complete", 0);
