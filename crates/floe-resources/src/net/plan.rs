@@ -15,7 +15,7 @@ use super::error::{Attempt, NetError};
 use super::firewall::{self, Rules};
 use super::ip_dump::{IpDump, execute_addresses, execute_routes, execute_rules};
 use super::link::{self, Network, Outside};
-use super::locks::{has_connections, lock_network};
+use super::locks::{has_connections, lock_network, rules_come_last};
 use super::sysctl::{Missing, Protocol, execute_device, execute_whole, from_numbers};
 use crate::namespace::{filled, made};
 use crate::restore::{ExecuteError, PlanError, Planner, World};
@@ -63,10 +63,12 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let needs = [if alone { set(id) } else { DEVICES }];
     planner.step(name, (&needs, &[filled(id)]), move |world| {
         world.in_namespace(id, |_| Ok(content.execute()?))?;
-        // What was just restored has replaced the rules of the lock, if it is one of iptables.
         if locked {
-            lock_network(id, world)?;
+            // They might drop what rebuilds the connections.
+            rules_come_last(id, content.rules, world);
+            return Ok(());
         }
+        world.in_namespace(id, |_| Ok(firewall::execute(&content.rules)?))?;
         Ok(())
     });
     Ok(())
@@ -234,14 +236,13 @@ impl Content {
         })
     }
 
-    /// Acts on the namespace that the calling thread is in.
+    /// Acts on the namespace that the calling thread is in; packet rules are left to the caller.
     fn execute(&self) -> Result<(), NetError> {
         let socket = rtnetlink()?;
         execute_addresses(&socket, &self.ip.addresses)?;
         execute_routes(&socket, &self.ip.routes)?;
         execute_routes(&socket, &self.ip.routes6)?;
         execute_rules(&socket, &self.ip.rules)?;
-        firewall::execute(&self.rules)?;
         conntrack::execute(&self.connections)?;
         conntrack::execute(&self.expectations)
     }
