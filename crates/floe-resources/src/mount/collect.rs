@@ -71,11 +71,13 @@ pub fn collect(
         let entry = describe(mount, namespace, &own, collector);
         entries.extend(collector.note(entry)?);
     }
-    skip(&mut entries, collector);
-    if collector.cache(KnownMounts::default).is_empty() {
+    // What is refused already would only be missed by others.
+    let all_are_known = entries.len() == mounts.len();
+    if all_are_known && collector.cache(KnownMounts::default).is_empty() {
         let pid = namespace.member;
         collector.defer(move |collector| check_whole(pid, collector));
     }
+    skip(&mut entries, collector);
     let known = collector.cache(KnownMounts::default);
     known
         .places
