@@ -13,6 +13,7 @@ use super::super::socket_queue::{Message, Queues, rights_of, send_queue};
 use super::name::{LONGEST, address, bind_socket, is_path, reach};
 use super::peers::{Peers, Role};
 use super::{ESTABLISHED, LISTEN};
+use crate::mount;
 use crate::net::SocketPlace;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
 
@@ -195,7 +196,7 @@ fn bind_if_free(
     entry: &UnixSkEntry,
 ) -> Result<(), ExecuteError> {
     if may_bind(entry) {
-        bind_socket(world, file, entry)
+        mount::in_place_of(world, entry.mnt_id, |world| bind_socket(world, file, entry))
     } else {
         Ok(())
     }

@@ -1,0 +1,161 @@
+//! Trees with pid, UTS, IPC, time and user namespaces of their own. Needs root and util-linux; says
+//! `skipped` without.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use testkit::{process, skips};
+
+/// How long a tree may take to stand.
+const LIMIT: Duration = Duration::from_secs(20);
+/// By how much the tree's monotonic clock is ahead, in seconds.
+const AHEAD: &str = "1000500";
+
+/// The first process of the namespaces, and a child with a UTS namespace of its own.
+const SCRIPT: &str = "
+exec </dev/null >/dev/null 2>&1
+hostname outer-floe
+unshare --uts sh -c 'hostname inner-floe; touch $READY; exec sleep 1000' &
+exec sleep 1001
+";
+
+fn is_root(name: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skips::skip(name, "needs root").expect("the skip is listed");
+    }
+    root
+}
+
+/// A tree; killed when dropped.
+struct Tree {
+    directory: tempfile::TempDir,
+    pid: i32,
+}
+
+impl Tree {
+    fn start(kinds: &[&str]) -> anyhow::Result<Tree> {
+        process::adopt_orphans()?;
+        let directory = tempfile::tempdir()?;
+        let ready = directory.path().join("ready");
+        fs::create_dir(directory.path().join("images"))?;
+        let mut unshare = Command::new("unshare")
+            .arg("--fork")
+            .args(kinds)
+            .args(["setsid", "sh", "-ec", SCRIPT])
+            .env("READY", &ready)
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .spawn()?;
+        let deadline = Instant::now() + LIMIT;
+        let children = |pid: u32| fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm"));
+        let mut pid = 0;
+        while !ready.exists() || name(pid).is_ok_and(|name| name.trim() != "sleep") {
+            ensure!(Instant::now() < deadline, "the tree does not stand");
+            pid = children(unshare.id())?.trim().parse().unwrap_or(0);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // The wrapper is of no use any more; its child becomes ours.
+        unshare.kill()?;
+        unshare.wait()?;
+        Ok(Tree { directory, pid })
+    }
+
+    fn images(&self) -> PathBuf {
+        self.directory.path().join("images")
+    }
+
+    fn dump_and_restore(&mut self) -> anyhow::Result<()> {
+        let floe = |arguments: &[&str]| -> anyhow::Result<()> {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+            let output = command
+                .args(arguments)
+                .arg("-D")
+                .arg(self.images())
+                .output()?;
+            expect_success(&output)
+        };
+        floe(&["dump", "-t", &self.pid.to_string()])?;
+        process::wait_for_ends(&[self.pid], LIMIT)?;
+        let pidfile = self.directory.path().join("pid");
+        let path = pidfile.to_str().context("UTF-8")?;
+        floe(&["restore", "-d", "--pidfile", path])?;
+        self.pid = fs::read_to_string(&pidfile)?.trim().parse()?;
+        Ok(())
+    }
+
+    /// The child, as we know it.
+    fn child(&self) -> anyhow::Result<i32> {
+        let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.pid))?;
+        Ok(children.trim().parse()?)
+    }
+
+    /// What must be as it was: pids inside, host names, owners, and the seconds of the clock.
+    fn facts(&self) -> anyhow::Result<Vec<String>> {
+        let child = self.child()?;
+        let mut facts = Vec::new();
+        for pid in [self.pid, child] {
+            let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+            let line = status.lines().find(|line| line.starts_with("NSpid:"));
+            let inner = line.and_then(|line| line.split_whitespace().last());
+            facts.push(inner.unwrap_or("no pid").to_string());
+            let hostname = Command::new("nsenter")
+                .args(["--uts", "--target", &pid.to_string(), "hostname"])
+                .output()?;
+            facts.push(String::from_utf8_lossy(&hostname.stdout).trim().to_string());
+            facts.push(fs::read_to_string(format!("/proc/{pid}/uid_map"))?);
+            let clocks = fs::read_to_string(format!("/proc/{pid}/timens_offsets"))?;
+            let words: Vec<&str> = clocks.split_whitespace().collect();
+            // Some seconds may pass between dump and restore, which do not count.
+            let seconds: i64 = words.get(1).context("an offset")?.parse()?;
+            facts.push(format!("{}", seconds / 1000));
+        }
+        Ok(facts)
+    }
+}
+
+impl Drop for Tree {
+    fn drop(&mut self) {
+        if process::is_ours(self.pid)
+            && let Err(error) = process::kill_ours(&[self.pid], LIMIT)
+        {
+            eprintln!("a tree stays: {error:#}");
+        }
+    }
+}
+
+fn expect_success(output: &Output) -> anyhow::Result<()> {
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    Ok(())
+}
+
+fn comes_back(kinds: &[&str]) -> anyhow::Result<()> {
+    let mut tree = Tree::start(kinds)?;
+    let before = tree.facts()?;
+    assert_eq!(before[0], "1");
+    assert_eq!((&*before[1], &*before[5]), ("outer-floe", "inner-floe"));
+    tree.dump_and_restore()?;
+    assert_eq!(before, tree.facts()?);
+    Ok(())
+}
+
+#[test]
+fn pids_names_and_clocks_come_back() {
+    if is_root("pids_names_and_clocks_come_back") {
+        let kinds = ["--pid", "--uts", "--ipc", "--time", "--monotonic", AHEAD];
+        comes_back(&kinds).expect("the tree comes back");
+    }
+}
+
+#[test]
+fn a_user_namespace_comes_back_with_its_owners() {
+    if is_root("a_user_namespace_comes_back_with_its_owners") {
+        let kinds = ["--pid", "--uts", "--ipc", "--user", "--map-root-user"];
+        comes_back(&kinds).expect("the tree comes back");
+    }
+}
