@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use floe_image::messages::{NetDeviceEntry, NetnsEntry};
 use floe_image::{ImageDir, ImageKind};
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::rtnetlink::set_namespace_id;
+use floe_kernel::rtnetlink::{LinkRequest, set_namespace_id};
 use floe_options::{External, RestoreOptions};
 use floe_plan::Handle;
 
@@ -55,7 +55,11 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         if locked {
             lock_network(id, world)?;
         }
-        execute_settings(id, &settings, world)
+        execute_settings(id, &settings, world)?;
+        if empty {
+            world.in_namespace(id, |_| Ok(raise_loopback()?))?;
+        }
+        Ok(())
     });
     let name = format!("addresses, routes and rules of network namespace {id}");
     let content = Content::read(dir, id, empty)?;
@@ -190,6 +194,20 @@ fn execute_settings(
         }
         Ok(())
     })
+}
+
+/// A namespace that is left empty has its loopback device up: engines that ask for it (runc) fill in
+/// the rest, and connections within the tree need a way.
+fn raise_loopback() -> Result<(), NetError> {
+    let request = LinkRequest {
+        name: Some("lo"),
+        flags: libc::IFF_UP as u32,
+        ..LinkRequest::default()
+    };
+    let socket = rtnetlink()?;
+    request
+        .change(&socket)
+        .during("Raising device", || "lo".into())
 }
 
 /// What refers to devices.
