@@ -473,11 +473,11 @@ mod tests {
         let mut proc = mount(3, 2, "/proc", 9, "/");
         proc.fstype = Fstype::Proc as u32;
         let mut masked = mount(4, 3, "/proc/kcore", 6, "/null");
-        masked.ext_key = Some("/dev/null".into());
+        masked.ext_key = Some("/srv/mask".into());
         let entries = vec![mount(2, 1, "/", 1, "/"), proc, masked];
         let external = External::Mount {
-            key: "/dev/null".into(),
-            value: "/dev/null".into(),
+            key: "/srv/mask".into(),
+            value: "/srv/mask".into(),
         };
         let tree = planned(entries.clone(), &[external]).expect("a tree");
         let late: Vec<bool> = tree.mounts.iter().map(|m| m.late).collect();
