@@ -12,8 +12,9 @@ use std::path::PathBuf;
 use floe_image::ImageKind;
 use floe_image::messages::{FileLockEntry, FownEntry};
 use floe_inject::{Arg, Program};
-use floe_kernel::file_owner::set_file_owner;
+use floe_kernel::file_owner::{FileOwner, set_file_owner};
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::own_fd_path;
 use floe_kernel::proc::{FileLock, LockKind, LockMode, parse_locks};
 use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
@@ -233,21 +234,27 @@ impl Lock {
         if !breaking {
             return Ok(());
         }
-        self.break_lease(target)?;
-        let owner = file_owner_of(&self.owner, &world.images.owners);
+        self.break_lease(target, world)?;
+        let known = world.host_pid(self.owner.pid);
+        let owner = FileOwner {
+            pid: known.map_or(0, |pid| pid.0.cast_unsigned()),
+            ..file_owner_of(&self.owner, &world.images.owners)
+        };
         set_file_owner(world.file(self.file)?, &owner)
             .during("Setting the owner of", || self.path.display().to_string())
     }
 
     /// Opens the file in a way that the lease forbids, without waiting for it to be given up.
-    fn break_lease(&self, target: i32) -> Result<(), ExecuteError> {
+    fn break_lease(&self, target: i32, world: &World<'_>) -> Result<(), ExecuteError> {
         let access = if target == libc::F_UNLCK {
             OFlags::WRONLY
         } else {
             OFlags::RDONLY
         };
         let flags = access | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        match rustix::fs::open(&self.path, flags, Mode::empty()) {
+        // By the descriptor: the tree may have another root than we.
+        let file = own_fd_path(world.file(self.file)?);
+        match rustix::fs::open(file, flags, Mode::empty()) {
             Err(Errno::WOULDBLOCK) => Ok(()),
             Err(errno) => {
                 Err(errno).during("Breaking the lease of", || self.path.display().to_string())

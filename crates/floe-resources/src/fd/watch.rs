@@ -5,11 +5,11 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use floe_image::messages::{FhEntry, RemapType};
-use floe_kernel::namespace::{own_fd_path, own_proc_path};
+use floe_kernel::namespace::{NsKind, own_fd_path, own_proc_path};
 use floe_kernel::proc::{Mount, parse_mountinfo};
 use floe_kernel::watch::{FileHandle, MAX_HANDLE_BYTES, open_by_handle};
 use floe_plan::Handle;
@@ -17,6 +17,7 @@ use rustix::fs::{CWD, Dir, Mode, OFlags};
 
 use super::remap::{self, kernel_device};
 use crate::collect::{CollectError, Collector, FdProbe, Obstacle};
+use crate::namespace::TreeNamespace;
 use crate::restore::{Attempt, ExecuteError, PlanError, TreeImages, World};
 
 /// Words that a handle takes in the images.
@@ -109,16 +110,17 @@ pub(super) fn find_path(
 ) -> Result<(), CollectError> {
     let proc = fd.proc();
     let mounts = parse_mountinfo(&proc.read("mountinfo")?).map_err(|error| proc.bad(error))?;
+    // Paths are those that the tree sees.
+    let inside = collector.namespaces().of_root(NsKind::Mnt).cloned();
+    let inside: Vec<&TreeNamespace> = inside.iter().map(|namespace| &**namespace).collect();
+    let visit = collector.namespaces().visit(&inside)?;
     let opened = open(watched.dev, handle, &mounts);
-    let path = match &opened {
-        Some(file) => path_of(file, watched),
-        None => None,
-    };
+    let path = opened.as_ref().and_then(|file| path_of(file, watched));
     let path = match path {
-        Some(path) => Some(path),
         None if opened.is_none() || collector.options.force_irmap => search(watched, collector),
-        None => None,
+        path => path,
     };
+    drop(visit);
     if let Some(path) = path {
         let path = path.into_os_string().into_string();
         handle.path = Some(path.map_err(|_| fd.garbled("the path of a watched file"))?);
@@ -171,8 +173,7 @@ fn open(dev: u32, handle: &FhEntry, mounts: &[Mount]) -> Option<OwnedFd> {
 
 /// The path of an opened file, if it still leads there.
 fn path_of(file: &OwnedFd, watched: Watched) -> Option<PathBuf> {
-    let link = format!("/proc/self/fd/{}", file.as_raw_fd());
-    let path = std::fs::read_link(link).ok()?;
+    let path = std::fs::read_link(own_fd_path(file)).ok()?;
     let stat = rustix::fs::lstat(&path).ok()?;
     (stat.st_ino == watched.ino).then_some(path)
 }
