@@ -1,25 +1,24 @@
 //! Open namespaces (`/proc/<pid>/ns/*`).
 //!
 //! Saved:    the kind and the number of the namespace, flags.
-//! Rebuilt:  our own namespace of that kind is opened. Needs: nothing.
-//! Not kept: namespaces that only this descriptor keeps alive; they are refused.
+//! Rebuilt:  our own namespace of that kind is opened, one of the tree's through a task in it. Needs: that task.
+//! Not kept: namespaces that only this descriptor keeps alive, and mount namespaces of single tasks; they
+//!           are refused.
+
+use std::os::fd::{AsFd, OwnedFd};
 
 use floe_image::messages::{FdTypes, FileEntry, NsFileEntry};
-use floe_kernel::namespace::NsKind;
+use floe_kernel::namespace::{NsIdentity, NsKind, own_proc_path};
+use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
-use crate::namespace::ids;
-use crate::restore::{Attempt, PlanError, Planner, set_flags};
-use std::os::fd::AsFd;
+use crate::namespace::{entered, ids};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, set_flags};
 
 /// See the module.
 pub struct Namespace;
-
-fn own_path(kind: NsKind) -> String {
-    format!("/proc/self/ns/{kind}")
-}
 
 impl FdKind for Namespace {
     fn recognises(&self, fd: &FdProbe<'_>) -> bool {
@@ -30,24 +29,27 @@ impl FdKind for Namespace {
         &self,
         id: FileId,
         fd: &FdProbe<'_>,
-        _: &mut Collector<'_>,
+        collector: &mut Collector<'_>,
     ) -> Result<FileEntry, CollectError> {
         let kind = NsKind::of_link(fd.target()).expect("it was recognised by it");
-        let own = rustix::fs::stat(own_path(kind))
-            .map_err(|errno| fd.failed("Comparing the namespace", errno))?;
-        if (own.st_dev, own.st_ino) != (fd.stat().st_dev, fd.stat().st_ino) {
+        let identity = NsIdentity {
+            device: fd.stat().st_dev,
+            inode: fd.stat().st_ino,
+        };
+        let Some(ns_id) = collector.namespaces().number(kind, identity) else {
             let what = String::from_utf8_lossy(fd.target());
-            let remedy = "close it: only the namespaces that Floe itself is in can be kept so far";
+            let remedy =
+                "close it: only namespaces that a task of the tree or Floe is in can be kept";
             return Err(CollectError::Unsupported(Obstacle::fd(
                 fd.pid(),
                 fd.fd(),
                 what,
                 remedy,
             )));
-        }
+        };
         let entry = NsFileEntry {
             id: id.0,
-            ns_id: ids::host_number(kind),
+            ns_id,
             ns_cflag: kind.flag(),
             flags: fd.flags(),
         };
@@ -70,20 +72,50 @@ impl FdRestore for Namespace {
         let ours =
             kind.filter(|kind| host.and_then(|host| ids::get(host, *kind)) == Some(entry.ns_id));
         let Some(kind) = ours else {
-            return Err(PlanError::Unsupported {
-                object: format!("Namespace {} (file {:#x})", entry.ns_id, entry.id),
-                remedy: "only the namespaces that the dump ran in can be kept so far",
-            });
+            return plan_of_tree(entry, planner);
         };
         let flags = entry.flags;
         let name = format!("open our {} namespace", kind);
         planner.open(entry.id, name, &[], move |_| {
-            let path = own_path(kind);
-            let file = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                .during("Opening", || path)?;
-            set_flags(file.as_fd(), flags)?;
-            Ok(file)
+            open(own_proc_path(&format!("self/ns/{kind}")), flags)
         });
         Ok(())
     }
+}
+
+/// A namespace of the tree is there with the first task that is in it.
+fn plan_of_tree(entry: &NsFileEntry, planner: &mut Planner<'_>) -> Result<(), PlanError> {
+    let images = planner.images;
+    let found = NsKind::of_flag(entry.ns_cflag).and_then(|kind| {
+        let is_in = |task: &&TaskImages| {
+            let number = task.ids.as_ref().and_then(|ids| ids::get(ids, kind));
+            number == Some(entry.ns_id)
+        };
+        let root = images.root();
+        let others = images.tasks.iter().filter(|_| kind != NsKind::Mnt);
+        let member = std::iter::once(root).chain(others).find(is_in)?;
+        Some((kind, member.pid()))
+    });
+    let Some((kind, member)) = found else {
+        return Err(PlanError::Unsupported {
+            object: format!("Namespace {} (file {:#x})", entry.ns_id, entry.id),
+            remedy: "only namespaces that a task is in can be kept",
+        });
+    };
+    let mut needs = vec![Handle::Tree];
+    needs.extend(entered(images, member));
+    let flags = entry.flags;
+    let name = format!("open the {kind} namespace of task {member}");
+    planner.open(entry.id, name, &needs, move |world| {
+        let pid = world.puppet(member)?.pid();
+        open(own_proc_path(&format!("{pid}/ns/{kind}")), flags)
+    });
+    Ok(())
+}
+
+fn open(path: String, flags: u32) -> Result<OwnedFd, ExecuteError> {
+    let file = rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .during("Opening", || path)?;
+    set_flags(file.as_fd(), flags)?;
+    Ok(file)
 }
