@@ -135,19 +135,19 @@ const MESSAGES: &[(&str, &str)] = &[
     ),
     (
         "Error (criu/cr-restore.c:1539): Pid 12 do not match expected 13",
-        "unshare --pid",
+        "--new-pidns",
     ),
     (
         "Error (criu/pie/restorer.c:1): Thread pid mismatch 5/6",
-        "unshare --pid",
+        "--new-pidns",
     ),
     (
         "Error (criu/cr-restore.c:1230): Can't fork for 812: File exists",
-        "unshare --pid",
+        "--new-pidns",
     ),
     (
         "Error (criu/pstree.c:1): Current sid 812 intersects with pid (812) in images",
-        "unshare --pid",
+        "--new-pidns",
     ),
     (
         "Error (criu/vdso.c:401): vdso: Unexpected rt vDSO area bounds",

@@ -80,6 +80,16 @@ impl Settings {
                 "--restore-sibling needs --restore-detached",
             ));
         }
+        if self.new_pidns && self.sibling {
+            return Err(UsageError::Conflict(
+                "--new-pidns and --restore-sibling exclude each other: the root's parent is in its pid namespace",
+            ));
+        }
+        if self.new_pidns && self.archives.iter().any(|file| file.as_os_str() == "-") {
+            return Err(UsageError::Conflict(
+                "--new-pidns reads the images twice: give the archive as a file",
+            ));
+        }
         if !restore && !self.inherit_fds.is_empty() {
             return Err(UsageError::Conflict("--inherit-fd is for restore only"));
         }

@@ -176,6 +176,8 @@ pub const FLAGS: &[Flag] = &[
         "do not compare permissions of open files"),
     value("input", "FILE", Restore, push!(archives), "restore from an archive, `-` is standard input; \
         a base and its increments in any order (not in CRIU)").short('i'),
+    plain("new-pidns", Restore, |s| s.new_pidns = true,
+        "restore into a new pid namespace, where all pids are free (not in CRIU)"),
     plain("dry-run", Restore, |s| s.dry_run = true, "only check the images and show the plan (not in CRIU)"),
     switch("weak-sysctls", Restore, |s| &mut s.weak_sysctls, "leave out sysctls that are not here"),
     switch("allow-uprobes", Both, |s| &mut s.allow_uprobes, "allow mappings made by uprobes"),

@@ -99,6 +99,8 @@ pub struct Settings {
     pub sibling: bool,
     pub exec_cmd: bool,
     pub dry_run: bool,
+    /// `--new-pidns`: the tree gets a pid namespace, in which its pids are free.
+    pub new_pidns: bool,
     pub archives: Vec<PathBuf>,
     /// `--archive`: where a dump puts one file instead of a directory.
     pub archive: Option<PathBuf>,
@@ -167,6 +169,7 @@ impl Default for Settings {
             sibling: false,
             exec_cmd: false,
             dry_run: false,
+            new_pidns: false,
             archives: Vec::new(),
             archive: None,
             compress: None,

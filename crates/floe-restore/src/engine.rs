@@ -24,7 +24,7 @@ use crate::births::{Births, plan_threads};
 use crate::error::RestoreError;
 use crate::space::Spaces;
 use crate::state::Background;
-use crate::tree::Tree;
+use crate::tree::{Tree, highest_id};
 use crate::{descriptors, release, state};
 
 /// What a restore did.
@@ -91,6 +91,21 @@ fn load(dir: ImageDir) -> Result<TreeImages, RestoreError> {
         return Err(RestoreError::NotWhole(rows));
     }
     Ok(TreeImages::read(dir)?)
+}
+
+/// The highest pid that a restore in a new pid namespace needs; refuses a tree that has its own.
+pub fn highest_pid(dir: &ImageDir) -> Result<u32, RestoreError> {
+    let images = load(dir.clone())?;
+    if has_own_pids(&images) {
+        return Err(PlanError::Unsupported {
+            object: "A new pid namespace for a tree that had one of its own".to_string(),
+            remedy: "leave out --new-pidns: its pids are free in any case",
+        }
+        .into());
+    }
+    let tree = Tree::new(&images)?;
+    let helpers = tree.ids(&images).max().unwrap_or(0);
+    Ok(highest_id(&images).max(helpers))
 }
 
 /// Restores the tree of images: of a directory, or of an archive.

@@ -12,11 +12,12 @@ mod kin;
 mod machine;
 pub mod memory;
 mod midwife;
+pub mod new_pids;
 mod release;
 mod space;
 mod state;
 mod tree;
 
-pub use engine::{RestoreReport, dry_run, plan, restore};
+pub use engine::{RestoreReport, dry_run, highest_pid, plan, restore};
 pub use error::RestoreError;
 pub use machine::check_machine;

@@ -118,7 +118,7 @@ fn ids(images: &TreeImages) -> Vec<Row> {
                 false => Row::bad(
                     "pids",
                     text,
-                    format!("end it (kill {id}), or restore in a new pid namespace: unshare --pid --fork --mount-proc floe restore ..."),
+                    format!("end it (kill {id}), or restore in a new pid namespace: floe restore --new-pidns ..."),
                 ),
             });
         }

@@ -60,7 +60,8 @@ impl Helpers {
     }
 }
 
-fn highest_id(images: &TreeImages) -> u32 {
+/// The highest number of a task, thread, group or session.
+pub fn highest_id(images: &TreeImages) -> u32 {
     let ids = images.tasks.iter().flat_map(|task| {
         let entry = &task.entry;
         let threads = entry.threads.iter().copied();

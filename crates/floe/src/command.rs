@@ -11,14 +11,15 @@ use floe_inject::{EngineEnd, Split, Watch};
 use floe_kernel::features::KernelFeatures;
 use floe_options::command::Command;
 use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
+use floe_restore::new_pids::Inside;
 
 use crate::exit::{Exit, Failure};
 use crate::logging::{Log, Target};
 use crate::pack::OnTheWay;
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, inspect, pack, report, rpc, squash,
-    statistics, track, unpack, verify,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, new_pids, pack, report, rpc,
+    squash, statistics, track, unpack, verify,
 };
 
 /// A command of Floe's own: its words stand first and have options of their own.
@@ -389,6 +390,20 @@ fn show_statistics(work_dir: &Path) -> Result<(), Failure> {
 }
 
 fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
+    match settings.new_pidns && !settings.dry_run {
+        true => new_pids::restore(settings, |settings, inside| {
+            restore_here(settings, rest, Some(inside))
+        }),
+        false => restore_here(settings, rest, None),
+    }
+}
+
+/// Restores in the namespaces where we are; tells of it on the line to a process outside.
+fn restore_here(
+    settings: &Settings,
+    rest: &[String],
+    inside: Option<Inside>,
+) -> Result<Exit, Failure> {
     let options = settings.restore_options(scripts(settings)?);
     if settings.dry_run {
         let steps = engine::dry_run(&options, &KernelFeatures::probe())?;
@@ -400,7 +415,11 @@ fn restore(settings: &Settings, rest: &[String]) -> Result<Exit, Failure> {
         )?;
         return Ok(Exit::Done);
     }
-    engine::restore(&options, &KernelFeatures::probe())?;
+    let root = engine::restore(&options, &KernelFeatures::probe())?;
+    if let Some(inside) = inside {
+        let told = inside.restored(root);
+        told.map_err(|error| anyhow::anyhow!("telling the caller that the tree runs: {error}"))?;
+    }
     if settings.display_stats {
         let stats = statistics::of_restore(&options.place.work_dir);
         let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;

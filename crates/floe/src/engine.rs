@@ -175,6 +175,12 @@ fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
     opened.map_err(|error| Failure::new(Exit::BadImage, error))
 }
 
+/// The highest pid in the images of a restore.
+pub fn highest_pid(options: &RestoreOptions) -> Result<u32, Failure> {
+    let highest = floe_restore::highest_pid(&images(options)?);
+    highest.map_err(|error| Failure::new(restore_exit(&error), error))
+}
+
 /// The steps of a restore, of which none is done.
 pub fn dry_run(
     options: &RestoreOptions,

@@ -15,6 +15,7 @@ mod help;
 mod image;
 mod inspect;
 mod logging;
+mod new_pids;
 mod own;
 mod pack;
 mod report;

@@ -192,3 +192,44 @@ fn a_restore_without_images_names_what_is_missing_and_exits_with_5() {
         "{message}"
     );
 }
+
+#[test]
+fn taken_pids_are_free_in_a_new_pid_namespace() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let sleeper = Sleeper::start();
+    let pid = sleeper.0.id();
+    let comm = |pid: u32| std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    while comm(pid) != "sleep\n" {
+        std::thread::yield_now();
+    }
+    let output = floe(directory.path(), &format!("dump -t {pid} --leave-running"));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let output = floe(directory.path(), "restore -d");
+    assert!(
+        stderr(&output).contains("--new-pidns"),
+        "{}",
+        stderr(&output)
+    );
+
+    let output = floe(directory.path(), "restore -d --new-pidns --pidfile pid");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    let root = std::fs::read_to_string(directory.path().join("pid")).expect("the pidfile");
+    let status = std::fs::read_to_string(format!("/proc/{root}/status")).expect("it runs");
+    let line = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name));
+        line.expect("a line of status").trim().to_string()
+    };
+    assert_eq!(line("NSpid:"), format!("{root}\t{pid}"));
+    // The first process of the namespace ends with the last task.
+    let first = line("PPid:").parse().expect("a number");
+    assert!(comm(first) == "floe\n" && comm(pid) == "sleep\n");
+    let ended = testkit::process::watch(first as i32).expect("a pidfd");
+    let tree = rustix::process::Pid::from_raw(root.parse().expect("a number")).expect("a pid");
+    rustix::process::kill_process(tree, rustix::process::Signal::KILL).expect("it is ours");
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    let readable = testkit::process::readable_before(&ended, deadline).expect("it can be watched");
+    assert!(readable, "the namespace stays");
+}

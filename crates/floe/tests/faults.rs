@@ -18,14 +18,6 @@ fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
 }
 
-fn is_root(name: &str) -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        skips::skip(name, "needs root").expect("the skip is listed");
-    }
-    root
-}
-
 /// What a dump may not change: mappings, tracers, masks, and states of every thread.
 fn outside(fixture: &Fixture) -> anyhow::Result<Vec<String>> {
     let mut facts = Vec::new();
@@ -185,7 +177,7 @@ fn over_all(break_all: fn(&str) -> anyhow::Result<u32>) {
 
 #[test]
 fn programs_run_on_after_a_dump_that_was_killed_at_any_step() {
-    if !is_root("programs_run_on_after_a_dump_that_was_killed_at_any_step") {
+    if !skips::is_root("programs_run_on_after_a_dump_that_was_killed_at_any_step") {
         return;
     }
     over_all(break_dumps);
@@ -193,7 +185,7 @@ fn programs_run_on_after_a_dump_that_was_killed_at_any_step() {
 
 #[test]
 fn nothing_is_left_of_a_restore_that_was_killed_at_any_step() {
-    if !is_root("nothing_is_left_of_a_restore_that_was_killed_at_any_step") {
+    if !skips::is_root("nothing_is_left_of_a_restore_that_was_killed_at_any_step") {
         return;
     }
     over_all(break_restores);
@@ -206,7 +198,7 @@ const INSIDE: &str = "FLOE_TEST_IN_NAMESPACE";
 #[test]
 fn a_full_images_directory_is_said_and_the_program_runs_on() {
     let name = "a_full_images_directory_is_said_and_the_program_runs_on";
-    if !is_root(name) {
+    if !skips::is_root(name) {
         return;
     }
     if std::env::var_os(INSIDE).is_some() {

@@ -13,17 +13,9 @@ fn floe() -> Engine {
 }
 
 /// Whether the machine lets us try at all.
-fn is_root(name: &str) -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        skips::skip(name, "needs root").expect("the skip is listed");
-    }
-    root
-}
-
 #[test]
 fn programs_go_on_as_they_were() {
-    if !is_root("programs_go_on_as_they_were") {
+    if !skips::is_root("programs_go_on_as_they_were") {
         return;
     }
     let mut wrong = Vec::new();
@@ -43,7 +35,7 @@ fn programs_go_on_as_they_were() {
 
 #[test]
 fn programs_run_on_after_a_dump_that_leaves_them() {
-    if !is_root("programs_run_on_after_a_dump_that_leaves_them") {
+    if !skips::is_root("programs_run_on_after_a_dump_that_leaves_them") {
         return;
     }
     for name in ["threads", "tree", "blocked", "signals-pending", "pipes"] {
@@ -59,7 +51,7 @@ fn programs_run_on_after_a_dump_that_leaves_them() {
 #[test]
 fn images_are_read_by_the_peer_and_the_peers_by_us() {
     let name = "images_are_read_by_the_peer_and_the_peers_by_us";
-    if !is_root(name) {
+    if !skips::is_root(name) {
         return;
     }
     let Some(peer) = Engine::peer() else {

@@ -21,14 +21,6 @@ exec 10<&-
 exec sleep 1000
 ";
 
-fn is_root(name: &str) -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        skips::skip(name, "needs root").expect("the skip is listed");
-    }
-    root
-}
-
 /// A tree in new pid and mount namespaces; killed when dropped.
 struct Tree {
     directory: tempfile::TempDir,
@@ -176,7 +168,7 @@ mount --make-unbindable ro
 
 #[test]
 fn mounts_come_back_with_flags_groups_and_files() {
-    if is_root("mounts_come_back_with_flags_groups_and_files") {
+    if skips::is_root("mounts_come_back_with_flags_groups_and_files") {
         many_mounts().expect("the tree comes back");
     }
 }
@@ -214,7 +206,7 @@ fn many_mounts() -> anyhow::Result<()> {
 
 #[test]
 fn a_failed_restore_leaves_no_mounts() {
-    if is_root("a_failed_restore_leaves_no_mounts") {
+    if skips::is_root("a_failed_restore_leaves_no_mounts") {
         failed_restores().expect("nothing stays");
     }
 }
@@ -263,7 +255,7 @@ exec 6</proc/self/status
 
 #[test]
 fn a_container_gets_its_root_and_external_mounts() {
-    if is_root("a_container_gets_its_root_and_external_mounts") {
+    if skips::is_root("a_container_gets_its_root_and_external_mounts") {
         container().expect("the container comes back");
     }
 }

@@ -22,14 +22,6 @@ unshare --uts sh -c 'hostname inner-floe; touch $READY; exec sleep 1000' &
 exec sleep 1001
 ";
 
-fn is_root(name: &str) -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        skips::skip(name, "needs root").expect("the skip is listed");
-    }
-    root
-}
-
 /// A tree; killed when dropped.
 struct Tree {
     directory: tempfile::TempDir,
@@ -146,7 +138,7 @@ fn comes_back(kinds: &[&str]) -> anyhow::Result<()> {
 
 #[test]
 fn pids_names_and_clocks_come_back() {
-    if is_root("pids_names_and_clocks_come_back") {
+    if skips::is_root("pids_names_and_clocks_come_back") {
         let kinds = ["--pid", "--uts", "--ipc", "--time", "--monotonic", AHEAD];
         comes_back(&kinds).expect("the tree comes back");
     }
@@ -154,7 +146,7 @@ fn pids_names_and_clocks_come_back() {
 
 #[test]
 fn a_user_namespace_comes_back_with_its_owners() {
-    if is_root("a_user_namespace_comes_back_with_its_owners") {
+    if skips::is_root("a_user_namespace_comes_back_with_its_owners") {
         let kinds = ["--pid", "--uts", "--ipc", "--user", "--map-root-user"];
         comes_back(&kinds).expect("the tree comes back");
     }

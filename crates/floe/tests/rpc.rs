@@ -23,14 +23,6 @@ fn of_type(kind: CriuReqType) -> CriuReq {
     }
 }
 
-fn is_root(name: &str) -> bool {
-    let root = rustix::process::geteuid().is_root();
-    if !root {
-        skips::skip(name, "needs root").expect("the skip is listed");
-    }
-    root
-}
-
 /// The numbers of the images' and the log's directory are ours: the server opens them through us.
 fn in_directory(images: &File, pid: Option<i32>) -> CriuOpts {
     CriuOpts {
@@ -176,7 +168,7 @@ fn a_pid_that_nobody_has_is_answered_with_its_errno() {
 #[test]
 fn a_tree_goes_through_a_dump_and_a_restore_with_its_caller_asked_at_each_stage() {
     let name = "a_tree_goes_through_a_dump_and_a_restore_with_its_caller_asked_at_each_stage";
-    if !is_root(name) {
+    if !skips::is_root(name) {
         return;
     }
     let mut fixture = Fixture::start("threads").expect("the program starts");

@@ -26,6 +26,15 @@ pub fn skip(name: &str, why: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Whether a test that needs root can run; says that `name` is skipped where it cannot.
+pub fn is_root(name: &str) -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        skip(name, "needs root").expect("the skip is listed");
+    }
+    root
+}
+
 fn is_expected(name: &str, why: &str) -> bool {
     EXPECTED
         .lines()

@@ -8,7 +8,7 @@ pub(super) const RULES: &[Rule] = &[
         role: Role::Cause,
         what: "A restored task got another pid than it had. Without clone3(set_tid) the next pid is only asked for, and another process that starts at the same moment takes it; or the pid is in use.",
         remedy: "Use a kernel of 5.5 or newer, or restore in a pid namespace of its own.",
-        command: "uname -r; unshare --pid --fork --mount-proc floe restore -D DIR",
+        command: "uname -r; floe restore --new-pidns -D DIR",
         threads: &["criu#1470", "criu#807", "criu#1431"],
     },
     Rule {
@@ -16,7 +16,7 @@ pub(super) const RULES: &[Rule] = &[
         role: Role::Cause,
         what: "A pid that the checkpoint needs belongs to another process here (a zombie counts), or to the session that starts the restore.",
         remedy: "End that process or wait for it, or restore in a new pid namespace, where all pids are free.",
-        command: "ps -o pid,stat,cmd -p PID; unshare --pid --fork --mount-proc floe restore -D DIR",
+        command: "ps -o pid,stat,cmd -p PID; floe restore --new-pidns -D DIR",
         threads: &["criu#2692"],
     },
     Rule {

@@ -20,7 +20,9 @@ pub enum PlanError {
     },
     #[error("{object} needs {feature}, which this machine lacks")]
     Missing { object: String, feature: String },
-    #[error("Pid {id} is taken by {owner}; end it, or restore in a new pid namespace")]
+    #[error(
+        "Pid {id} is taken by {owner}; end it, or restore in a new pid namespace (--new-pidns)"
+    )]
     IdTaken { id: u32, owner: String },
     #[error("The plan does not hold together: {}", .0.join("; "))]
     Incoherent(Vec<String>),
