@@ -52,30 +52,57 @@ pub fn kill(tree: FrozenTree) -> Result<(), DumpError> {
             _ => {}
         }
     }
-    let started = Instant::now();
-    // The end of the first task of a pid namespace is reported after that of all others in there.
-    for task in tree.into_tasks_to_end().into_iter().rev() {
-        // The leader's end is reported after that of all other threads.
-        for thread in task.threads.into_iter().rev() {
+    let tasks = tree.into_tasks_to_end();
+    let threads = tasks.into_iter().flat_map(|task| task.threads);
+    let tids: Vec<HostPid> = threads
+        .map(|thread| {
             let tid = thread.pid();
             thread.forget();
-            wait_for_end(tid, started).map_err(|source| DumpError::Kill { pid: tid, source })?;
+            tid
+        })
+        .collect();
+    wait_for_ends(tids)
+}
+
+/// Takes the ends of all threads as they come.
+///
+/// None may be waited for alone: a leader's end is reported after that of its other threads, and the last
+/// thread of a pid namespace's first task ends only when all others in there were waited for.
+fn wait_for_ends(mut tids: Vec<HostPid>) -> Result<(), DumpError> {
+    let started = Instant::now();
+    while !tids.is_empty() {
+        let before = tids.len();
+        let mut error = None;
+        tids.retain(|&tid| match has_ended(tid) {
+            Ok(ended) => !ended,
+            Err(source) => {
+                error.get_or_insert(DumpError::Kill { pid: tid, source });
+                true
+            }
+        });
+        if let Some(error) = error {
+            return Err(error);
+        }
+        if let Some(&pid) = tids.first().filter(|_| started.elapsed() > END_DEADLINE) {
+            let source = std::io::ErrorKind::TimedOut.into();
+            return Err(DumpError::Kill { pid, source });
+        }
+        if tids.len() == before {
+            std::thread::sleep(Duration::from_micros(100));
         }
     }
     Ok(())
 }
 
-fn wait_for_end(tid: HostPid, started: Instant) -> std::io::Result<()> {
+/// Whether the end of `tid` was reported, to us or to its parent.
+fn has_ended(tid: HostPid) -> std::io::Result<bool> {
     loop {
         match ptrace::wait(tid, libc::WNOHANG) {
-            Ok(Some((_, WaitStatus::Exited(_) | WaitStatus::Killed(_)))) => return Ok(()),
+            Ok(Some((_, WaitStatus::Exited(_) | WaitStatus::Killed(_)))) => return Ok(true),
             Ok(Some(_)) => continue,
-            Ok(None) if started.elapsed() > END_DEADLINE => {
-                return Err(std::io::ErrorKind::TimedOut.into());
-            }
-            Ok(None) => std::thread::sleep(Duration::from_micros(100)),
-            // No child of ours any more: its end was reported to its parent.
-            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(()),
+            Ok(None) => return Ok(false),
+            // No child of ours any more.
+            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(true),
             Err(error) => return Err(error),
         }
     }

@@ -6,12 +6,13 @@ use std::process::Command;
 use testkit::skips;
 
 /// One of each kind; all of them are for `cargo xtask engines`.
-const SCENARIOS: [&str; 5] = [
+const SCENARIOS: [&str; 6] = [
     "restore",
     "pre_dump",
     "tcp_established",
     "terminal",
     "pipes",
+    "redis",
 ];
 
 #[test]
