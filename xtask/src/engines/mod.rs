@@ -48,9 +48,15 @@ struct Engine {
 
 const OCI: &str = include_str!("oci.sh");
 const PODMAN: &str = include_str!("podman.sh");
+const DOCKER: &str = include_str!("docker.sh");
+const CONTAINERD: &str = include_str!("containerd.sh");
+/// Real servers and their clients, for the scripts above.
+const SERVERS: &str = include_str!("servers.sh");
 const LAST_WORDS: usize = 12;
 /// A script ends with this where it cannot be tried.
 const SKIPPED: i32 = 77;
+/// A script ends with this where the engine itself is at fault, whatever its `criu` does.
+const FAULT: i32 = 78;
 const LIMIT: Duration = Duration::from_secs(90);
 
 const ENGINES: &[Engine] = &[
@@ -89,6 +95,20 @@ const ENGINES: &[Engine] = &[
         packages: &["podman", "crun", "libcriu2", "conmon"],
         script: PODMAN,
     },
+    Engine {
+        name: "docker",
+        command: "docker",
+        place: Where::Sid,
+        packages: &["docker.io", "docker-cli", "containerd", "runc", "iptables"],
+        script: DOCKER,
+    },
+    Engine {
+        name: "containerd",
+        command: "ctr",
+        place: Where::Sid,
+        packages: &["containerd", "runc"],
+        script: CONTAINERD,
+    },
 ];
 
 /// How a scenario ended.
@@ -96,6 +116,7 @@ enum Verdict {
     Passed,
     Failed(String),
     Skipped(String),
+    Fault(String),
 }
 
 /// Runs the scenarios one after the other.
@@ -133,6 +154,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             total += 1;
             match verdict {
                 Verdict::Passed => println!("{} {scenario}: ok ({took:.1} s)", engine.name),
+                Verdict::Fault(why) => println!("{} {scenario}: {why}", engine.name),
                 Verdict::Skipped(why) => println!("{} {scenario}: skipped: {why}", engine.name),
                 Verdict::Failed(why) => {
                     failures += 1;
@@ -178,6 +200,7 @@ impl Stage {
             busybox.context("busybox is not installed: apt-get install busybox-static")?;
         fs::copy(busybox, directory.path().join("busybox"))?;
         fs::write(directory.path().join("scenario.sh"), engine.script)?;
+        fs::write(directory.path().join("servers.sh"), SERVERS)?;
         // Containers with users of their own must reach their files.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let stage = Self { directory, root };
@@ -243,6 +266,7 @@ impl Stage {
         Ok(match status.code() {
             Some(0) => Verdict::Passed,
             Some(SKIPPED) => Verdict::Skipped(shown),
+            Some(FAULT) => Verdict::Fault(shown),
             _ => Verdict::Failed(shown),
         })
     }
@@ -252,22 +276,20 @@ impl Stage {
 fn remove_groups() {
     let below = |directory: &Path| -> Vec<PathBuf> {
         let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-        entries.map(|entry| entry.path()).collect()
+        let directories = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()));
+        directories.map(|entry| entry.path()).collect()
     };
-    let hierarchies: Vec<PathBuf> = below(Path::new("/sys/fs/cgroup"));
-    let parents = hierarchies
-        .iter()
-        .map(|hierarchy| hierarchy.join("libpod_parent"));
-    let parents: Vec<PathBuf> = parents.collect();
-    let own = hierarchies.iter().flat_map(|hierarchy| below(hierarchy));
-    let own = own.filter(|path| {
-        let name = path.file_name().unwrap_or_default();
-        name.to_string_lossy().starts_with("floe-")
-    });
-    let of_podman = parents.iter().flat_map(|parent| below(parent));
-    for group in own.chain(of_podman).chain(parents.iter().cloned()) {
-        // One that is not empty belongs to somebody else's run; files are no directories.
-        let _ = fs::remove_dir(group);
+    let hierarchies = below(Path::new("/sys/fs/cgroup"));
+    let tops = hierarchies.iter().flat_map(|hierarchy| below(hierarchy));
+    for top in tops {
+        let name = top.file_name().unwrap_or_default().to_string_lossy();
+        if !name.starts_with("floe-") && name != "libpod_parent" && name != "docker" {
+            continue;
+        }
+        for group in below(&top).into_iter().chain([top]) {
+            // One that is not empty belongs to somebody else's run.
+            let _ = fs::remove_dir(group);
+        }
     }
 }
 

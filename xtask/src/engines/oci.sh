@@ -3,6 +3,7 @@
 # ENGINE is the engine, XTASK this program; `criu` on PATH is the binary under test. A scenario prints why
 # it failed and ends with 1, or why it cannot be tried and ends with 77.
 set -u
+. "${0%/*}/servers.sh"
 ID=floe-$1-$$
 CHECKPOINT= RESTORE= PROGRAM= EDIT= RUN=
 LOOP='i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done'
@@ -14,6 +15,7 @@ fail() {
 	exit 1
 }
 end() {
+	part
 	$ENGINE kill "$ID" KILL >/dev/null 2>&1
 	for i in 1 2 3 4 5 6 7 8 9 10; do
 		$ENGINE delete -f "$ID" >/dev/null 2>&1 && break
@@ -25,6 +27,7 @@ trap end EXIT
 
 # A bundle whose program is $1; EDIT is a perl expression on its configuration.
 bundle() {
+	[ ! -d r ] || { mkdir b && mv r b/rootfs; }
 	mkdir -p b/rootfs/bin b/rootfs/proc b/rootfs/sys b/rootfs/dev b/rootfs/tmp
 	cp "$BUSYBOX" b/rootfs/bin/busybox
 	for applet in sh sleep echo cat nc flock tty true; do ln -s busybox b/rootfs/bin/$applet; done
@@ -173,6 +176,21 @@ scenario_lazy_pages() { # there are none yet: the refusal must be clear, and the
 	$ENGINE checkpoint --lazy-pages --page-server 127.0.0.1:27000 --image-path "$PWD/images" \
 		--work-path "$PWD/images" "$ID" >printed 2>&1 && fail "lazy pages are not there yet"
 	counts
+}
+scenario_redis() { server redis; }
+scenario_nginx() { server nginx; }
+scenario_postgresql() { server postgresql; }
+server() { # with a client that stays connected, and sends something while the container is not there
+	files "$1"
+	EDIT='s/\{\s*"type": "network"\s*\},?//; s/"uid": 0/"uid": 1000/; s/"gid": 0/"gid": 1000/'
+	begin "$PROGRAM"
+	meet "$1" 127.0.0.1
+	visit
+	checkpoint images --tcp-established
+	question
+	restore images --tcp-established
+	answer
+	visit
 }
 
 "scenario_$1"

@@ -1,8 +1,8 @@
 //! A tree of Debian's unstable release, for engines that the stable one does not have.
 //!
 //! It is made once, in the user's cache; `FLOE_SID` names one that exists already. Scenarios enter it in a
-//! mount namespace of their own, where nothing of it shows outside and only control groups of version 2 are
-//! mounted.
+//! mount and a network namespace of their own, where nothing of it shows outside and only control groups of
+//! version 2 are mounted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -83,6 +83,7 @@ fn quietly(command: &mut Command) -> anyhow::Result<()> {
 pub fn enter(root: &Path, directory: &Path, inner: &Path) -> Command {
     const SCRIPT: &str = r#"
         root=$1 directory=$2 inner=$3; shift 3
+        "$directory/busybox" ip link set lo up
         mount --bind "$root" "$root" && cd "$root" || exit 77
         mount --rbind /proc proc; mount --rbind /dev dev; mount -t sysfs sysfs sys
         mount -t cgroup2 cgroup2 sys/fs/cgroup
@@ -94,6 +95,7 @@ pub fn enter(root: &Path, directory: &Path, inner: &Path) -> Command {
     command
         .args([
             "--mount",
+            "--net",
             "--propagation",
             "private",
             "sh",
