@@ -22,6 +22,7 @@ use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
 use crate::error::RestoreError;
+use crate::numbers::free_numbers;
 use crate::space::Spaces;
 use crate::state::Background;
 use crate::tree::{Tree, highest_id};
@@ -80,6 +81,7 @@ pub fn dry_run(
     check_cpu(&images.dir, options)?;
     let (plan, _) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
+    free_numbers(&images)?;
     Ok(plan.steps().iter().map(ToString::to_string).collect())
 }
 
@@ -119,12 +121,11 @@ pub fn restore(
     check_cpu(&images.dir, options)?;
     let (plan, background) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
+    let numbers = free_numbers(&images)?;
     options
         .hooks
         .run(HookEvent::new(Action::PreRestore, None))?;
-    raise_descriptor_limit();
-    let first_fd = images.highest_fd().max(63) as i32 + 1;
-    let mut world = World::new(&images, options, features, first_fd);
+    let mut world = World::new(&images, options, features, numbers);
     let mut report = RestoreReport {
         tasks: images.tasks.len(),
         ..RestoreReport::default()
@@ -279,22 +280,6 @@ fn check_ids_are_free(tree: &Tree, images: &TreeImages) -> Result<(), PlanError>
         }
     }
     Ok(())
-}
-
-/// Our descriptors lie above those of all tasks; the soft limit is for programs that use `select`.
-fn raise_descriptor_limit() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    let raised = setrlimit(
-        Resource::Nofile,
-        Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    );
-    if let Err(error) = raised {
-        tracing::debug!(%error, "the limit of open files stays as it is");
-    }
 }
 
 fn write_statistics(work_dir: &Path, report: &RestoreReport) -> Result<(), RestoreError> {

@@ -13,6 +13,7 @@ mod machine;
 pub mod memory;
 mod midwife;
 pub mod new_pids;
+mod numbers;
 mod release;
 mod space;
 mod state;

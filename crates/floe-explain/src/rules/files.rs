@@ -80,7 +80,7 @@ pub(super) const RULES: &[Rule] = &[
         role: Role::Cause,
         what: "The program uses io_uring, whose rings and requests in flight the kernel gives out to nobody.",
         remedy: "Let the program fall back to other calls: most libraries have a switch, and a seccomp rule that answers ENOSYS works for the rest.",
-        command: "UV_USE_IO_URING=0    # Node.js; elsewhere: a seccomp profile with io_uring_setup -> ENOSYS",
+        command: "UV_USE_IO_URING=0    # Node.js; MariaDB: --innodb-use-native-aio=0; elsewhere: a seccomp profile with io_uring_setup -> ENOSYS",
         threads: &["criu#2673"],
     },
     Rule {

@@ -88,7 +88,7 @@ fn unsupported(probe: &FdProbe<'_>) -> CollectError {
     let what = String::from_utf8_lossy(probe.target()).into_owned();
     let remedy = match what.as_str() {
         "anon_inode:[io_uring]" => {
-            "close it, or start the program without io_uring (UV_USE_IO_URING=0 for node)"
+            "close it, or start the program without io_uring (node: UV_USE_IO_URING=0, MariaDB: --innodb-use-native-aio=0)"
         }
         "anon_inode:[userfaultfd]" => "close it: a userfaultfd cannot be moved",
         "anon_inode:[perf_event]" => "stop profiling the program first",

@@ -175,16 +175,6 @@ impl TreeImages {
         self.named.get(&id).map_or(&[], Vec::as_slice)
     }
 
-    /// The highest descriptor number of any task.
-    pub fn highest_fd(&self) -> u32 {
-        self.tasks
-            .iter()
-            .flat_map(|task| task.fds.iter())
-            .map(|fd| fd.fd)
-            .max()
-            .unwrap_or(0)
-    }
-
     /// Whether some shared mapping of this file lets its task write.
     pub fn is_written_through_mapping(&self, file: u32) -> bool {
         let spaces = self.tasks.iter().filter_map(|task| task.mm.as_ref());

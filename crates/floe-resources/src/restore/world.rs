@@ -2,6 +2,7 @@
 
 use std::any::{Any, TypeId};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -63,7 +64,7 @@ pub struct World<'i> {
     /// Files that tasks do not inherit: opened when the first task existed already.
     late: HashSet<u32>,
     born: bool,
-    first_fd: RawFd,
+    numbers: Range<RawFd>,
     state: HashMap<TypeId, Box<dyn Any>>,
     undo: Vec<Undo>,
     /// How tasks get what they cannot fetch by themselves.
@@ -76,13 +77,13 @@ pub struct World<'i> {
 }
 
 impl<'i> World<'i> {
-    /// A world without tasks and files; files are kept at descriptors from `first_fd` on, above all
-    /// that any task has.
+    /// A world without tasks and files; files are kept at descriptors among `numbers`, none of
+    /// which any task has.
     pub fn new(
         images: &'i TreeImages,
         options: &'i RestoreOptions,
         features: &'i KernelFeatures,
-        first_fd: RawFd,
+        numbers: Range<RawFd>,
     ) -> Self {
         World {
             images,
@@ -93,7 +94,7 @@ impl<'i> World<'i> {
             segments: HashMap::new(),
             late: HashSet::new(),
             born: false,
-            first_fd,
+            numbers,
             state: HashMap::new(),
             undo: Vec::new(),
             courier: None,
@@ -104,9 +105,9 @@ impl<'i> World<'i> {
         }
     }
 
-    /// The lowest number above all that tasks use.
+    /// The lowest number at which files are kept.
     pub(super) fn first_fd(&self) -> RawFd {
-        self.first_fd
+        self.numbers.start
     }
 
     /// Keeps an open file description of the images.
@@ -119,13 +120,20 @@ impl<'i> World<'i> {
         Ok(())
     }
 
-    /// Moves a descriptor above all numbers that tasks use.
+    /// Moves a descriptor to a number that no task uses.
     pub fn lift(&self, file: OwnedFd) -> Result<OwnedFd, ExecuteError> {
-        if file.as_raw_fd() >= self.first_fd {
+        if self.numbers.contains(&file.as_raw_fd()) {
             return Ok(file);
         }
-        rustix::io::fcntl_dupfd_cloexec(&file, self.first_fd)
-            .during("Moving a descriptor above", || self.first_fd.to_string())
+        let lifted = rustix::io::fcntl_dupfd_cloexec(&file, self.numbers.start);
+        lifted
+            .and_then(|lifted| {
+                let free = self.numbers.contains(&lifted.as_raw_fd());
+                free.then_some(lifted).ok_or(rustix::io::Errno::MFILE)
+            })
+            .during("Moving a descriptor between", || {
+                format!("{:?}", self.numbers)
+            })
     }
 
     /// The coordinator's descriptor of a file that a step before has opened.
@@ -232,7 +240,7 @@ impl<'i> World<'i> {
         let args = [
             Arg::from(copy),
             Arg::from(libc::F_DUPFD),
-            Arg::from(self.first_fd),
+            Arg::from(self.numbers.start),
         ];
         let high = program.call("fcntl(F_DUPFD)", libc::SYS_fcntl, &args);
         program.call("close", libc::SYS_close, &[Arg::from(copy)]);

@@ -7,6 +7,7 @@ use std::os::unix::fs::{FileExt, MetadataExt};
 
 use anyhow::ensure;
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{Check, Place, Program, all, fact, unchanged};
 
@@ -16,6 +17,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("files-deleted", deleted),
     Program::new("files-linked", linked).with(&["--link-remap"]),
     Program::new("files-many", many),
+    Program::new("files-at-the-limit", at_the_limit),
 ];
 
 /// What the kernel knows of a descriptor, without what a restore must change.
@@ -191,4 +193,25 @@ fn many(place: &Place) -> anyhow::Result<Check> {
     Ok(all(vec![unchanged(move || {
         fds.iter().map(descriptor).collect()
     })?]))
+}
+
+/// A descriptor right below the hard limit, where valgrind keeps its own.
+fn at_the_limit(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("data");
+    fs::write(&path, "0123456789")?;
+    let maximum = getrlimit(Resource::Nofile).maximum;
+    let limit = maximum.unwrap_or(1 << 16).min(1 << 16);
+    let raised = Rlimit {
+        current: Some(limit),
+        maximum,
+    };
+    setrlimit(Resource::Nofile, raised)?;
+    let file = File::open(&path)?;
+    let last = rustix::io::fcntl_dupfd_cloexec(&file, limit as i32 - 1)?;
+    unchanged(move || {
+        [file.as_fd(), last.as_fd()]
+            .map(descriptor)
+            .into_iter()
+            .collect()
+    })
 }
