@@ -2,6 +2,7 @@
 //! Tasks of the repository: `cargo xtask COMMAND`.
 
 mod bench;
+mod boot;
 mod cross;
 mod engines;
 mod install;
@@ -31,6 +32,8 @@ enum Task {
     Cross(cross::Arguments),
     /// Run CRIU's test-suite, of a checkout that exists, with our binary.
     Zdtm(zdtm::Arguments),
+    /// Run tests under other kernels, emulated.
+    Boot(boot::Arguments),
     /// Run container engines with our binary as their `criu`.
     Engines(engines::Arguments),
     /// Receive a terminal from an engine; for `engines`.
@@ -46,6 +49,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Cross(arguments) => cross::run(&arguments),
         Task::Zdtm(arguments) => zdtm::run(&arguments),
+        Task::Boot(arguments) => boot::run(&arguments),
         Task::Engines(arguments) => engines::run(&arguments),
         Task::Console(arguments) => engines::console::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),

@@ -1,0 +1,33 @@
+#!/bin/sh
+# The first process of the guest. The kernel prints to the first serial line, we to the second.
+/bin/busybox mkdir -p /bin /sbin /usr/bin /usr/sbin
+/bin/busybox --install -s 2>/dev/null
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=0
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+mount -t tmpfs -o mode=1777 tmpfs /tmp
+mount -t tmpfs -o mode=755 tmpfs /run
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+ln -s /proc/self/fd /dev/fd
+ln -s pts/ptmx /dev/ptmx 2>/dev/null
+ip link set lo up
+for module in tun nf_tables; do modprobe $module 2>/dev/null; done
+echo 1 >/proc/sys/kernel/panic
+stty -F /dev/ttyS1 raw -echo
+exec </dev/null >/dev/ttyS1 2>&1
+
+run() {
+	echo "@@begin $1"
+	timeout -s KILL "$2" sh "$3"
+	echo "@@end $1 $?"
+}
+
+finish() {
+	echo "@@done"
+	reboot -f
+}
+
