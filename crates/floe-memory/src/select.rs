@@ -181,7 +181,8 @@ impl PageScanner {
                 .entries(TaskAddr(at), &mut entries[..wanted])
                 .map_err(failed)?;
             if read == 0 {
-                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
+                // The file of a task that gave up its memory, by its end or by execve, reads as empty.
+                return Err(failed(Errno::SRCH.into()));
             }
             for (index, &bits) in entries[..read].iter().enumerate() {
                 if is_selected(bits, selection, zero) {

@@ -16,6 +16,12 @@ fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
 }
 
+/// The best tracker that this kernel has.
+fn best() -> &'static str {
+    let trackers = floe().trackers().expect("`floe check` answers");
+    trackers[0]
+}
+
 fn run(name: &str, test: fn() -> anyhow::Result<()>) {
     if !rustix::process::geteuid().is_root() {
         skips::skip(name, "needs root").expect("the skip is listed");
@@ -45,7 +51,7 @@ fn try_round(
 }
 
 fn round(pid: i32, base: &Path, number: u32) -> anyhow::Result<()> {
-    let outcome = try_round(pid, base, (number, "uffd"), &[])?;
+    let outcome = try_round(pid, base, (number, best()), &[])?;
     outcome.ok(&format!("round {number}")).map(drop)
 }
 
@@ -126,7 +132,7 @@ fn log_of(base: &Path, number: u32) -> anyhow::Result<String> {
 fn a_tracked_program_notices_nothing() {
     run("a_tracked_program_notices_nothing", || {
         for name in ["memory-cow", "memory-shared", "tree", "threads-few"] {
-            for tracker in ["uffd", "content", "none"] {
+            for tracker in floe().trackers()? {
                 let mut fixture = Fixture::start(name)?;
                 let base = tempfile::tempdir_in("/dev/shm")?;
                 let before = outside(&fixture)?;
@@ -158,7 +164,7 @@ fn a_killed_keeper_means_a_whole_copy() {
         let log = log_of(base.path(), 1)?;
         ensure!(log.contains("all memory is copied"), "{log}");
         round(fixture.pid, base.path(), 2)?;
-        end(&mut fixture, base.path(), (2, "uffd"))
+        end(&mut fixture, base.path(), (2, best()))
     });
 }
 
@@ -176,7 +182,7 @@ fn a_round_killed_at_any_step_leaves_the_chain_good() {
             loop {
                 let fault = format!("step:{step}");
                 let variables = [("FLOE_FAULT", fault.as_str())];
-                let outcome = try_round(fixture.pid, base.path(), (first, "uffd"), &variables)?;
+                let outcome = try_round(fixture.pid, base.path(), (first, best()), &variables)?;
                 let what = || format!("round {first} broken at step {step}");
                 same(&before, &outside(&fixture)?).with_context(what)?;
                 fixture.check().with_context(what)?;
@@ -187,7 +193,7 @@ fn a_round_killed_at_any_step_leaves_the_chain_good() {
                 step += 1;
             }
             ensure!(step > 4, "only {step} steps");
-            end(&mut fixture, base.path(), (first, "uffd"))?;
+            end(&mut fixture, base.path(), (first, best()))?;
         }
         Ok(())
     });
@@ -200,10 +206,10 @@ fn a_broken_round_is_no_parent_and_the_one_before_is() {
         let base = tempfile::tempdir_in("/dev/shm")?;
         round(fixture.pid, base.path(), 0)?;
         let variables = [("FLOE_FAULT", "step:4")];
-        let outcome = try_round(fixture.pid, base.path(), (1, "uffd"), &variables)?;
+        let outcome = try_round(fixture.pid, base.path(), (1, best()), &variables)?;
         ensure!(!outcome.status.success(), "there is no fourth step");
         // Changes were counted from the broken round on, so nothing of the first one is trusted.
-        end(&mut fixture, base.path(), (0, "uffd"))
+        end(&mut fixture, base.path(), (0, best()))
     });
 }
 
@@ -219,7 +225,7 @@ fn two_rounds_at_once_take_turns_or_one_is_refused() {
                 fs::create_dir(&images)?;
                 let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
                 command.args(["pre-dump", "--track-mem", "--prev-images-dir", "../0"]);
-                command.args(["--tracker", "uffd", "--tree", &fixture.pid.to_string()]);
+                command.args(["--tracker", best(), "--tree", &fixture.pid.to_string()]);
                 command.arg("--images-dir").arg(images);
                 Ok(command.spawn()?)
             })
@@ -230,7 +236,7 @@ fn two_rounds_at_once_take_turns_or_one_is_refused() {
         }
         ensure!(good > 0, "none of the rounds was made");
         fixture.check()?;
-        end(&mut fixture, base.path(), (0, "uffd"))
+        end(&mut fixture, base.path(), (0, best()))
     });
 }
 
@@ -242,7 +248,7 @@ fn a_program_that_ended_between_rounds_is_named() {
         let pid = fixture.pid;
         round(pid, base.path(), 0)?;
         fixture.kill()?;
-        let outcome = try_round(pid, base.path(), (1, "uffd"), &[])?;
+        let outcome = try_round(pid, base.path(), (1, best()), &[])?;
         let said = outcome.cause();
         ensure!(!outcome.status.success(), "a round of nothing");
         ensure!(said.contains(&pid.to_string()), "{said}");

@@ -16,8 +16,6 @@ use testkit::{Engine, Fixture, skips};
 /// Chains without `FLOE_TORTURE`.
 const CHAINS: usize = 200;
 const PAGE: usize = 4096;
-/// What copies the rounds, in turn. The final dump is made with each.
-const LIVE: [&str; 4] = ["uffd", "uffd", "content", "none"];
 
 fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
@@ -90,9 +88,10 @@ fn contains(found: &PageIndex, wanted: &PageIndex, file: &[u8]) -> anyhow::Resul
 }
 
 /// Rounds with one tracker, then final dumps with all of them and a full one, and a restore.
-fn chain(seed: usize) -> anyhow::Result<()> {
-    let trackers = ["uffd", "content", "none"];
-    let (live, rounds) = (LIVE[seed % LIVE.len()], 1 + seed / 4 % 4);
+fn chain(seed: usize, trackers: &[&str]) -> anyhow::Result<()> {
+    // What copies the rounds, in turn, most often the best. The final dump is made with each.
+    let live = trackers[(seed % (trackers.len() + 1)).saturating_sub(1)];
+    let rounds = 1 + seed / 4 % 4;
     let mut fixture = Fixture::start("memory-churn")?;
     // In memory, where nothing waits for a disk.
     let base = tempfile::tempdir_in("/dev/shm")?;
@@ -101,7 +100,7 @@ fn chain(seed: usize) -> anyhow::Result<()> {
         std::thread::sleep(Duration::from_millis((seed * 7 + number * 11) as u64 % 23));
     }
     let previous = format!("../{}", rounds - 1);
-    for tracker in trackers {
+    for &tracker in trackers {
         fixture.set_images(base.path().join(tracker));
         let options = [
             "--leave-stopped",
@@ -118,13 +117,13 @@ fn chain(seed: usize) -> anyhow::Result<()> {
     let outcome = fixture.try_dump(&floe(), &["--leave-stopped"], &[])?;
     outcome.ok("the full dump")?;
     let file = fs::read(fixture.home().join("churned"))?;
-    for tracker in trackers {
+    for &tracker in trackers {
         let pages = compare(&base.path().join(tracker), &full, &file);
         let pages = pages.with_context(|| format!("rounds by {live}, at last {tracker}"))?;
         ensure!(pages > 100, "only {pages} pages were compared");
     }
     fixture.kill()?;
-    fixture.set_images(base.path().join(trackers[seed / 2 % 3]));
+    fixture.set_images(base.path().join(trackers[seed / 2 % trackers.len()]));
     fixture.restore(&floe(), &[])?;
     // All but the first dump found the tasks stopped.
     for pid in fixture.family().into_iter().filter_map(Pid::from_raw) {
@@ -142,8 +141,9 @@ fn chains(name: &str, first: usize) {
     }
     let asked = std::env::var("FLOE_TORTURE").ok();
     let count = asked.and_then(|text| text.parse().ok()).unwrap_or(CHAINS);
+    let trackers = floe().trackers().expect("`floe check` answers");
     for seed in (first..count).step_by(2) {
-        if let Err(error) = chain(seed) {
+        if let Err(error) = chain(seed, &trackers) {
             panic!("chain {seed}: {error:#}");
         }
     }

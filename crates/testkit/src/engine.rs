@@ -99,6 +99,30 @@ impl Engine {
         Ok(())
     }
 
+    /// The forms of dirty tracking that this kernel has, the best first; `none` and `content` are always
+    /// there.
+    pub fn trackers(&self) -> anyhow::Result<Vec<&'static str>> {
+        let output = Command::new(&self.path)
+            .arg("check")
+            .stdin(Stdio::null())
+            .output();
+        let output = output.with_context(|| format!("running {}", self.path.display()))?;
+        let printed = String::from_utf8_lossy(&output.stdout);
+        let has = |feature: &str| {
+            let mut rows = printed.lines().map(|row| row.split_whitespace());
+            rows.any(|mut row| row.next() == Some(feature) && row.next() == Some("yes"))
+        };
+        let mut found = Vec::new();
+        if has("uffd_wp_async") && has("pagemap_scan") {
+            found.push("uffd");
+        }
+        if has("soft_dirty") {
+            found.push("soft-dirty");
+        }
+        found.extend(["content", "none"]);
+        Ok(found)
+    }
+
     /// Dumps the tree of `pid` to `images`; the log is `dump.log` there.
     pub fn dump(&self, pid: i32, images: &Path, options: &[&str]) -> anyhow::Result<Outcome> {
         let tree = pid.to_string();
