@@ -50,6 +50,9 @@ const OCI: &str = include_str!("oci.sh");
 const PODMAN: &str = include_str!("podman.sh");
 const DOCKER: &str = include_str!("docker.sh");
 const CONTAINERD: &str = include_str!("containerd.sh");
+const LIBCRIU: &str = include_str!("libcriu.sh");
+/// A program of its own for `libcriu.sh`.
+const LIBCRIU_CALLER: &str = include_str!("libcriu.c");
 /// Real servers and their clients, for the scripts above.
 const SERVERS: &str = include_str!("servers.sh");
 const LAST_WORDS: usize = 12;
@@ -82,6 +85,13 @@ const ENGINES: &[Engine] = &[
         script: OCI,
     },
     Engine {
+        name: "podman-here",
+        command: "podman --runtime runc",
+        place: Where::Here,
+        packages: &["podman", "runc"],
+        script: PODMAN,
+    },
+    Engine {
         name: "podman-runc",
         command: "podman --runtime runc",
         place: Where::Sid,
@@ -108,6 +118,13 @@ const ENGINES: &[Engine] = &[
         place: Where::Sid,
         packages: &["containerd", "runc"],
         script: CONTAINERD,
+    },
+    Engine {
+        name: "libcriu",
+        command: "gcc",
+        place: Where::Sid,
+        packages: &["libcriu-dev", "python3-pycriu", "gcc", "libc6-dev"],
+        script: LIBCRIU,
     },
 ];
 
@@ -185,7 +202,7 @@ impl Stage {
     fn prepare(engine: &Engine, binary: &Path) -> anyhow::Result<Self> {
         let root = match engine.place {
             Where::Here => None,
-            Where::Sid => Some(sid::tree(engine.packages)?),
+            Where::Sid => Some(sid::tree(&[engine.packages, of_servers(engine)].concat())?),
         };
         let directory = tempfile::Builder::new().prefix("floe-engines-").tempdir()?;
         let own = std::env::current_exe().context("finding our own binary")?;
@@ -201,6 +218,7 @@ impl Stage {
         fs::copy(busybox, directory.path().join("busybox"))?;
         fs::write(directory.path().join("scenario.sh"), engine.script)?;
         fs::write(directory.path().join("servers.sh"), SERVERS)?;
+        fs::write(directory.path().join("libcriu.c"), LIBCRIU_CALLER)?;
         // Containers with users of their own must reach their files.
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
         let stage = Self { directory, root };
@@ -221,7 +239,7 @@ impl Stage {
             Some(_) => PathBuf::from("/run/floe-engines"),
         };
         let mut command = match &self.root {
-            None => Command::new("sh"),
+            None => here(directory),
             Some(root) => sid::enter(root, directory, &inner),
         };
         let line = format!(
@@ -269,6 +287,27 @@ impl Stage {
             Some(FAULT) => Verdict::Fault(shown),
             _ => Verdict::Failed(shown),
         })
+    }
+}
+
+/// A shell on this machine, whose networks and mounts nobody else sees.
+fn here(directory: &Path) -> Command {
+    const SCRIPT: &str = r#""$1" ip link set lo up; shift; exec sh "$@""#;
+    let mut command = Command::new("unshare");
+    let alone = ["--mount", "--net", "--propagation", "private"];
+    command
+        .args(alone)
+        .args(["sh", "-c", SCRIPT, "sh"])
+        .arg(directory.join("busybox"));
+    command
+}
+
+/// Packages of the servers, where the engine's script runs them.
+fn of_servers(engine: &Engine) -> &'static [&'static str] {
+    if engine.script.contains("/servers.sh") {
+        &["redis-server", "nginx-light", "postgresql", "libc-bin"]
+    } else {
+        &[]
     }
 }
 

@@ -30,7 +30,7 @@ bundle() {
 	[ ! -d r ] || { mkdir b && mv r b/rootfs; }
 	mkdir -p b/rootfs/bin b/rootfs/proc b/rootfs/sys b/rootfs/dev b/rootfs/tmp
 	cp "$BUSYBOX" b/rootfs/bin/busybox
-	for applet in sh sleep echo cat nc flock tty true; do ln -s busybox b/rootfs/bin/$applet; done
+	for applet in sh sleep echo cat nc tty true; do ln -s busybox b/rootfs/bin/$applet; done
 	(cd b && $ENGINE spec) || fail "no configuration"
 	PROGRAM="$1" perl -0pi -e '
 		s/"terminal": true/"terminal": false/; s/"readonly": true/"readonly": false/;
@@ -113,10 +113,18 @@ scenario_tcp_established() {
 	cycle
 }
 scenario_file_locks() {
-	begin "exec 9>/tmp/lock; flock 9; $LOOP"
+	copy "$(place flock)"
+	flock=$(place flock)
+	begin "exec 9>/tmp/lock; $flock 9 || exit; $LOOP"
+	counts
+	mkdir refused
+	$ENGINE checkpoint --image-path "$PWD/refused" --work-path "$PWD/refused" "$ID" >printed 2>&1 &&
+		fail "a lock was saved without being asked for"
 	counts
 	CHECKPOINT=--file-locks RESTORE=--file-locks
 	cycle
+	$ENGINE exec "$ID" "$flock" -n /tmp/lock true && fail "the lock is not held"
+	$ENGINE exec "$ID" "$flock" -n /tmp/other true || fail "no lock can be taken"
 }
 scenario_ext_unix_sk() { begin; counts; CHECKPOINT=--ext-unix-sk RESTORE=--ext-unix-sk; cycle; }
 scenario_cgroups_soft() { modes soft; }

@@ -23,17 +23,29 @@ pub fn tree(packages: &[&str]) -> anyhow::Result<PathBuf> {
         .filter(|package| !has(&root, package))
         .collect();
     if !missing.is_empty() {
-        let mut install = Command::new("chroot");
-        install
-            .arg(&root)
-            .args(["apt-get", "install", "-qq", "-y", "--no-install-recommends"]);
-        quietly(
-            install
-                .args(&missing)
-                .env("DEBIAN_FRONTEND", "noninteractive"),
-        )?;
+        install(&root, &missing)?;
     }
     Ok(root)
+}
+
+/// Installs packages, whose scripts want `/proc` and must start no daemon.
+fn install(root: &Path, packages: &[&str]) -> anyhow::Result<()> {
+    const SCRIPT: &str = r#"
+        mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && mount -t tmpfs tmpfs "$1/run" || exit
+        printf '#!/bin/sh\nexit 101\n' >"$1/usr/sbin/policy-rc.d" && chmod +x "$1/usr/sbin/policy-rc.d" || exit
+        root=$1; shift
+        chroot "$root" apt-get update -qq
+        exec chroot "$root" apt-get install -qq -y --no-install-recommends "$@"
+    "#;
+    let mut command = Command::new("unshare");
+    command
+        .args(["--mount", "--propagation", "private", "sh", "-c", SCRIPT])
+        .arg("sh")
+        .arg(root)
+        .args(packages)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
+    quietly(&mut command)
 }
 
 fn has(root: &Path, package: &str) -> bool {
