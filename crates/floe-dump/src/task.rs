@@ -115,7 +115,7 @@ pub fn collect(
             remedy: "see its threads".to_string(),
         }));
     };
-    leader.core.tc = Some(task_core(task, leader)?);
+    leader.core.tc = Some(task_core(task, leader, collector.pids().owners())?);
     let fs = collect_fs(&task.proc, &leader.status, collector);
     // Late: a thread may still be reading it.
     let mut space = collect_address_space(&task.proc, collector)?;
@@ -225,7 +225,11 @@ fn group_stop(task: &FrozenTask) -> GroupStop {
 }
 
 /// The part of the leader's core that is about the whole process, as far as it can be seen.
-fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, CollectError> {
+fn task_core(
+    task: &FrozenTask,
+    leader: &ThreadDraft,
+    owners: &OwnerMap,
+) -> Result<TaskCoreEntry, CollectError> {
     let proc = &task.proc;
     let optional = |name| match proc.number(name) {
         Err(error) if error.is_gone() => Ok(None),
@@ -245,7 +249,10 @@ fn task_core(task: &FrozenTask, leader: &ThreadDraft) -> Result<TaskCoreEntry, C
             group_stop(task),
         )?),
         // Unset is all bits set.
-        loginuid: optional("loginuid")?.map(|uid| uid as u32),
+        loginuid: optional("loginuid")?.map(|uid| match uid as u32 {
+            u32::MAX => u32::MAX,
+            uid => owners.uid_inside(uid),
+        }),
         oom_score_adj: optional("oom_score_adj")?.map(|score| score as i32),
         stop_signo: match task.state {
             TaskState::Stopped(signal) => Some(signal.cast_unsigned()),

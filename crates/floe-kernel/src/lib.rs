@@ -2,6 +2,7 @@
 //!
 //! Wrappers take and return owned types and hold no policy: no retry, no fallback, no log.
 
+pub mod acting;
 pub mod anonymous;
 mod arch;
 pub mod child;

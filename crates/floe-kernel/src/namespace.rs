@@ -112,13 +112,16 @@ const NS_GET_PARENT: libc::Ioctl = 0xb702;
 impl Namespace {
     /// The namespace that a task is in.
     pub fn of_task(pid: HostPid, kind: NsKind) -> io::Result<Self> {
-        Self::from_path(&format!("/proc/{pid}/ns/{kind}"), kind)
+        Self::from_path(&own_proc_path(&format!("{pid}/ns/{kind}")), kind)
     }
 
     /// The namespace that children of a task will be in; only for pid and time namespaces. `ENOENT`
     /// while a pid namespace has no process yet.
     pub fn of_children(pid: HostPid, kind: NsKind) -> io::Result<Self> {
-        Self::from_path(&format!("/proc/{pid}/ns/{kind}_for_children"), kind)
+        Self::from_path(
+            &own_proc_path(&format!("{pid}/ns/{kind}_for_children")),
+            kind,
+        )
     }
 
     /// The namespace that the calling thread is in.

@@ -42,6 +42,16 @@ impl Placeholder {
         Self::clone(kinds.iter().fold(0, |all, kind| all | kind.flag()), None)
     }
 
+    /// Starts it with this pid in the pid namespace `pids`, which may be ours; `EEXIST` when the pid is taken.
+    pub fn start_among(pids: &Namespace, pid: HostPid) -> io::Result<Self> {
+        let home = Namespace::own(NsKind::Pid)?;
+        // Only children of this thread are born there, and only until it comes back.
+        namespace::enter(pids)?;
+        let started = Self::start(Some(pid));
+        namespace::enter(&home)?;
+        started
+    }
+
     /// Starts it in new namespaces of these kinds that belong to the user namespace `user`.
     pub fn start_inside(user: &Namespace, kinds: &[NsKind]) -> io::Result<Self> {
         let flags = kinds.iter().fold(0, |all, kind| all | kind.flag());

@@ -14,13 +14,14 @@ use floe_image::messages::{FileLockEntry, FownEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::file_owner::{FileOwner, set_file_owner};
 use floe_kernel::ids::HostPid;
-use floe_kernel::namespace::own_fd_path;
+use floe_kernel::namespace::{NsKind, own_fd_path};
 use floe_kernel::proc::{FileLock, LockKind, LockMode, parse_locks};
 use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::namespace::own_of_root;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World, file_owner_of};
 
 /// `file_lock_entry.flag`.
@@ -223,12 +224,21 @@ impl Lock {
         let mut program = Program::new();
         let label = format!("lease of {}", self.path.display());
         let fd = Arg::from(self.entry.fd);
+        // In a user namespace nobody has CAP_LEASE for files of others, root does not either.
+        let owner = self.owner_of_file(world)?;
+        if let Some(owner) = owner {
+            program.call("setfsuid", libc::SYS_setfsuid, &[Arg::from(owner)]);
+        }
         let args = [fd, Arg::from(libc::F_SETLEASE), Arg::from(held)];
         program.call(label.clone(), libc::SYS_fcntl, &args);
         if breaking {
             // The holder was told already: nobody gets the signal while we break the lease again.
             let args = [fd, Arg::from(libc::F_SETOWN), Arg::from(0)];
             program.call(label, libc::SYS_fcntl, &args);
+        }
+        if owner.is_some() {
+            let (root, _) = world.images.owners.first();
+            program.call("setfsuid", libc::SYS_setfsuid, &[Arg::from(root)]);
         }
         world.run(pid, &program)?;
         if !breaking {
@@ -242,6 +252,16 @@ impl Lock {
         };
         set_file_owner(world.file(self.file)?, &owner)
             .during("Setting the owner of", || self.path.display().to_string())
+    }
+
+    /// Whose file it is, as a task in a user namespace of the tree's own sees it.
+    fn owner_of_file(&self, world: &World<'_>) -> Result<Option<u32>, ExecuteError> {
+        if own_of_root(world.images, NsKind::User).is_none() {
+            return Ok(None);
+        }
+        let stat = rustix::fs::fstat(world.file(self.file)?);
+        let stat = stat.during("Looking at", || self.path.display().to_string())?;
+        Ok(Some(world.images.owners.uid_inside(stat.st_uid)))
     }
 
     /// Opens the file in a way that the lease forbids, without waiting for it to be given up.

@@ -195,6 +195,8 @@ fn execute<'i>(
 /// Leaves nothing behind: every task made so far is killed and reaped, names are removed.
 fn abort(world: &mut World<'_>) {
     world.go_home();
+    // The first process of a pid namespace ends only after all others of it.
+    world.give_up();
     let made = std::mem::take(&mut world.puppets);
     // The end of a leader is reported after that of its threads, and that of the first task of a pid
     // namespace after all others.

@@ -29,6 +29,7 @@ pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped),
         })?),
         Some(user) => {
             let number = world.images.root().pid();
+            let _unset = UnsetLogin::begin();
             let midwife = spawn_root(&RootSpawn {
                 set_tid: Vec::new(),
                 ..spawn
@@ -70,6 +71,36 @@ fn born_of(
     // Its copy of the arena is the root's too.
     arena.end_task(midwife, 0, 0)?;
     Ok((arena, leader))
+}
+
+const LOGINUID: &str = "/proc/thread-self/loginuid";
+
+/// Who is logged in is not handed down as long as this lives: a task in a user namespace can only set a login
+/// uid that is not set.
+struct UnsetLogin(Option<String>);
+
+impl UnsetLogin {
+    fn begin() -> UnsetLogin {
+        let unset = u32::MAX.to_string();
+        let own = std::fs::read_to_string(LOGINUID).ok();
+        let own = own.filter(|own| own.trim() != unset);
+        if own.is_some()
+            && let Err(error) = std::fs::write(LOGINUID, unset)
+        {
+            tracing::warn!(%error, "the tasks cannot have login uids of their own");
+        }
+        UnsetLogin(own)
+    }
+}
+
+impl Drop for UnsetLogin {
+    fn drop(&mut self) {
+        if let Some(own) = &self.0
+            && let Err(error) = std::fs::write(LOGINUID, own)
+        {
+            tracing::warn!(%error, "this process is not logged in any more");
+        }
+    }
 }
 
 /// Which process a pidfd of a task stands for.

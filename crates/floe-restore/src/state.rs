@@ -34,6 +34,8 @@ impl<'i> Background<'i> {
         if own_of_root(planner.images, NsKind::User).is_some() {
             let (uid, gid) = planner.images.owners.first();
             birth.credentials = birth.credentials.in_new_namespace(uid, gid);
+            // See the midwife.
+            birth.loginuid = birth.loginuid.map(|_| u32::MAX);
         }
         let seccomp: Option<SeccompEntry> =
             planner.images.dir.read_optional(ImageKind::Seccomp, 0)?;
@@ -126,12 +128,19 @@ fn plan_task<'i>(
     planner: &mut Planner<'i>,
     background: &Background<'i>,
 ) -> Result<Programs, PlanError> {
-    let pid = task.pid();
+    let (pid, images) = (task.pid(), planner.images);
     let object = |name| Handle::Object(name, u64::from(pid));
     let run = |program: Program| move |world: &mut World<'i>| world.run(pid, &program).map(drop);
     let early = rebuild::plan_task(&task.core, &background.of(task, pid))?;
     let name = "settings before memory";
     planner.task_step(pid, name, (&[], &[object("early")]), run(early));
+    let born = background.birth.loginuid;
+    if let Some(uid) = rebuild::attributes::loginuid(&task.core, born, &images.owners) {
+        let (needs, makes) = ([Handle::Tree, object("early")], [object("loginuid")]);
+        planner.task_step(pid, "login uid", (&needs, &makes), move |world| {
+            rebuild::attributes::write_loginuid(world, pid, uid)
+        });
+    }
     let mut birth = background.birth.clone();
     if !task.threads.is_empty() {
         let cores = threads(task).map(|(_, core)| core);

@@ -18,6 +18,7 @@ const AHEAD: &str = "1000500";
 const SCRIPT: &str = "
 exec </dev/null >/dev/null 2>&1
 hostname outer-floe
+echo 1555568162 1418103359 1849538473 22875 >/proc/sys/kernel/sem || true
 unshare --uts sh -c 'hostname inner-floe; touch $READY; exec sleep 1000' &
 exec sleep 1001
 ";
@@ -100,6 +101,12 @@ impl Tree {
                 .output()?;
             facts.push(String::from_utf8_lossy(&hostname.stdout).trim().to_string());
             facts.push(fs::read_to_string(format!("/proc/{pid}/uid_map"))?);
+            facts.push(fs::read_to_string(format!("/proc/{pid}/loginuid"))?);
+            let limits = Command::new("nsenter")
+                .args(["--ipc", "--target", &pid.to_string()])
+                .args(["cat", "/proc/sys/kernel/sem"])
+                .output()?;
+            facts.push(String::from_utf8_lossy(&limits.stdout).trim().to_string());
             let clocks = fs::read_to_string(format!("/proc/{pid}/timens_offsets"))?;
             let words: Vec<&str> = clocks.split_whitespace().collect();
             // Some seconds may pass between dump and restore, which do not count.
@@ -130,7 +137,7 @@ fn comes_back(kinds: &[&str]) -> anyhow::Result<()> {
     let mut tree = Tree::start(kinds)?;
     let before = tree.facts()?;
     assert_eq!(before[0], "1");
-    assert_eq!((&*before[1], &*before[5]), ("outer-floe", "inner-floe"));
+    assert_eq!((&*before[1], &*before[7]), ("outer-floe", "inner-floe"));
     tree.dump_and_restore()?;
     assert_eq!(before, tree.facts()?);
     Ok(())

@@ -9,6 +9,7 @@ mod fdinfo;
 mod locks;
 mod maps;
 mod mountinfo;
+mod setting;
 mod stat;
 mod status;
 mod sysvipc;
@@ -21,6 +22,7 @@ pub use fdinfo::{FdInfo, parse_fdinfo};
 pub use locks::{FileLock, LockKind, LockMode, parse_locks};
 pub use maps::{Mapping, VmFlags, parse_maps};
 pub use mountinfo::{Mount, parse_mountinfo};
+pub use setting::read_setting;
 pub use stat::{Stat, parse_stat};
 pub use status::{Status, parse_status};
 pub use sysvipc::{

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 
 use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, RegFileEntry, RemapFilePathEntry, RemapType};
+use floe_kernel::acting::Acting;
 use floe_kernel::namespace::Visit;
 use rustix::fs::{AtFlags, CWD, FileType, Stat};
 use rustix::io::Errno;
@@ -287,6 +288,19 @@ fn save_link(
     save_remap(id, number.0, RemapType::Linked, collector)
 }
 
+/// Gives the file a name, as its owner where our own user has no number in its file system.
+fn link_as_owner(link: &Path, file: &NamedFile<'_>) -> rustix::io::Result<()> {
+    let link_it = || rustix::fs::linkat(file.file, "", CWD, link, AtFlags::EMPTY_PATH);
+    match link_it() {
+        Err(Errno::OVERFLOW) => {
+            let acting = Acting::as_owner(file.stat.st_uid, file.stat.st_gid);
+            let _acting = acting.map_err(|_| Errno::OVERFLOW)?;
+            link_it()
+        }
+        linked => linked,
+    }
+}
+
 /// Links the file where its directory was, or in the nearest one above that still exists; `None` when it
 /// cannot be linked although the directory is there.
 fn make_link(
@@ -298,7 +312,7 @@ fn make_link(
     let name = Path::new(std::ffi::OsStr::from_bytes(name));
     for directory in name.ancestors().skip(1) {
         let link = directory.join(format!("link_remap.{}", number.0));
-        match rustix::fs::linkat(file.file, "", CWD, &link, AtFlags::EMPTY_PATH) {
+        match link_as_owner(&link, file) {
             Ok(()) => return Ok(Some(link)),
             Err(Errno::NOENT) if directory.exists() => return Ok(None),
             Err(Errno::NOENT) => {}

@@ -8,6 +8,7 @@ use std::io;
 
 use floe_image::ImageKind;
 use floe_image::messages::IpcVarEntry;
+use floe_kernel::proc::read_setting;
 use floe_plan::Handle;
 
 use super::limited;
@@ -48,7 +49,7 @@ pub fn collect() -> Result<IpcVarEntry, CollectError> {
 /// The numbers in a file; none where this kernel has no such setting.
 fn read(name: &str) -> Result<Vec<i128>, CollectError> {
     let path = format!("/proc/sys/{name}");
-    match std::fs::read_to_string(&path) {
+    match read_setting(&path) {
         Ok(text) => Ok(numbers(&text)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(source) => Err(CollectError::System {
@@ -130,7 +131,7 @@ fn next_numbers(entry: &IpcVarEntry) -> Vec<(&'static str, Vec<i128>)> {
 /// Writes a setting that is not so already.
 fn write((name, values): &(&'static str, Vec<i128>)) -> Result<(), ExecuteError> {
     let path = format!("/proc/sys/{name}");
-    let now = match std::fs::read_to_string(&path) {
+    let now = match read_setting(&path) {
         // A kernel without this setting.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         now => numbers(&now.during("Reading", || path.clone())?),

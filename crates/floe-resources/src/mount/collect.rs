@@ -9,7 +9,8 @@ use floe_image::ImageKind;
 use floe_image::messages::{Fstype, MntEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::mount::{Propagation, Reach, copy_mount, set_propagation};
-use floe_kernel::namespace::{NsKind, Visit, unshare};
+use floe_kernel::namespace::{Namespace, NsKind, Visit, unshare};
+use floe_kernel::placeholder::Placeholder;
 use floe_kernel::proc::{Mount, parse_mountinfo};
 use floe_options::External;
 use rustix::fs::{AtFlags, CWD, Dir, Mode, OFlags, StatxFlags};
@@ -466,15 +467,34 @@ fn pristine(
         && !unbindable
         && mount_id(seen.as_fd()) == Ok(u64::from(entry.mnt_id))
     {
-        return copy_mount(seen.as_fd(), b"").map_err(system);
+        match copy_mount(seen.as_fd(), b"") {
+            // Something is mounted on it that may not be taken away.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {}
+            copied => return copied.map_err(system),
+        }
     }
-    uncover(entry, all, &visit).map_err(system)
+    uncover(entry, all, (namespace, visit)).map_err(system)
 }
 
 /// As [`pristine`], for a mount that others hide or that cannot be copied by itself: a copy of the
 /// namespace is made, and the others are taken away there.
-fn uncover(entry: &MntEntry, all: &[MntEntry], _inside: &Visit) -> std::io::Result<OwnedFd> {
-    unshare(NsKind::Mnt.flag())?;
+fn uncover(
+    entry: &MntEntry,
+    all: &[MntEntry],
+    (namespace, mut visit): (&TreeNamespace, Visit),
+) -> std::io::Result<OwnedFd> {
+    // In a copy that belonged to another user namespace, no mount could be taken away from another.
+    let keeper = match namespace.namespace.owner() {
+        Ok(owner) if owner.identity() != Namespace::own(NsKind::User)?.identity() => {
+            let copy = Placeholder::start_inside(&owner, &[NsKind::Mnt])?;
+            visit.enter(&Namespace::of_task(copy.pid(), NsKind::Mnt)?)?;
+            Some(copy)
+        }
+        _ => {
+            unshare(NsKind::Mnt.flag())?;
+            None
+        }
+    };
     let root = open_mount("/")?;
     set_propagation(root.as_fd(), Reach::Tree, Propagation::Private)?;
     let order = attach_order(0, all).unwrap_or_default();
@@ -485,7 +505,11 @@ fn uncover(entry: &MntEntry, all: &[MntEntry], _inside: &Visit) -> std::io::Resu
         }
         if other.mountpoint != "/" {
             let flags = UnmountFlags::DETACH | UnmountFlags::NOFOLLOW;
-            rustix::mount::unmount(other.mountpoint.as_str(), flags)?;
+            match rustix::mount::unmount(other.mountpoint.as_str(), flags) {
+                // It came with the user namespace; the copy below fails if it hides something.
+                Err(Errno::INVAL) if keeper.is_some() => {}
+                other => other?,
+            }
         }
     }
     Err(Errno::NOENT.into())

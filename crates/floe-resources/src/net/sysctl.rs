@@ -10,6 +10,7 @@ use std::fs;
 use std::io::ErrorKind;
 
 use floe_image::messages::{SysctlEntry, SysctlType};
+use floe_kernel::proc::read_setting;
 
 use super::error::{Attempt, NetError};
 
@@ -222,7 +223,7 @@ pub fn execute_whole(
 
 /// The text of a setting; `None` where this kernel lacks it, or it has no value.
 fn read(path: &str) -> Result<Option<String>, NetError> {
-    match fs::read_to_string(path) {
+    match read_setting(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(None),

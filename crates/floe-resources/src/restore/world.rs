@@ -399,6 +399,12 @@ impl<'i> World<'i> {
         }
     }
 
+    /// Gives up what was for later: processes that were kept until then end.
+    pub fn give_up(&mut self) {
+        self.before_release.clear();
+        self.tidy.clear();
+    }
+
     /// Takes back everything outside of the tree, last made first.
     pub fn take_back(&mut self) {
         self.go_home();

@@ -8,12 +8,14 @@
 //!           `READ_IMPLIES_EXEC` in threads other than the leader.
 
 use std::fs;
+use std::os::fd::AsRawFd;
 
 use floe_image::messages::{CoreEntry, MmEntry, TaskCoreEntry, ThreadCoreEntry};
 use floe_inject::{Arg, BufferId, CallId, Outcome, Program};
 use floe_kernel::ids::HostPid;
 
-use crate::restore::{Attempt, ExecuteError};
+use crate::namespace::OwnerMap;
+use crate::restore::{Attempt, ExecuteError, World};
 
 /// `MEMBARRIER_CMD_GET_REGISTRATIONS` (Linux 6.3+).
 const GET_REGISTRATIONS: i32 = 1 << 9;
@@ -256,29 +258,33 @@ pub fn plan_dumpable(mm: Option<&MmEntry>, program: &mut Program) {
     );
 }
 
-/// The login uid, which audit records of the task bear. Only the task itself may write it; children
+/// The login uid that a task must be given, as we see it: audit records of the task bear it, and children
 /// inherit it, so where it is as in this process, it is right already.
-pub fn plan_loginuid(task: &TaskCoreEntry, born: Option<u32>, program: &mut Program) {
-    let Some(wanted) = task.loginuid.filter(|wanted| Some(*wanted) != born) else {
-        return;
+pub fn loginuid(core: &CoreEntry, born: Option<u32>, owners: &OwnerMap) -> Option<u32> {
+    let wanted = core.tc.as_ref()?.loginuid?;
+    let wanted = match wanted {
+        u32::MAX => wanted,
+        uid => owners.uid_outside(uid),
     };
     // A kernel without audit has no login uids, so each is unset.
-    if born.is_none() && wanted == u32::MAX {
-        return;
-    }
-    let path = program.buffer(b"/proc/self/loginuid\0");
-    let args = [libc::AT_FDCWD.into(), path.into(), libc::O_WRONLY.into()];
-    let fd = program.call("open of /proc/self/loginuid", libc::SYS_openat, &args);
+    (Some(wanted) != born && (born.is_some() || wanted != u32::MAX)).then_some(wanted)
+}
+
+/// Gives a task its login uid. Only the task itself may write it, through a file that we open: in a user
+/// namespace its own is root's outside.
+pub fn write_loginuid(world: &mut World<'_>, pid: u32, wanted: u32) -> Result<(), ExecuteError> {
+    let path = format!("/proc/{}/loginuid", world.puppet(pid)?.pid());
+    let file = fs::File::options().write(true).open(&path);
+    let file = file.during("Opening", || path)?;
+    let fd = world.hand_over(pid, file.as_raw_fd())?;
+    let mut program = Program::new();
     let digits = wanted.to_string();
     let text = program.buffer(digits.as_bytes());
     let args = [fd.into(), text.into(), digits.len().into()];
-    let label = format!("write of {wanted} to /proc/self/loginuid");
+    let label = format!("write of {wanted} to its loginuid");
     program.call(label, libc::SYS_write, &args);
-    program.call(
-        "close of /proc/self/loginuid",
-        libc::SYS_close,
-        &[fd.into()],
-    );
+    program.call("close of its loginuid", libc::SYS_close, &[fd.into()]);
+    world.run(pid, &program).map(drop)
 }
 
 /// Sets from outside how soon the OOM killer takes the task.

@@ -83,7 +83,6 @@ pub fn plan_task(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
         .tc
         .as_ref()
         .ok_or_else(|| context.damaged("tc is missing"))?;
-    attributes::plan_loginuid(task, context.birth.loginuid, &mut program);
     attributes::plan_personality(task, &mut program);
     attributes::plan_early(task, context.mm, &mut program);
     Ok(program)

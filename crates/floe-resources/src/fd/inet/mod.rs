@@ -7,6 +7,7 @@
 mod address;
 mod collect;
 mod ip_options;
+mod ping;
 mod plan;
 mod restore_tcp;
 mod tcp;

@@ -6,6 +6,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use super::ping;
 use floe_image::messages::InetSkEntry;
 use floe_kernel::nftables::Flow;
 use floe_kernel::socket::{bind, connect, listen, shutdown, socket};
@@ -128,7 +129,13 @@ pub(super) struct Network {
 pub(super) fn make_sharing(entry: &InetSkEntry) -> Result<OwnedFd, ExecuteError> {
     let what = || format!("{} (protocol {})", entry.ino, entry.proto);
     let [family, kind, protocol] = [entry.family, entry.r#type, entry.proto].map(u32::cast_signed);
-    let file = socket(family, kind, protocol).during("Making internet socket", what)?;
+    let made = match socket(family, kind, protocol) {
+        Err(error) if error.raw_os_error() == Some(libc::EACCES) => {
+            ping::socket(family, kind, protocol)
+        }
+        made => made,
+    };
+    let file = made.during("Making internet socket", what)?;
     let set = |option, value| {
         set_option_number(file.as_fd(), option, value).during("Preparing internet socket", what)
     };

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use floe_image::dir::GhostImage;
 use floe_image::messages::{RegFileEntry, RemapFilePathEntry, RemapType};
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::{Namespace, NsKind};
 use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
@@ -18,7 +19,7 @@ use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
 use crate::mount;
-use crate::namespace::OwnerMap;
+use crate::namespace::{OwnerMap, has_own_pids};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when all names that exist for the opening of files are gone again.
@@ -258,7 +259,12 @@ struct BroughtBack(BTreeSet<u32>);
 /// directory this is can enter it only as long as the process lives.
 fn bring_back(world: &mut World<'_>, pid: u32) -> std::io::Result<()> {
     if world.state::<BroughtBack>().0.insert(pid) {
-        let process = Placeholder::start(Some(HostPid(pid.cast_signed())))?;
+        let pid = HostPid(pid.cast_signed());
+        let root = world.images.root().pid();
+        let process = match world.host_pid(root).filter(|_| has_own_pids(world.images)) {
+            Some(root) => Placeholder::start_among(&Namespace::of_task(root, NsKind::Pid)?, pid)?,
+            None => Placeholder::start(Some(pid))?,
+        };
         world.on_success(move || drop(process));
     }
     Ok(())
