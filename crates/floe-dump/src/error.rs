@@ -78,6 +78,19 @@ pub enum DumpError {
         "Task {pid} ended while its memory was copied: there is nothing to checkpoint any more"
     )]
     Ended { pid: HostPid },
+    /// There is no connection to the page server.
+    #[error(transparent)]
+    Connect(#[from] floe_transfer::ConnectError),
+    /// The descriptor of `--ps-socket`.
+    #[error("Using descriptor {fd} (--ps-socket)")]
+    PageSocket {
+        fd: i32,
+        #[source]
+        source: io::Error,
+    },
+    /// Pages did not arrive at the page server.
+    #[error("Saving memory")]
+    Send(#[from] floe_transfer::SendError),
     /// Pages could not be saved.
     #[error("Saving memory")]
     Copy(#[from] CopyError),

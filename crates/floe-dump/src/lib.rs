@@ -13,6 +13,7 @@ mod iterate;
 pub mod keeper;
 mod kinship;
 mod memory;
+mod pagemap_out;
 mod predump;
 mod release;
 mod remote;
@@ -81,8 +82,10 @@ pub fn dump(
             tracking.lineage().write_link(&writer)?;
             MemoryDump::incremental(&writer, tracking)
         }
+        None if options.page_server.is_some() => MemoryDump::new(&writer),
         None => MemoryDump::prepare(&writer, root)?,
     };
+    memory.use_server(options)?;
     prepare(&writer, options);
     let mut report = DumpReport::default();
     let stopping = Instant::now();
@@ -198,7 +201,9 @@ fn track(
 
 /// `--auto-dedup`: once the new generation is whole, the room of what it replaces is given back.
 fn dedup(options: &DumpOptions) -> Result<(), DumpError> {
-    if options.auto_dedup && options.place.prev_images_dir.is_some() {
+    // A page server has the pages, and options of its own.
+    let here = options.page_server.is_none();
+    if here && options.auto_dedup && options.place.prev_images_dir.is_some() {
         let images = ImageDir::open(&options.place.images_dir)?;
         let punched = punch_replaced(&images)?;
         tracing::info!(bytes = punched.0, "gave back room in the parents");

@@ -12,13 +12,17 @@ use floe_memory::{
     Area, FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
     Selection, TaskPages, data_runs, difference, intersection,
 };
+use floe_options::DumpOptions;
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
 use floe_resources::vma::{AddressSpace, SmapsAhead, Vma, guard_entry};
+use floe_transfer::PageSender;
+use floe_transfer::frame::Target;
 use rustix::fs::OFlags;
 
 use crate::error::DumpError;
 use crate::freeze::FrozenTask;
+use crate::pagemap_out::{PagemapOut, connect};
 use crate::reserve::Reserved;
 use crate::track::Tracking;
 
@@ -43,6 +47,8 @@ pub struct MemoryDump<'a> {
     pump: PagePump,
     pages_id: u32,
     reserved: Reserved,
+    /// Where pages go instead of to files.
+    pub server: Option<PageSender>,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
     /// Mappings that are being read since the tree was stopped.
@@ -65,12 +71,24 @@ impl<'a> MemoryDump<'a> {
         }
     }
 
+    /// A dump of everything, without room for pages made here.
+    pub fn new(writer: &'a ImageWriter) -> Self {
+        Self::with_room(writer, Reserved::default())
+    }
+
+    /// Connects to the page server where the options name one.
+    pub fn use_server(&mut self, options: &DumpOptions) -> Result<(), DumpError> {
+        self.server = options.page_server.as_ref().map(connect).transpose()?;
+        Ok(())
+    }
+
     fn with_room(writer: &'a ImageWriter, reserved: Reserved) -> Self {
         MemoryDump {
             writer,
             pump: PagePump::new(WORKERS),
             pages_id: reserved.last_id(),
             reserved,
+            server: None,
             tracking: None,
             smaps: SmapsAhead::default(),
             counts: MemoryCounts::default(),
@@ -92,9 +110,10 @@ impl<'a> MemoryDump<'a> {
         let mut scanner = PageScanner::new(task.pid, pagemap);
         let mut builder = match self.reserved.take(task.pid) {
             Some(file) => {
-                PagemapBuilder::with_file(ImageKind::Pagemap, u64::from(task.number), file)
+                let number = u64::from(task.number);
+                PagemapOut::Files(PagemapBuilder::with_file(ImageKind::Pagemap, number, file))
             }
-            None => self.begin(ImageKind::Pagemap, u64::from(task.number))?,
+            None => self.begin(Target::Task(task.number.into()))?,
         };
         let mut sources = Sources::new(task);
         let (mut batch, mut runs, mut guards) = (Batch::default(), Vec::new(), Vec::new());
@@ -133,8 +152,8 @@ impl<'a> MemoryDump<'a> {
             .collect())
     }
 
-    fn finish_task(&mut self, builder: PagemapBuilder) -> Result<(), DumpError> {
-        let stats = builder.finish(self.writer)?;
+    fn finish_task(&mut self, builder: PagemapOut) -> Result<(), DumpError> {
+        let stats = builder.finish(self.writer, self.server.as_mut())?;
         self.counts.pages_written += stats.pages;
         self.counts.pages_in_parent += stats.in_parent;
         Ok(())
@@ -143,7 +162,7 @@ impl<'a> MemoryDump<'a> {
     /// Notes the pages that the parent has, and returns the others.
     fn leave_to_parent(
         &mut self,
-        (builder, sources): (&mut PagemapBuilder, &mut Sources<'_>),
+        (builder, sources): (&mut PagemapOut, &mut Sources<'_>),
         vmas: &[Vma],
         runs: &[PageRun],
     ) -> Result<Vec<PageRun>, DumpError> {
@@ -172,7 +191,7 @@ impl<'a> MemoryDump<'a> {
     pub fn send_live(&mut self, live: &LiveTask) -> Result<(), DumpError> {
         let pagemap = Pagemap::new(live.pagemap.try_clone().map_err(DumpError::Uffd)?);
         let mut scanner = PageScanner::new(live.pid, pagemap);
-        let mut builder = self.begin(ImageKind::Pagemap, u64::from(live.number))?;
+        let mut builder = self.begin(Target::Task(live.number.into()))?;
         let mut runs = Vec::new();
         for area in &live.areas {
             runs.clear();
@@ -191,7 +210,7 @@ impl<'a> MemoryDump<'a> {
 
     fn send(
         &mut self,
-        builder: &mut PagemapBuilder,
+        builder: &mut PagemapOut,
         sources: &mut Sources<'_>,
         batch: &mut Batch,
     ) -> Result<(), DumpError> {
@@ -210,7 +229,7 @@ impl<'a> MemoryDump<'a> {
             source,
         };
         let runs = data_runs(&segment.file, segment.size).map_err(failed)?;
-        let mut builder = self.begin(ImageKind::ShmemPagemap, segment.id)?;
+        let mut builder = self.begin(Target::Segment(segment.id))?;
         let source: Arc<dyn PageSource> = Arc::new(FilePages(segment.file));
         let mut changed = runs;
         if let Some(tracking) = &self.tracking {
@@ -220,24 +239,27 @@ impl<'a> MemoryDump<'a> {
         }
         builder.send(&mut self.pump, &source, &changed)?;
         self.counts.shared_scanned += segment.size.div_ceil(PAGE_SIZE);
-        let stats = builder.finish(self.writer)?;
+        let stats = builder.finish(self.writer, self.server.as_mut())?;
         self.counts.shared_written += stats.pages;
         self.counts.shared_in_parent += stats.in_parent;
         Ok(())
     }
 
-    fn begin(&mut self, kind: ImageKind, id: u64) -> Result<PagemapBuilder, DumpError> {
+    fn begin(&mut self, target: Target) -> Result<PagemapOut, DumpError> {
+        if self.server.is_some() {
+            return Ok(PagemapOut::to_server(target));
+        }
         self.pages_id += 1;
-        Ok(PagemapBuilder::create(
-            self.writer,
-            kind,
-            id,
-            self.pages_id,
-        )?)
+        let (kind, id) = target.image();
+        let builder = PagemapBuilder::create(self.writer, kind, id, self.pages_id)?;
+        Ok(PagemapOut::Files(builder))
     }
 
-    /// Waits until every page is in its file.
+    /// Waits until every page is in its file, or at the page server.
     pub fn drain(&mut self) -> Result<floe_memory::Copied, DumpError> {
+        if let Some(mut server) = self.server.take() {
+            return Ok(server.finish()?);
+        }
         Ok(self.pump.drain()?)
     }
 }

@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 use crate::error::DumpError;
 use crate::freeze::{self, FrozenTree};
 use crate::memory::{LiveTask, MemoryDump};
+use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source};
 use crate::{dedup, durability, release, run_id, write};
@@ -44,6 +45,7 @@ pub fn pre_dump(
         .run(HookEvent::new(Action::PreDump, Some(root.0)))?;
     let images = &options.place.images_dir;
     let writer = ImageWriter::create(images, durability(images))?;
+    let server = options.page_server.as_ref().map(connect).transpose()?;
     let mut tracking = Tracking::open(options, features, Round::New)?;
     tracking.lineage().write_link(&writer)?;
     let stopping = Instant::now();
@@ -71,6 +73,7 @@ pub fn pre_dump(
     );
     tracking.arm_fresh()?;
     let mut memory = MemoryDump::incremental(&writer, tracking);
+    memory.server = server;
     let unsure = copy(&mut memory, tasks, &mut report)?;
     if ProcDir::open(root).is_err() {
         return Err(DumpError::Ended { pid: root });

@@ -108,6 +108,11 @@ impl Settings {
                 "archives are compressed by zstd: --compress zstd:LEVEL sets the level",
             ));
         }
+        if self.server.use_page_server && (self.iterate || self.archive.is_some()) {
+            return Err(UsageError::Conflict(
+                "--page-server goes with neither --iterate nor --archive",
+            ));
+        }
         if matches!(command, Command::Dump | Command::PreDump) && self.tree.is_none() {
             return Err(UsageError::Needs {
                 command: command.name(),
@@ -129,9 +134,9 @@ impl Settings {
                 "leave it out: memory is filled before the start",
             ),
             (
-                self.server.use_page_server && dump,
-                "--page-server",
-                "dump to a directory and copy it",
+                self.server.tls && (dump || command == Command::PageServer),
+                "--tls",
+                "tunnel the connection, for example by ssh -L",
             ),
             (
                 self.stream && (dump || restore),
@@ -170,7 +175,9 @@ impl Settings {
             command: "dump",
             what: "the tree's root: -t PID",
         })?;
+        let to_server = self.server.use_page_server;
         Ok(DumpOptions {
+            page_server: to_server.then(|| self.server.place()).transpose()?,
             after: match self.final_state {
                 FinalState::Usual => AfterDump::Kill,
                 FinalState::Stopped => AfterDump::LeaveStopped,

@@ -45,6 +45,20 @@ pub enum TrackerChoice {
     None,
 }
 
+/// Where a dump sends its pages (`--page-server`).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PageServer {
+    /// A server that listens (`--address`, `--port`).
+    At {
+        /// An address or host name.
+        address: String,
+        /// The port.
+        port: u16,
+    },
+    /// A connected socket among our caller's descriptors (`--ps-socket`).
+    Socket(i32),
+}
+
 /// When a dump in rounds (`--iterate`) stops copying and takes the rest; ours only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct IterateOptions {
@@ -116,6 +130,8 @@ pub struct DumpOptions {
     pub auto_dedup: bool,
     /// How a pre-dump reads.
     pub pre_dump_mode: PreDumpMode,
+    /// Where pages go instead of to files (`--page-server`).
+    pub page_server: Option<PageServer>,
     /// Pages stay in the tasks and are served on request (`--lazy-pages`).
     pub lazy_pages: bool,
     /// Mappings made by uprobes are allowed (`--allow-uprobes`).
@@ -156,6 +172,7 @@ impl DumpOptions {
             tracker: TrackerChoice::default(),
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
+            page_server: None,
             lazy_pages: false,
             allow_uprobes: false,
             unprivileged: false,

@@ -24,7 +24,7 @@ mod values;
 pub use build::NotYet;
 pub use command::Command;
 pub use config::ConfigSources;
-pub use dump::{AfterDump, DumpOptions, IterateOptions, PreDumpMode, TrackerChoice};
+pub use dump::{AfterDump, DumpOptions, IterateOptions, PageServer, PreDumpMode, TrackerChoice};
 pub use error::{UsageError, ValueError};
 pub use external::{ExtMount, External, ExternalError, InheritFd};
 pub use hooks::{Action, HookError, HookEvent, Hooks, NoHooks};

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use crate::{
     ByteLimit, CgroupOptions, CpuCapabilities, External, FileValidation, InheritFd, IterateOptions,
-    JoinNamespace, LsmProfile, MountOptions, PreDumpMode, SocketOptions, TrackerChoice, TreePid,
-    VethPair,
+    JoinNamespace, LsmProfile, MountOptions, PageServer, PreDumpMode, SocketOptions, TrackerChoice,
+    TreePid, UsageError, VethPair,
 };
 
 /// What `-s` and `-R` ask for; the last one wins, as in CRIU.
@@ -58,6 +58,24 @@ pub struct ServerSettings {
     pub tls_cert: Option<PathBuf>,
     /// `--tls-key`.
     pub tls_key: Option<PathBuf>,
+}
+
+impl ServerSettings {
+    /// The server that a dump sends to; an error where its port is not named.
+    pub fn place(&self) -> Result<PageServer, UsageError> {
+        if let Some(fd) = self.socket {
+            return Ok(PageServer::Socket(fd));
+        }
+        let port = self.port.ok_or(UsageError::Needs {
+            command: "--page-server",
+            what: "the server's port: --port PORT",
+        })?;
+        let address = self.address.clone();
+        Ok(PageServer::At {
+            address: address.unwrap_or_else(|| "127.0.0.1".to_string()),
+            port,
+        })
+    }
 }
 
 /// The log of one run.

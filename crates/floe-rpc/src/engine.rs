@@ -74,6 +74,10 @@ pub trait Engine {
     /// Whether a feature is there, by CRIU's name for it.
     fn has_feature(&self, name: &str) -> bool;
 
+    /// Receives the pages of one dump in this very process. `ready` is told the port once it listens (0 for
+    /// a socket of the caller's).
+    fn page_server(&self, settings: &Settings, ready: &mut dyn FnMut(u16)) -> Result<(), Refusal>;
+
     /// `cpuinfo dump` and `cpuinfo check`.
     fn cpuinfo(&self, command: Command, settings: &Settings) -> Result<(), Refusal>;
 }

@@ -11,6 +11,7 @@ mod directories;
 mod engine;
 mod notify;
 mod options;
+mod server;
 pub mod service;
 mod session;
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use floe_image::messages::{
-    CriuDumpResp, CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp, CriuRestoreResp,
-    CriuVersion,
+    CriuDumpResp, CriuFeatures, CriuOpts, CriuPageServerInfo, CriuReq, CriuReqType, CriuResp,
+    CriuRestoreResp, CriuVersion,
 };
 use floe_inject::{EngineEnd, Split, Watch};
 use floe_options::command::Command;
@@ -16,6 +16,7 @@ use floe_options::{Hooks, Settings};
 use crate::directories::{Context, Directories, Images};
 use crate::notify::{Notifier, chain};
 use crate::options::{Started, apply};
+use crate::server::{self, Parentage};
 use crate::{Channel, ChannelError, Engine, Refusal};
 
 /// The version of CRIU that we answer for.
@@ -137,13 +138,8 @@ impl<'e> Session<'e> {
             Type::FeatureCheck => self.features(request.features.unwrap_or_default()),
             Type::Version => self.version(),
             Type::WaitPid => self.wait_for(request.pid),
-            Type::PageServer | Type::PageServerChld => {
-                let refusal = Refusal::new(
-                    "the page server is not there yet: dump to a directory and copy it",
-                );
-                let errno = rustix::io::Errno::OPNOTSUPP.raw_os_error();
-                self.refuse(response(Type::PageServer), refusal.with_errno(errno))
-            }
+            Type::PageServer => self.start_page_server(opts, Parentage::Orphan),
+            Type::PageServerChld => self.start_page_server(opts, Parentage::Child),
             Type::Notify | Type::Empty => {
                 let text = format!("request type {} is not known here", request.r#type);
                 self.refuse(response(Type::Empty), Refusal::bad_request(text))
@@ -279,6 +275,31 @@ impl<'e> Session<'e> {
                 End::Failed
             }
             Err(refusal) => self.refuse(answer(-1), refusal),
+        }
+    }
+
+    /// Answers once a process of its own listens for pages. The caller may wait for a child of ours.
+    fn start_page_server(&self, opts: Option<&CriuOpts>, parentage: Parentage) -> End {
+        let answer = response(CriuReqType::PageServer);
+        match server::start(parentage, |ready| {
+            let prepared = self.prepare(opts, Images::Needed)?;
+            self.engine.page_server(&prepared.settings, ready)
+        }) {
+            Ok((pid, port)) => {
+                let ps = CriuPageServerInfo {
+                    pid: Some(pid),
+                    port: Some(port.into()),
+                    ..CriuPageServerInfo::default()
+                };
+                self.reply(
+                    CriuResp {
+                        ps: Some(ps),
+                        ..answer
+                    },
+                    Ok(()),
+                )
+            }
+            Err(refusal) => self.refuse(answer, refusal),
         }
     }
 

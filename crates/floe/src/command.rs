@@ -18,8 +18,8 @@ use crate::logging::{Log, Target};
 use crate::pack::OnTheWay;
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, inspect, new_pids, pack, report, rpc,
-    squash, statistics, track, unpack, verify,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, new_pids, pack, page_server,
+    report, rpc, squash, statistics, track, unpack, verify,
 };
 
 /// A command of Floe's own: its words stand first and have options of their own.
@@ -270,6 +270,7 @@ fn execute(
         Command::Dump | Command::PreDump => dump(&settings, command),
         Command::Restore => restore(&settings, rest),
         Command::Dedup => track::dedup(&settings.place()),
+        Command::PageServer => page_server::run(&settings),
         Command::CpuinfoDump => cpuinfo::dump(&settings.place()),
         Command::CpuinfoCheck => cpuinfo::check(&settings.place(), settings.cpu_cap),
         Command::Exec => Err(gone("exec", "use ptrace or gdb")),

@@ -4,6 +4,7 @@
 //! The only crate that prints or reads the environment. Called as `criu` it is the same program
 //! with CRIU's version line.
 
+mod background;
 mod check;
 mod command;
 mod cpuinfo;
@@ -18,6 +19,7 @@ mod logging;
 mod new_pids;
 mod own;
 mod pack;
+mod page_server;
 mod report;
 mod rpc;
 mod scripts;

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use floe_dump::{DumpError, FreezeError};
 use floe_inject::Watch;
-use floe_kernel::child::{Fork, drop_streams, fork};
+use floe_kernel::child::Fork;
 use floe_kernel::features::{KernelFeatures, ProbeContext, find};
 use floe_kernel::ids::HostPid;
 use floe_options::command::Command;
@@ -21,8 +21,9 @@ use rustix::io::Errno;
 
 use crate::exit::{Exit, Failure};
 use crate::logging::Log;
+use crate::page_server::PageServer;
 use crate::scripts::CallerAndScripts;
-use crate::{check, command, cpuinfo, engine, explain};
+use crate::{background, check, command, cpuinfo, engine, explain};
 
 /// Answers the caller that started us with one end of a pair of sockets.
 pub fn answer_parent(fd: &str) -> Result<Exit, Failure> {
@@ -41,36 +42,18 @@ pub fn serve(settings: &Settings, log: Log) -> Result<Exit, Failure> {
     let address = settings.server.address.as_deref();
     let service = Service::bind(Path::new(address.unwrap_or(DEFAULT_ADDRESS)));
     let service = service.map_err(anyhow::Error::from)?;
-    if settings.detached && !go_to_background()? {
+    if settings.detached
+        && let Fork::Parent(_) = background::enter()?
+    {
         return Ok(Exit::Done);
     }
-    if let Some(file) = &settings.pidfile {
-        let path = settings.place().work_file(file);
-        std::fs::write(&path, std::process::id().to_string())
-            .map_err(|error| anyhow::anyhow!("pidfile {}: {error}", path.display()))?;
-    }
-    if let Some(fd) = settings.status_fd {
-        let ready = floe_kernel::inherited::take(fd)
-            .and_then(|fd| rustix::io::write(&fd, &[0]).map_err(Into::into));
-        ready.map_err(|error| anyhow::anyhow!("--status-fd {fd}: {error}"))?;
-    }
+    background::write_pidfile(settings, rustix::process::getpid())?;
+    background::tell_ready(settings)?;
     log_panics();
     tracing::info!("waiting for connections");
     match service.run(&Program { log }).map_err(anyhow::Error::from)? {
         Role::Worker(end) => Ok(exit(end)),
     }
-}
-
-/// Goes on in a process of its own session, without our caller's standard streams; `false` in the process
-/// that the caller waits for.
-fn go_to_background() -> Result<bool, Failure> {
-    let failed = |error: std::io::Error| anyhow::anyhow!("going to the background: {error}");
-    if let Fork::Parent(_) = fork().map_err(failed)? {
-        return Ok(false);
-    }
-    rustix::process::setsid().map_err(|errno| failed(errno.into()))?;
-    drop_streams().map_err(failed)?;
-    Ok(true)
 }
 
 /// A panic would be printed on standard error, which is not ours.
@@ -188,6 +171,16 @@ impl Engine for Program {
         // Pages on demand need more of us than of the kernel.
         name != "lazy_pages"
             && find(name).is_some_and(|feature| feature.present(&ProbeContext::default()))
+    }
+
+    fn page_server(&self, settings: &Settings, ready: &mut dyn FnMut(u16)) -> Result<(), Refusal> {
+        let mut serve = || {
+            command::refuse_not_yet(Command::PageServer, settings)?;
+            let (server, port) = PageServer::open(settings)?;
+            ready(port);
+            server.serve()
+        };
+        serve().map_err(refusal)
     }
 
     fn cpuinfo(&self, kind: Command, settings: &Settings) -> Result<(), Refusal> {

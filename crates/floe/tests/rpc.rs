@@ -80,7 +80,7 @@ fn what_is_no_request_or_makes_no_sense_is_answered_clearly() {
         (b"\xff\xff\xff\xff", "the packet is not a request"),
         (b"", ""),
         (&[0x08, 0x63], "request type 99 is not known here"),
-        (&[0x08, 0x05], "page server"),
+        (&[0x08, 0x05], "images_dir_fd"),
     ];
     for (bytes, expected) in cases {
         let mut client = start(directory.path());

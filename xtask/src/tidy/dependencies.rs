@@ -26,6 +26,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["floe-image", "floe-kernel", "floe-memory"],
     ),
     (
+        "floe-transfer",
+        &["floe-image", "floe-kernel", "floe-memory"],
+    ),
+    (
         "floe-resources",
         &[
             "floe-image",
@@ -46,6 +50,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "floe-inject",
             "floe-memory",
             "floe-resources",
+            "floe-transfer",
         ],
     ),
     (
@@ -70,6 +75,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &[
             "floe-archive",
             "floe-rpc",
+            "floe-transfer",
             "floe-explain",
             "floe-image",
             "floe-options",
