@@ -11,6 +11,7 @@ pub mod fixture;
 pub mod process;
 pub mod program;
 pub mod real;
+pub mod rounds;
 pub mod rpc;
 pub mod skips;
 pub mod sys;

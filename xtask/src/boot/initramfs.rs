@@ -15,8 +15,10 @@ const BUSYBOX: &str = "/bin/busybox";
 const INIT: &str = include_str!("init.sh");
 /// Where a peer and its libraries lie in the guest.
 const PEER: &str = "/peer";
-/// Parts of `kernel/` whose modules are taken along.
-const MODULES: [&str; 4] = [
+/// Parts of `kernel/` whose modules are taken along: what sockets need, and nftables with its checksums.
+const MODULES: [&str; 6] = [
+    "lib/libcrc32c",
+    "crypto/crc32c",
     "net/",
     "drivers/net/tun",
     "drivers/net/veth",

@@ -42,7 +42,7 @@ pub struct Arguments {
     /// A shell command to run inside in place of the sets.
     #[arg(long)]
     command: Option<String>,
-    /// Only these sets: check, chains, torture, cross, fixtures.
+    /// Only these sets: check, chains, faults, torture, cross, fixtures.
     sets: Vec<String>,
 }
 
@@ -69,6 +69,13 @@ const SETS: &[Set] = &[
     Set {
         name: "chains",
         test: Some("chains"),
+        needs_peer: false,
+        limit: Duration::from_secs(900),
+        script: "$TEST --test-threads 2",
+    },
+    Set {
+        name: "faults",
+        test: Some("chain_faults"),
         needs_peer: false,
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",

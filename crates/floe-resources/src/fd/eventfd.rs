@@ -16,7 +16,7 @@ use std::os::fd::AsFd;
 /// See the module.
 pub struct EventFd;
 
-/// `EFD_SEMAPHORE`, which fdinfo prints on a line of its own.
+/// `EFD_SEMAPHORE`, which fdinfo prints on a line of its own (Linux 6.5+).
 const SEMAPHORE: u32 = 1;
 
 impl FdKind for EventFd {
@@ -31,10 +31,14 @@ impl FdKind for EventFd {
         _: &mut Collector<'_>,
     ) -> Result<FileEntry, CollectError> {
         let counter = fd.info_number("eventfd-count", 16)?;
-        let semaphore = fd
-            .info()
-            .value("eventfd-semaphore")
-            .is_some_and(|value| value == b"1");
+        let told = fd.info().value("eventfd-semaphore");
+        if told.is_none() {
+            tracing::info!(
+                "an eventfd is taken for a plain counter: this kernel does not tell whether it is a \
+                 semaphore"
+            );
+        }
+        let semaphore = told.is_some_and(|value| value == b"1");
         let entry = EventfdFileEntry {
             id: id.0,
             flags: fd.flags() | if semaphore { SEMAPHORE } else { 0 },

@@ -1,7 +1,7 @@
 //! Descriptors that tell of events.
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use anyhow::ensure;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, epoll, eventfd, poll};
@@ -55,6 +55,10 @@ fn event_counter(_: &Place) -> anyhow::Result<Check> {
 /// Each read takes one.
 fn semaphore(_: &Place) -> anyhow::Result<Check> {
     let semaphore = eventfd(3, EventfdFlags::SEMAPHORE | EventfdFlags::CLOEXEC)?;
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", semaphore.as_raw_fd()))?;
+    if !info.contains("eventfd-semaphore") {
+        return Err(super::Missing("the kernel does not tell semaphores apart".into()).into());
+    }
     Ok(Box::new(move || {
         for left in [3, 2, 1] {
             ensure!(is_readable(&semaphore)?, "{left} should be left");

@@ -16,6 +16,7 @@ mod ipc;
 mod locks;
 mod memory;
 mod pipes;
+mod rounds;
 mod signals;
 mod tasks;
 mod terminal;
@@ -90,6 +91,7 @@ pub fn programs() -> Vec<&'static Program> {
         locks::PROGRAMS,
         ipc::PROGRAMS,
         blocked::PROGRAMS,
+        rounds::PROGRAMS,
     ]
     .into_iter()
     .flatten()
@@ -108,6 +110,7 @@ pub fn find(name: &str) -> Option<&'static Program> {
         .chain(workloads())
         .chain(bench::IN_ROUNDS)
         .chain(churn::PROGRAMS)
+        .chain(rounds::NOT_DUMPED)
         .find(|program| program.name == name)
 }
 

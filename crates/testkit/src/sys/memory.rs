@@ -76,6 +76,33 @@ impl Map<'_> {
     }
 }
 
+impl Map<'_> {
+    /// Maps at a multiple of `align`; errors are the kernel's.
+    pub fn aligned(self, align: usize) -> io::Result<Mapping> {
+        let wide = Map {
+            length: self.length + align,
+            ..self
+        };
+        let wide = wide.make()?;
+        let start = wide.address.next_multiple_of(align);
+        let (head, tail) = (
+            start - wide.address,
+            wide.address + wide.length - start - self.length,
+        );
+        for (at, length) in [(wide.address, head), (start + self.length, tail)] {
+            if length > 0 {
+                // SAFETY: a part of the mapping above, which nobody has touched.
+                check(i64::from(unsafe { libc::munmap(at as *mut _, length) }))?;
+            }
+        }
+        std::mem::forget(wide);
+        Ok(Mapping {
+            address: start,
+            length: self.length,
+        })
+    }
+}
+
 impl Mapping {
     /// Takes a mapping that nobody else has.
     pub(super) fn of(address: usize, pages: usize) -> Self {
@@ -194,6 +221,41 @@ impl Mapping {
             return Err(io::Error::last_os_error());
         }
         (self.address, self.length) = (address as usize, length);
+        Ok(())
+    }
+
+    /// Has two mappings of one length change places (`mremap`).
+    pub fn swap(&mut self, other: &mut Mapping) -> io::Result<()> {
+        assert_eq!(self.length, other.length);
+        let between = Map {
+            protection: libc::PROT_NONE,
+            ..Map::private(self.length)
+        };
+        let between = between.aligned(2 << 20)?;
+        let ways = [
+            (self.address, between.address),
+            (other.address, self.address),
+            (between.address, other.address),
+        ];
+        for (from, to) in ways {
+            // SAFETY: `from` is a mapping of ours, to which nobody holds a reference; at `to` there is
+            // `between`, which nobody touches, or nothing, since it was moved away.
+            let address = unsafe {
+                libc::mremap(
+                    from as *mut libc::c_void,
+                    self.length,
+                    self.length,
+                    libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                    to as *mut libc::c_void,
+                )
+            };
+            if address == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        // Its place is empty since the last way.
+        std::mem::forget(between);
+        std::mem::swap(&mut self.address, &mut other.address);
         Ok(())
     }
 

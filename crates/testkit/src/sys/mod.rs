@@ -8,6 +8,7 @@ pub mod signal;
 pub mod sysv;
 pub mod task;
 pub mod timer;
+pub mod unseen;
 
 use std::io;
 
