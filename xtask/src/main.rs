@@ -39,6 +39,12 @@ enum Task {
     /// Receive a terminal from an engine; for `engines`.
     #[command(hide = true)]
     Console(engines::console::Arguments),
+    /// Send datagrams to a socket; for `engines`.
+    #[command(hide = true)]
+    Tick(engines::tick::Arguments),
+    /// Ask a redis again and again; for `bench`.
+    #[command(hide = true)]
+    Poll(bench::poll::Arguments),
     /// Build the binary for release and install it as `floe` and `criu`.
     Install(install::Arguments),
 }
@@ -52,6 +58,8 @@ fn main() -> ExitCode {
         Task::Boot(arguments) => boot::run(&arguments),
         Task::Engines(arguments) => engines::run(&arguments),
         Task::Console(arguments) => engines::console::run(&arguments),
+        Task::Tick(arguments) => engines::tick::run(&arguments),
+        Task::Poll(arguments) => bench::poll::run(&arguments),
         Task::Install(arguments) => install::run(&arguments),
     };
     match result {

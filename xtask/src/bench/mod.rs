@@ -1,7 +1,9 @@
 //! `cargo xtask bench`: how long dumps and restores take, beside a peer on the same machine.
 
 mod archive;
+mod containers;
 mod measure;
+pub mod poll;
 mod table;
 
 use std::path::PathBuf;
@@ -41,10 +43,14 @@ enum Group {
     Engines,
     /// Packing, unpacking and checking, beside zstd.
     Archive,
+    /// Checkpoint and restore by podman, with CRIU of the same tree beside.
+    Containers,
 }
 
 /// Where the rows of archives begin in docs/bench.md.
 const ARCHIVES: &str = "\n## Archives\n";
+/// Where those of containers begin.
+const CONTAINERS: &str = "\n## Containers\n";
 
 fn peer(text: &str) -> Result<Engine, String> {
     let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
@@ -74,6 +80,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     if arguments.group == Group::Archive {
         return archives(&floe, arguments);
+    }
+    if arguments.group == Group::Containers {
+        return in_containers(&floe, arguments);
     }
     let engines: Vec<Engine> = std::iter::once(floe)
         .chain(arguments.peer.clone())
@@ -138,13 +147,40 @@ fn archives(floe: &Engine, arguments: &Arguments) -> anyhow::Result<()> {
     let text = archive::measure(floe, &arguments.place, arguments.rounds)?;
     print!("{text}");
     if arguments.write {
-        let (before, _) = document()?;
         let how = format!(
             "From `cargo xtask bench --group archive`: medians of {} rounds after one that warms up. Both have all\n\
              processors and level 3; `pack` also hashes, `unpack` and `verify` compare every checksum.\n",
             arguments.rounds
         );
-        write(&format!("{before}{ARCHIVES}\n{how}\n{text}"))?;
+        write_section(ARCHIVES, &format!("{how}\n{text}"))?;
     }
     Ok(())
+}
+
+fn in_containers(floe: &Engine, arguments: &Arguments) -> anyhow::Result<()> {
+    let text = containers::measure(floe, &arguments.place, arguments.rounds)?;
+    print!("{text}");
+    if arguments.write {
+        let how = format!(
+            "From `cargo xtask bench --group containers`: `podman container checkpoint` and `restore`, medians of {}\n\
+             rounds after one that warms up, the engines in turn, storage on tmpfs. *No answer* is the longest time\n\
+             between two answers of redis to a client outside.\n",
+            arguments.rounds
+        );
+        write_section(CONTAINERS, &format!("{how}\n{text}"))?;
+    }
+    Ok(())
+}
+
+/// Puts `content` under a heading of docs/bench.md, in place of what stood there.
+fn write_section(heading: &str, content: &str) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(path()).context("reading docs/bench.md")?;
+    let (before, after) = match text.split_once(heading) {
+        Some((before, rest)) => {
+            let next = rest.find("\n## ").unwrap_or(rest.len());
+            (before.to_owned(), rest[next..].to_owned())
+        }
+        None => (text, String::new()),
+    };
+    write(&format!("{before}{heading}\n{content}{after}"))
 }

@@ -5,7 +5,9 @@
 //! namespace of their own.
 
 pub mod console;
-mod sid;
+pub mod sid;
+mod table;
+pub mod tick;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -24,6 +26,9 @@ pub struct Arguments {
     /// The binary; ours, built for release, by default.
     #[arg(long)]
     binary: Option<PathBuf>,
+    /// Write the results to docs/engines.md.
+    #[arg(long)]
+    write: bool,
     /// Only these scenarios.
     names: Vec<String>,
 }
@@ -95,14 +100,16 @@ const ENGINES: &[Engine] = &[
         name: "podman-runc",
         command: "podman --runtime runc",
         place: Where::Sid,
-        packages: &["podman", "runc", "conmon"],
+        packages: &["podman", "runc", "conmon", "netavark", "nftables"],
         script: PODMAN,
     },
     Engine {
         name: "podman-crun",
         command: "podman --runtime crun",
         place: Where::Sid,
-        packages: &["podman", "crun", "libcriu2", "conmon"],
+        packages: &[
+            "podman", "crun", "libcriu2", "conmon", "netavark", "nftables",
+        ],
         script: PODMAN,
     },
     Engine {
@@ -136,6 +143,17 @@ enum Verdict {
     Fault(String),
 }
 
+impl Verdict {
+    fn text(&self, seconds: f64) -> String {
+        match self {
+            Self::Passed => format!("ok ({seconds:.1} s)"),
+            Self::Fault(why) => why.clone(),
+            Self::Skipped(why) => format!("skipped: {why}"),
+            Self::Failed(why) => format!("FAILED: {why}"),
+        }
+    }
+}
+
 /// Runs the scenarios one after the other.
 pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let binary = match (&arguments.binary, std::env::var_os("FLOE_BIN")) {
@@ -151,8 +169,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     };
     let engines: Vec<&Engine> = ENGINES.iter().filter(wanted).collect();
     ensure!(!engines.is_empty(), "no such engine");
-    let mut failures = 0;
-    let mut total = 0;
+    let mut results = Vec::new();
     for engine in engines {
         let stage = match Stage::prepare(engine, &binary) {
             Ok(stage) => stage,
@@ -168,24 +185,25 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
             let started = Instant::now();
             let verdict = stage.run(engine, scenario)?;
             let took = started.elapsed().as_secs_f64();
-            total += 1;
-            match verdict {
-                Verdict::Passed => println!("{} {scenario}: ok ({took:.1} s)", engine.name),
-                Verdict::Fault(why) => println!("{} {scenario}: {why}", engine.name),
-                Verdict::Skipped(why) => println!("{} {scenario}: skipped: {why}", engine.name),
-                Verdict::Failed(why) => {
-                    failures += 1;
-                    println!("{} {scenario}: FAILED: {why}", engine.name);
-                }
-            }
+            println!("{} {scenario}: {}", engine.name, verdict.text(took));
+            results.push(table::Ran {
+                engine: engine.name,
+                scenario,
+                verdict,
+            });
         }
     }
+    if arguments.write {
+        table::write(&results)?;
+    }
+    let failed = |ran: &&table::Ran| matches!(ran.verdict, Verdict::Failed(_));
+    let (failures, total) = (results.iter().filter(failed).count(), results.len());
     ensure!(failures == 0, "{failures} of {total} scenarios failed");
     Ok(())
 }
 
 /// The scenarios of a script, in its order.
-fn scenarios(script: &str) -> impl Iterator<Item = &str> {
+fn scenarios(script: &'static str) -> impl Iterator<Item = &'static str> {
     script
         .lines()
         .filter_map(|line| line.strip_prefix("scenario_")?.split_once("()"))
@@ -204,23 +222,10 @@ impl Stage {
             Where::Here => None,
             Where::Sid => Some(sid::tree(&[engine.packages, of_servers(engine)].concat())?),
         };
-        let directory = tempfile::Builder::new().prefix("floe-engines-").tempdir()?;
-        let own = std::env::current_exe().context("finding our own binary")?;
-        for (from, to) in [(binary, "criu"), (own.as_path(), "xtask")] {
-            fs::copy(from, directory.path().join(to)).with_context(|| format!("copying {to}"))?;
-        }
-        let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new);
-        let busybox = busybox
-            .filter(|path| is_static(path))
-            .find(|path| path.exists());
-        let busybox =
-            busybox.context("busybox is not installed: apt-get install busybox-static")?;
-        fs::copy(busybox, directory.path().join("busybox"))?;
-        fs::write(directory.path().join("scenario.sh"), engine.script)?;
-        fs::write(directory.path().join("servers.sh"), SERVERS)?;
-        fs::write(directory.path().join("libcriu.c"), LIBCRIU_CALLER)?;
-        // Containers with users of their own must reach their files.
-        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755))?;
+        // Podman takes no directory with a longer name than 50 bytes.
+        let directory = tempfile::Builder::new().prefix("floe-").tempdir()?;
+        stage_files(directory.path(), &[("scenario.sh", engine.script)])?;
+        fs::copy(binary, directory.path().join("criu")).context("copying the binary")?;
         let stage = Self { directory, root };
         let program = engine.command.split(' ').next().unwrap_or_default();
         if stage.root.is_none() && !in_path(program) {
@@ -288,6 +293,25 @@ impl Stage {
             _ => Verdict::Failed(shown),
         })
     }
+}
+
+/// Puts what scripts need into `directory`: this program, busybox, servers, and `scripts` by name.
+pub fn stage_files(directory: &Path, scripts: &[(&str, &str)]) -> anyhow::Result<()> {
+    let own = std::env::current_exe().context("finding our own binary")?;
+    fs::copy(own, directory.join("xtask")).context("copying xtask")?;
+    let busybox = ["/bin/busybox", "/usr/bin/busybox"].iter().map(Path::new);
+    let busybox = busybox
+        .filter(|path| is_static(path))
+        .find(|path| path.exists())
+        .context("busybox is not installed: apt-get install busybox-static")?;
+    fs::copy(busybox, directory.join("busybox")).context("copying busybox")?;
+    let common = [("servers.sh", SERVERS), ("libcriu.c", LIBCRIU_CALLER)];
+    for (name, text) in common.iter().chain(scripts) {
+        fs::write(directory.join(name), text).with_context(|| format!("writing {name}"))?;
+    }
+    // Containers with users of their own must reach their files.
+    fs::set_permissions(directory, fs::Permissions::from_mode(0o755))?;
+    Ok(())
 }
 
 /// A shell on this machine, whose networks and mounts nobody else sees.

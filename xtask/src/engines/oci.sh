@@ -5,7 +5,7 @@
 set -u
 . "${0%/*}/servers.sh"
 ID=floe-$1-$$
-CHECKPOINT= RESTORE= PROGRAM= EDIT= RUN=
+CHECKPOINT= RESTORE= PROGRAM= EDIT= RUN= CONSOLES=
 LOOP='i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done'
 
 fail() {
@@ -14,6 +14,11 @@ fail() {
 	head -c 600 "$PWD"/printed 2>/dev/null
 	exit 1
 }
+# What the engine itself does wrong, and no criu can mend.
+fault() {
+	echo "engine fault: $*"
+	exit 78
+}
 end() {
 	part
 	$ENGINE kill "$ID" KILL >/dev/null 2>&1
@@ -21,7 +26,7 @@ end() {
 		$ENGINE delete -f "$ID" >/dev/null 2>&1 && break
 		sleep 0.1
 	done
-	[ -z "${CONSOLE:-}" ] || kill "$CONSOLE" 2>/dev/null
+	[ -z "${CONSOLE:-}$CONSOLES" ] || kill ${CONSOLE:-} $CONSOLES 2>/dev/null
 }
 trap end EXIT
 
@@ -126,16 +131,39 @@ scenario_file_locks() {
 	$ENGINE exec "$ID" "$flock" -n /tmp/lock true && fail "the lock is not held"
 	$ENGINE exec "$ID" "$flock" -n /tmp/other true || fail "no lock can be taken"
 }
-scenario_ext_unix_sk() { begin; counts; CHECKPOINT=--ext-unix-sk RESTORE=--ext-unix-sk; cycle; }
+scenario_ext_unix_sk() { # a socket of the container is connected to one outside, which has one name for both
+	mkdir outside r
+	perl -MIO::Socket::UNIX -e '$| = 1; $s = IO::Socket::UNIX->new(Type => SOCK_DGRAM, Local => "$ENV{PWD}/outside/socket") or die;
+		while (defined $s->recv($got, 99)) { print $got }' >heard &
+	CONSOLES=$!
+	copy "$XTASK"
+	while [ ! -S outside/socket ]; do sleep 0.02; done
+	EDIT='s|"mounts": \[|"mounts": [{"destination": "$ENV{PWD}/outside", "type": "bind", "source": "$ENV{PWD}/outside", "options": ["bind"]},|'
+	begin "exec $XTASK tick $PWD/outside/socket /tmp/count"
+	counts
+	mkdir refused
+	$ENGINE checkpoint --image-path "$PWD/refused" --work-path "$PWD/refused" "$ID" >printed 2>&1 &&
+		fail "a connection to the outside was saved without being asked for"
+	counts
+	CHECKPOINT=--ext-unix-sk RESTORE=--ext-unix-sk
+	cycle
+	before=$(wc -l <heard)
+	sleep 0.3
+	[ "$(wc -l <heard)" -gt "$before" ] || fail "nothing arrives outside"
+}
 scenario_cgroups_soft() { modes soft; }
 scenario_cgroups_full() { modes full; }
 scenario_cgroups_ignore() { modes ignore; }
+scenario_cgroups_strict() { # the mode takes no group that exists already
+	[ "$ENGINE" != runc ] || fault 'runc makes the group itself, which the mode strict then refuses'
+	modes strict
+}
 modes() {
 	begin
 	counts
 	CHECKPOINT="--manage-cgroups-mode $1" RESTORE="--manage-cgroups-mode $1"
 	$ENGINE checkpoint --image-path "$PWD/tried" $CHECKPOINT --leave-running "$ID" 2>&1 |
-		grep -q 'Invalid manage' && echo "the engine does not know the mode $1" && exit 77
+		grep -qi 'invalid manage\|unknown.*manage\|invalid cgroup' && echo "the engine does not know the mode $1" && exit 77
 	cycle
 }
 scenario_terminal() {
@@ -155,6 +183,47 @@ scenario_terminal() {
 	restore images --console-socket "$PWD/console.sock"
 	counts
 	[ -s tty2 ] || fail "nothing comes from the terminal"
+}
+# The terminal of a job: the container's program has the one that the engine was started from.
+scenario_shell_job() {
+	bundle 'i=0; while :; do i=$((i+1)); echo line $i; echo $i > /tmp/count; sleep 0.05; done'
+	on_terminal tty1 "$ENGINE run -d -b b $ID; sleep 1000"
+	counts
+	grep -q line tty1 || fail "it has no terminal"
+	checkpoint images --shell-job
+	kill $TERMINAL
+	on_terminal tty2 "$ENGINE restore -d --shell-job --image-path $PWD/images --work-path $PWD/images -b b $ID; sleep 1000"
+	counts
+	grep -q line tty2 || fail "nothing comes from the new terminal"
+}
+# A terminal of its own, whose master the engine holds as long as it runs.
+scenario_terminal_attached() {
+	EDIT='s/"terminal": false/"terminal": true/'
+	bundle 'i=0; while :; do i=$((i+1)); echo line $i; echo $i > /tmp/count; sleep 0.05; done'
+	on_terminal tty1 "$ENGINE run -b b $ID"
+	counts
+	checkpoint images
+	on_terminal tty2 "$ENGINE restore --image-path $PWD/images --work-path $PWD/images -b b $ID"
+	counts
+	[ "$ENGINE" != crun ] || grep -q line tty2 || fault 'crun drops the terminal that it is given where it has no console socket'
+	grep -q line tty2 || fail "nothing comes from the new terminal"
+}
+on_terminal() { # OUTPUT COMMAND
+	script -q -f -c "$2" "$1" </dev/null >/dev/null 2>&1 &
+	TERMINAL=$!
+	CONSOLES="$CONSOLES $TERMINAL"
+}
+scenario_work_path() { # logs and statistics lie apart from the images
+	begin
+	counts
+	mkdir images work
+	$ENGINE checkpoint --image-path "$PWD/images" --work-path "$PWD/work" "$ID" >printed 2>&1 || fail "checkpoint failed"
+	[ -s work/dump.log ] && [ -s work/stats-dump ] || fail "no log or statistics in the work directory"
+	[ ! -e images/dump.log ] || fail "the log lies with the images"
+	$ENGINE restore -d --image-path "$PWD/images" --work-path "$PWD/work" -b b "$ID" </dev/null >/dev/null 2>&1 ||
+		fail "restore failed"
+	[ -s work/restore.log ] || fail "no log of the restore"
+	counts
 }
 scenario_pipes() {
 	bundle 'i=0; while :; do i=$((i+1)); echo $i; echo $i > /tmp/count; sleep 0.05; done'
@@ -177,13 +246,30 @@ scenario_user_namespace() {
 	counts
 	cycle
 }
-scenario_lazy_pages() { # there are none yet: the refusal must be clear, and the container go on
+scenario_lazy_pages() { # the second container fetches the memory of the first
 	begin
 	counts
-	mkdir images
-	$ENGINE checkpoint --lazy-pages --page-server 127.0.0.1:27000 --image-path "$PWD/images" \
-		--work-path "$PWD/images" "$ID" >printed 2>&1 && fail "lazy pages are not there yet"
+	mkdir images work
+	$ENGINE checkpoint --lazy-pages --page-server 127.0.0.1:27000 --status-fd 5 --image-path "$PWD/images" \
+		--work-path "$PWD/work" "$ID" 5>status >printed 2>&1 &
+	saving=$!
+	while [ ! -s status ] && kill -0 $saving 2>/dev/null; do sleep 0.05; done
+	if [ ! -s status ]; then # refused: clearly, and the container goes on
+		counts
+		grep -i 'lazy\|missing features' printed || fail "refused without a word on lazy pages"
+		exit 77
+	fi
+	stood=$(count)
+	criu lazy-pages --page-server --address 127.0.0.1 --port 27000 -D images -W work -o lazy.log >/dev/null 2>&1 &
+	CONSOLES=$!
+	first=$ID
+	ID=$ID-2
+	$ENGINE restore -d --lazy-pages --image-path "$PWD/images" --work-path "$PWD/work" -b b "$ID" \
+		</dev/null >/dev/null 2>&1 || fail "restore failed"
 	counts
+	[ "$(count)" -gt "$stood" ] || fail "it began anew"
+	wait $saving || fail "the checkpoint failed"
+	$ENGINE delete -f "$first" >/dev/null 2>&1
 }
 scenario_redis() { server redis; }
 scenario_nginx() { server nginx; }

@@ -3,7 +3,7 @@ set -u
 . "${0%/*}/servers.sh"
 export TMPDIR=$PWD
 NAME=floe-$1-$$
-PODMAN="$ENGINE --root $PWD/storage --runroot $PWD/runroot --cgroup-manager cgroupfs --events-backend file"
+PODMAN="$ENGINE --root $PWD/storage --runroot $PWD/run --cgroup-manager cgroupfs --events-backend file"
 PODMAN="$PODMAN --storage-driver vfs --tmpdir $PWD/tmp"
 # Podman 4 raises limits, for which the one who may do that must be asked.
 export CONTAINERS_CONF=$PWD/containers.conf

@@ -9,7 +9,7 @@ lacks() {
 	exit 77
 }
 place() { # COMMAND: where it is
-	PATH=$PATH:$(echo /usr/lib/postgresql/*/bin | tr ' ' ':') command -v "$1" || true
+	PATH=$(echo /usr/lib/postgresql/*/bin | tr ' ' ':'):$PATH command -v "$1" || true
 }
 copy() { # PROGRAM...: with the libraries that they need
 	for program in "$@"; do

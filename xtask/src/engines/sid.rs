@@ -45,7 +45,7 @@ fn install(root: &Path, packages: &[&str]) -> anyhow::Result<()> {
         .args(packages)
         .env("DEBIAN_FRONTEND", "noninteractive")
         .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin");
-    quietly(&mut command)
+    quietly(&mut command).context("installing packages in the tree of Debian's unstable release")
 }
 
 fn has(root: &Path, package: &str) -> bool {
