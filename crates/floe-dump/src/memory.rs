@@ -111,7 +111,9 @@ impl<'a> MemoryDump<'a> {
         let mut builder = match self.reserved.take(task.pid) {
             Some(file) => {
                 let number = u64::from(task.number);
-                PagemapOut::Files(PagemapBuilder::with_file(ImageKind::Pagemap, number, file))
+                let mut builder = PagemapBuilder::with_file(ImageKind::Pagemap, number, file);
+                builder.hash_now(self.writer);
+                PagemapOut::Files(builder)
             }
             None => self.begin(Target::Task(task.number.into()))?,
         };

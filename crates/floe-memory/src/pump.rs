@@ -8,16 +8,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use floe_image::{PIECE_BYTES, PieceHashes};
 use floe_kernel::ids::PAGE_SIZE;
 
 use crate::select::PageRun;
 use crate::source::PageSource;
 
 /// Bytes that a worker reads before it writes them. Small enough to stay in the second-level cache,
-/// so that the write reads it from there.
-const BATCH_BYTES: u64 = 256 * 1024;
-/// Runs in a batch, so that a scattered address space makes batches of bounded length as well.
-const BATCH_RUNS: usize = 1024;
+/// so that the write reads it from there; and what a sink can hash by itself.
+const BATCH_BYTES: u64 = PIECE_BYTES;
 
 /// Something that takes pages at offsets.
 pub trait PageSink: Send + Sync + std::fmt::Debug {
@@ -28,6 +27,20 @@ pub trait PageSink: Send + Sync + std::fmt::Debug {
 impl PageSink for File {
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.write_all_at(bytes, offset)
+    }
+}
+
+/// A file whose bytes are hashed while they are in the cache.
+#[derive(Debug)]
+pub(crate) struct HashedFile {
+    pub file: Arc<File>,
+    pub hashes: Arc<PieceHashes>,
+}
+
+impl PageSink for HashedFile {
+    fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        self.hashes.note(offset, bytes);
+        self.file.write_all_at(bytes, offset)
     }
 }
 
@@ -150,7 +163,8 @@ impl PagePump {
         for run in runs {
             let mut rest = *run;
             while rest.pages > 0 {
-                let pages = rest.pages.min((BATCH_BYTES - bytes) / PAGE_SIZE);
+                let room = BATCH_BYTES - (at + bytes) % BATCH_BYTES;
+                let pages = rest.pages.min(room / PAGE_SIZE);
                 batch.push(PageRun {
                     start: rest.start,
                     pages,
@@ -160,7 +174,7 @@ impl PagePump {
                     start: rest.start + pages * PAGE_SIZE,
                     pages: rest.pages - pages,
                 };
-                if bytes == BATCH_BYTES || batch.len() == BATCH_RUNS {
+                if (at + bytes).is_multiple_of(BATCH_BYTES) {
                     close(&mut batch, &mut bytes, &mut at);
                 }
             }
