@@ -123,7 +123,8 @@ impl Summary {
         let manifest = chain.newest().manifest.as_ref();
         let generations = generation_summaries(crate::rounds::of_chain(&chain)?);
         let files = dir.read_files()?;
-        let by_id: BTreeMap<u32, &FileEntry> = files.iter().map(|file| (file.id, file)).collect();
+        let by_id: BTreeMap<u32, &FileEntry> =
+            files.iter().map(|file| (file.id, &**file)).collect();
         let mut reader = TaskReader {
             dir,
             chain: &chain,

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use floe_dump::{DumpError, FreezeError, dump};
 use floe_image::messages::MmEntry;
-use floe_image::messages::{CoreEntry, FdTypes, FileEntry, PstreeEntry, VmaEntry};
+use floe_image::messages::{CoreEntry, FdTypes, PstreeEntry, VmaEntry};
 use floe_image::{ImageDir, ImageKind};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
@@ -155,7 +155,7 @@ fn a_tree_is_in_the_images_and_runs_on() {
         "the zombie's exit code: {states:?}"
     );
 
-    let files: Vec<FileEntry> = dir.read_files().expect("whole");
+    let files = dir.read_files().expect("whole");
     let out = files
         .iter()
         .filter_map(|file| file.reg.as_ref())

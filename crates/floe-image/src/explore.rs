@@ -312,7 +312,7 @@ fn describe_mapping(
 }
 
 /// The dump's file descriptions by id.
-struct FileNames(HashMap<u32, FileEntry>);
+struct FileNames(HashMap<u32, Box<FileEntry>>);
 
 impl FileNames {
     fn read(dir: &ImageDir) -> Result<FileNames, ImageError> {

@@ -72,14 +72,20 @@ impl ImageDir {
     }
 
     /// All file descriptions, whichever layout they are stored in.
-    pub fn read_files(&self) -> Result<Vec<FileEntry>, ImageError> {
-        let mut files: Vec<FileEntry> = self.read_all(ImageKind::Files, 0)?;
+    pub fn read_files(&self) -> Result<Vec<Box<FileEntry>>, ImageError> {
+        let mut files = Vec::new();
+        if let Some(mut reader) = self.optional_reader(ImageKind::Files, 0)? {
+            while let Some(file) = reader.next_message::<FileEntry>()? {
+                files.push(Box::new(file));
+            }
+        }
         // Both layouts side by side come from a converted directory: `files` wins.
         let known: HashSet<u32> = files.iter().map(|file| file.id).collect();
         let mut old = Vec::new();
         self.read_old_plain_files(&mut old)?;
         self.read_old_watches(&mut old)?;
-        files.extend(old.into_iter().filter(|file| !known.contains(&file.id)));
+        let more = old.into_iter().filter(|file| !known.contains(&file.id));
+        files.extend(more.map(Box::new));
         Ok(files)
     }
 

@@ -62,7 +62,8 @@ impl FdRestore for Fifo {
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
         let entry = payload(file, &file.fifo)?;
         let images = planner.images;
-        let fifos = images.files.values().filter_map(|file| file.fifo.as_ref());
+        let fifos = images.of_type(FdTypes::Fifo);
+        let fifos = fifos.filter_map(|file| file.fifo.as_ref());
         let same: Vec<&FifoEntry> = fifos.filter(|end| end.pipe_id == entry.pipe_id).collect();
         if same[0].id != entry.id {
             return Ok(()); // The first end brings the others along.

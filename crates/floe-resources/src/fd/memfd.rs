@@ -172,7 +172,8 @@ impl FdRestore for MemFd {
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
         let entry = payload(file, &file.memfd)?;
         let images = planner.images;
-        let all = images.files.values().filter_map(|file| file.memfd.as_ref());
+        let all = images.of_type(FdTypes::Memfd);
+        let all = all.filter_map(|file| file.memfd.as_ref());
         let descriptions: Vec<Description> = all
             .filter(|other| other.inode_id == entry.inode_id)
             .map(|entry| Description::new(entry, planner))

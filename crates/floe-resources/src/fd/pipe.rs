@@ -5,7 +5,7 @@
 //! Rebuilt:  created with the first end, then size and bytes, further ends are reopened. Needs: nothing.
 //! Not kept: whether bytes from before a change of the mode were a packet.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 
@@ -18,7 +18,9 @@ use rustix::pipe::SpliceFlags;
 use super::{FdKind, file_entry};
 use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
-use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
+use crate::restore::{
+    Attempt, ExecuteError, PlanError, Planner, TreeImages, World, plan_owner, set_flags,
+};
 use floe_plan::Handle;
 use rustix::fs::Mode;
 use std::os::fd::OwnedFd;
@@ -122,19 +124,13 @@ impl FdRestore for Pipe {
 
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
         let entry = payload(file, &file.pipe)?;
-        let ends: Vec<&PipeEntry> = planner
-            .images
-            .files
-            .values()
-            .filter_map(|file| file.pipe.as_ref())
-            .collect();
-        let ends: Vec<&PipeEntry> = ends
-            .into_iter()
-            .filter(|end| end.pipe_id == entry.pipe_id)
-            .collect();
-        if ends[0].id != entry.id {
+        let images = planner.images;
+        let ends = planner.try_cache(|images| Ok(Ends::of(images)))?;
+        let Some(ends) = ends.0.remove(&entry.id) else {
             return Ok(()); // The first end brings the others along.
-        }
+        };
+        let ends = ends.iter().map(|id| &images.files[id]);
+        let ends: Vec<&PipeEntry> = ends.filter_map(|file| file.pipe.as_ref()).collect();
         let data = queued(planner, ImageKind::PipesData, entry.pipe_id)?;
         let makes: Vec<Handle> = ends.iter().map(|end| Handle::File(end.id)).collect();
         for end in &ends {
@@ -153,18 +149,45 @@ impl FdRestore for Pipe {
 /// The size of a pipe and its unread bytes, in order; more than one piece if they are packets.
 pub(super) type Queued = Vec<(PipeDataEntry, Vec<u8>)>;
 
-/// Finds the data of a pipe or fifo.
+/// The files that are the ends of a pipe, for every pipe by its first one.
+struct Ends(HashMap<u32, Vec<u32>>);
+
+impl Ends {
+    fn of(images: &TreeImages) -> Self {
+        let mut ends: HashMap<u32, Vec<u32>> = HashMap::new();
+        for file in images.of_type(FdTypes::Pipe) {
+            if let Some(pipe) = &file.pipe {
+                ends.entry(pipe.pipe_id).or_default().push(file.id);
+            }
+        }
+        Ends(ends.into_values().map(|ends| (ends[0], ends)).collect())
+    }
+}
+
+/// What is queued in pipes and fifos that are not planned yet, by the image that has it.
+struct AllQueued(HashMap<(ImageKind, u32), Queued>);
+
+impl AllQueued {
+    fn read(images: &TreeImages) -> Result<Self, PlanError> {
+        let mut all: HashMap<_, Queued> = HashMap::new();
+        for kind in [ImageKind::PipesData, ImageKind::FifoData] {
+            for (entry, bytes) in images.dir.read_with_extra::<PipeDataEntry>(kind, 0)? {
+                let pieces = all.entry((kind, entry.pipe_id)).or_default();
+                pieces.push((entry, bytes));
+            }
+        }
+        Ok(AllQueued(all))
+    }
+}
+
+/// Takes the data of a pipe or fifo.
 pub(super) fn queued(
-    planner: &Planner<'_>,
+    planner: &mut Planner<'_>,
     kind: ImageKind,
     pipe_id: u32,
 ) -> Result<Queued, PlanError> {
-    let mut pieces = planner
-        .images
-        .dir
-        .read_with_extra::<PipeDataEntry>(kind, 0)?;
-    pieces.retain(|(entry, _)| entry.pipe_id == pipe_id);
-    Ok(pieces)
+    let all = planner.try_cache(AllQueued::read)?;
+    Ok(all.0.remove(&(kind, pipe_id)).unwrap_or_default())
 }
 
 fn make(world: &mut World<'_>, ends: &[&PipeEntry], data: Queued) -> Result<(), ExecuteError> {

@@ -90,8 +90,8 @@ pub struct TreeImages {
     pub inventory: InventoryEntry,
     /// The tasks, parents before children; the first is the root.
     pub tasks: Vec<TaskImages>,
-    /// Open files by id.
-    pub files: BTreeMap<u32, FileEntry>,
+    /// Open files by id. An entry has room for every kind and is large.
+    pub files: BTreeMap<u32, Box<FileEntry>>,
     /// How to find files that have lost their name, by the id of the file.
     pub remaps: BTreeMap<u32, RemapFilePathEntry>,
     /// How we see the owners that the images name.
@@ -99,6 +99,8 @@ pub struct TreeImages {
     /// Mounts by the number of their namespace.
     pub mounts: BTreeMap<u32, Vec<MntEntry>>,
     holders: BTreeMap<u32, Vec<Holder>>,
+    /// The ids of open files by their type.
+    types: BTreeMap<i32, Vec<u32>>,
     named: BTreeMap<u32, Vec<u32>>,
 }
 
@@ -119,7 +121,7 @@ impl TreeImages {
         if tasks.is_empty() {
             return Err(PlanError::damaged("pstree.img", "it lists no task"));
         }
-        let mut files: BTreeMap<u32, FileEntry> = BTreeMap::new();
+        let mut files: BTreeMap<u32, Box<FileEntry>> = BTreeMap::new();
         for mut file in dir.read_files()? {
             // The name of a tun file is an entry with the same number.
             if let Some(earlier) = files.remove(&file.id) {
@@ -135,6 +137,7 @@ impl TreeImages {
             owners: OwnerMap::default(),
             mounts: read_mounts(&dir)?,
             holders: holders(&tasks),
+            types: types(&files),
             named: named(&files),
             remaps: remaps
                 .into_iter()
@@ -168,6 +171,12 @@ impl TreeImages {
     /// share their table count once, as the first of them.
     pub fn holders(&self, file: u32) -> &[Holder] {
         self.holders.get(&file).map_or(&[], Vec::as_slice)
+    }
+
+    /// The open files of a type, lowest id first.
+    pub fn of_type(&self, kind: FdTypes) -> impl Iterator<Item = &FileEntry> {
+        let ids = self.types.get(&i32::from(kind));
+        ids.into_iter().flatten().map(|id| &*self.files[id])
     }
 
     /// Fifos and terminals whose name the regular file `id` keeps: it is never opened for itself.
@@ -297,7 +306,7 @@ fn load_task(
 }
 
 /// Which files are opened under the name in another entry, by the id of that entry.
-fn named(files: &BTreeMap<u32, FileEntry>) -> BTreeMap<u32, Vec<u32>> {
+fn named(files: &BTreeMap<u32, Box<FileEntry>>) -> BTreeMap<u32, Vec<u32>> {
     let mut named: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
     for file in files.values() {
         let fifo = file.fifo.as_ref().and_then(|fifo| fifo.regf_id);
@@ -307,6 +316,14 @@ fn named(files: &BTreeMap<u32, FileEntry>) -> BTreeMap<u32, Vec<u32>> {
         }
     }
     named
+}
+
+fn types(files: &BTreeMap<u32, Box<FileEntry>>) -> BTreeMap<i32, Vec<u32>> {
+    let mut types: BTreeMap<i32, Vec<u32>> = BTreeMap::new();
+    for (id, file) in files {
+        types.entry(file.r#type).or_default().push(*id);
+    }
+    types
 }
 
 fn holders(tasks: &[TaskImages]) -> BTreeMap<u32, Vec<Holder>> {

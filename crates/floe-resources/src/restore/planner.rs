@@ -1,7 +1,8 @@
 //! Building the plan of a restore.
 
+use std::any::{Any, TypeId};
 use std::borrow::Cow;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::os::fd::OwnedFd;
 
 use floe_kernel::features::KernelFeatures;
@@ -23,6 +24,7 @@ pub struct Planner<'i> {
     /// What the kernel can do.
     pub features: &'i KernelFeatures,
     builder: PlanBuilder<Op<'i>>,
+    caches: HashMap<TypeId, Box<dyn Any>>,
     coverage: Coverage,
     /// Handles that exist only after the first task: nobody inherits those files.
     late: BTreeSet<Handle>,
@@ -49,10 +51,25 @@ impl<'i> Planner<'i> {
             options,
             features,
             builder: PlanBuilder::default(),
+            caches: HashMap::new(),
             coverage,
             late: BTreeSet::new(),
             inside: false,
         }
+    }
+
+    /// A value that lives as long as the planning, made with the first call: an image that many entries
+    /// look into. Each kind uses a type of its own.
+    pub fn try_cache<T: Any>(
+        &mut self,
+        make: impl FnOnce(&'i TreeImages) -> Result<T, PlanError>,
+    ) -> Result<&mut T, PlanError> {
+        use std::collections::hash_map::Entry;
+        let value = match self.caches.entry(TypeId::of::<T>()) {
+            Entry::Occupied(made) => made.into_mut(),
+            Entry::Vacant(empty) => empty.insert(Box::new(make(self.images)?)),
+        };
+        Ok(value.downcast_mut().expect("the key is the type's own id"))
     }
 
     /// Notes that the plan takes care of an entry of an image.

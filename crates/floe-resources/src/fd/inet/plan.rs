@@ -7,7 +7,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::ping;
-use floe_image::messages::InetSkEntry;
+use floe_image::messages::{FdTypes, InetSkEntry};
 use floe_kernel::nftables::Flow;
 use floe_kernel::socket::{bind, connect, listen, shutdown, socket};
 use floe_kernel::sockopt::{SocketOption, set_option_number};
@@ -32,11 +32,7 @@ pub(super) const LOCKED: Handle = Handle::Object("locked network", 0);
 
 /// Adds the steps of one socket; the first one brings along what is done once for all.
 pub(super) fn plan<'i>(entry: &'i InetSkEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
-    let mut all = planner
-        .images
-        .files
-        .values()
-        .filter_map(|file| file.isk.as_ref());
+    let mut all = planner.images.of_type(FdTypes::Inetsk);
     if all.next().is_some_and(|first| first.id == entry.id) {
         plan_common(planner)?;
     }

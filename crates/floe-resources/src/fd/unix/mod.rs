@@ -51,11 +51,7 @@ impl FdRestore for UnixSocket {
 
     /// The first socket brings all others along, because who makes whom depends on all of them.
     fn plan<'i>(&self, file: &'i FileEntry, planner: &mut Planner<'i>) -> Result<(), PlanError> {
-        let mut sockets = planner
-            .images
-            .files
-            .values()
-            .filter(|file| file.usk.is_some());
+        let mut sockets = planner.images.of_type(FdTypes::Unixsk);
         if sockets.next().is_some_and(|first| first.id == file.id) {
             plan::plan_all(planner)?;
         }
