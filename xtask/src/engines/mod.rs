@@ -316,13 +316,25 @@ pub fn stage_files(directory: &Path, scripts: &[(&str, &str)]) -> anyhow::Result
 
 /// A shell on this machine, whose networks and mounts nobody else sees.
 fn here(directory: &Path) -> Command {
-    const SCRIPT: &str = r#""$1" ip link set lo up; shift; exec sh "$@""#;
-    let mut command = Command::new("unshare");
-    let alone = ["--mount", "--net", "--propagation", "private"];
+    const SCRIPT: &str = r#"mount -t proc proc /proc; "$1" ip link set lo up; shift; exec sh "$@""#;
+    let mut command = alone(SCRIPT);
+    command.arg(directory.join("busybox"));
     command
-        .args(alone)
-        .args(["sh", "-c", SCRIPT, "sh"])
-        .arg(directory.join("busybox"));
+}
+
+/// A shell that runs `script`, whose arguments are to be added, with mounts, networks and pids of its own:
+/// all that it starts, daemons too, ends with it, however that comes.
+fn alone(script: &str) -> Command {
+    const NAMESPACES: [&str; 6] = [
+        "--mount",
+        "--net",
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--propagation=private",
+    ];
+    let mut command = Command::new("unshare");
+    command.args(NAMESPACES).args(["sh", "-c", script, "sh"]);
     command
 }
 

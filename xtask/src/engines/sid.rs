@@ -1,8 +1,7 @@
 //! A tree of Debian's unstable release, for engines that the stable one does not have.
 //!
-//! It is made once, in the user's cache; `FLOE_SID` names one that exists already. Scenarios enter it in a
-//! mount and a network namespace of their own, where nothing of it shows outside and only control groups of
-//! version 2 are mounted.
+//! It is made once, in the user's cache; `FLOE_SID` names one that exists already. Scenarios enter it in
+//! namespaces of their own, where nothing of it shows outside and only control groups of version 2 are mounted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -68,8 +67,13 @@ fn make() -> anyhow::Result<PathBuf> {
     }
     std::fs::create_dir_all(&cache)?;
     let unfinished = cache.join("sid.unfinished");
+    if unfinished.exists() {
+        std::fs::remove_dir_all(&unfinished)?;
+    }
+    // What it mounts goes with its namespace.
     quietly(
-        Command::new("debootstrap")
+        Command::new("unshare")
+            .args(["--mount", "--propagation=private", "debootstrap"])
             .args(["--variant=minbase", "sid"])
             .arg(&unfinished)
             .arg(MIRROR),
@@ -97,24 +101,13 @@ pub fn enter(root: &Path, directory: &Path, inner: &Path) -> Command {
         root=$1 directory=$2 inner=$3; shift 3
         "$directory/busybox" ip link set lo up
         mount --bind "$root" "$root" && cd "$root" || exit 77
-        mount --rbind /proc proc; mount --rbind /dev dev; mount -t sysfs sysfs sys
+        mount -t proc proc proc; mount --rbind /dev dev; mount -t sysfs sysfs sys
         mount -t cgroup2 cgroup2 sys/fs/cgroup
         mount -t tmpfs tmpfs run; mkdir -p "./$inner"; mount --bind "$directory" "./$inner"
         mount -t tmpfs tmpfs tmp
         pivot_root . mnt && cd / && umount -l /mnt && exec /bin/sh "$@"
     "#;
-    let mut command = Command::new("unshare");
-    command
-        .args([
-            "--mount",
-            "--net",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            SCRIPT,
-            "sh",
-        ])
-        .args([root, directory, inner]);
+    let mut command = super::alone(SCRIPT);
+    command.args([root, directory, inner]);
     command
 }
