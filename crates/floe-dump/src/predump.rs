@@ -48,6 +48,7 @@ pub fn pre_dump(
     let server = options.page_server.as_ref().map(connect).transpose()?;
     let mut tracking = Tracking::open(options, features, Round::New)?;
     tracking.lineage().write_link(&writer)?;
+    let uptime = write::uptime();
     let stopping = Instant::now();
     let group = options.cgroups.freeze.as_deref();
     let mut tree = freeze::freeze(root, options.freeze_timeout, group)?;
@@ -80,7 +81,7 @@ pub fn pre_dump(
     }
     fault::point();
     let round = run_id();
-    write::write_round(&writer, options.pre_dump_mode, &round)?;
+    write::write_round(&writer, options.pre_dump_mode, &round, uptime)?;
     let info = write::manifest_info(DumpKind::PreDump, memory.tracking.as_ref());
     let manifest = writer.finish(info)?;
     report.image_bytes = manifest.files.values().map(|file| file.size).sum();

@@ -82,10 +82,18 @@ pub fn write_inventory(
         lsmtype: Some(Lsmtype::NoLsm as i32),
         tcp_close: options.sockets.tcp_close.then_some(true),
         network_lock_method: Some(lock),
+        // The tree is stopped still.
+        dump_uptime: Some(uptime()),
         dump_criu_run_id: Some(run_id),
         ..InventoryEntry::default()
     };
     writer.write_one(ImageKind::Inventory, 0, &entry)
+}
+
+/// Microseconds since the start of the machine, as the start times of tasks count them.
+pub fn uptime() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    now.tv_sec.cast_unsigned() * 1_000_000 + now.tv_nsec.cast_unsigned() / 1000
 }
 
 /// What the manifest says about a dump.
@@ -107,7 +115,13 @@ pub fn manifest_info(kind: DumpKind, tracking: Option<&Tracking>) -> ManifestInf
 }
 
 /// The inventory of a pre-dump: by its id the next round knows that it follows.
-pub fn write_round(writer: &ImageWriter, mode: PreDumpMode, id: &str) -> Result<(), WriteError> {
+/// `uptime` is that of a moment at which the tree was there, by which a pid that comes again is told.
+pub fn write_round(
+    writer: &ImageWriter,
+    mode: PreDumpMode,
+    id: &str,
+    uptime: u64,
+) -> Result<(), WriteError> {
     let entry = InventoryEntry {
         img_version: IMAGE_VERSION,
         fdinfo_per_id: Some(true),
@@ -118,6 +132,7 @@ pub fn write_round(writer: &ImageWriter, mode: PreDumpMode, id: &str) -> Result<
             PreDumpMode::Splice => 1,
             PreDumpMode::Read => 2,
         }),
+        dump_uptime: Some(uptime),
         dump_criu_run_id: Some(id.to_string()),
         ..InventoryEntry::default()
     };

@@ -28,6 +28,11 @@ struct Way<'a> {
     restore: &'a Engine,
 }
 
+/// A last dump failed, and the program runs on.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Refused(String);
+
 /// One life of a program over a chain; answers the log of the last dump.
 fn live(name: &str, way: &Way<'_>) -> anyhow::Result<String> {
     let mut fixture = Fixture::start(name)?;
@@ -61,7 +66,15 @@ fn live(name: &str, way: &Way<'_>) -> anyhow::Result<String> {
     ];
     options.extend_from_slice(more);
     let outcome = fixture.try_dump(engine, &options, &[])?;
-    outcome.ok(&format!("the last dump by {}", engine.name))?;
+    if !outcome.status.success() {
+        fixture.check().context("after a dump that was refused")?;
+        return Err(Refused(format!(
+            "the last dump by {}: {}",
+            engine.name,
+            outcome.cause()
+        ))
+        .into());
+    }
     let log = fs::read_to_string(last.join("dump.log"))?;
     fixture.kill()?;
     fixture.restore(way.restore, &[])?;
@@ -163,10 +176,11 @@ fn our_dump_on_the_peers_rounds_takes_everything_or_compares() {
     }
 }
 
-/// The peer takes soft-dirty bits as if it had cleared them itself.
+/// The peer takes soft-dirty bits as if it had cleared them itself, and may want pages that our rounds do not
+/// have: then it refuses, and the program runs on.
 #[test]
-fn the_peers_dump_on_our_rounds_is_whole() {
-    let Some(peer) = makes_rounds("the_peers_dump_on_our_rounds_is_whole") else {
+fn the_peers_dump_on_our_rounds_is_whole_or_refused() {
+    let Some(peer) = makes_rounds("the_peers_dump_on_our_rounds_is_whole_or_refused") else {
         return;
     };
     let floe = floe();
@@ -176,7 +190,13 @@ fn the_peers_dump_on_our_rounds_is_whole() {
             last: (&peer, &[]),
             restore,
         };
-        each(&PROGRAMS, |program| live(program, &way).map(drop));
+        each(&PROGRAMS, |program| match live(program, &way) {
+            Err(error) if error.is::<Refused>() => {
+                println!("{program}: {error:#}");
+                Ok(())
+            }
+            other => other.map(drop),
+        });
     }
 }
 

@@ -26,8 +26,8 @@ pub const PROGRAMS: &[Program] = &[
 const THREADS: usize = 2;
 /// Steps between two breaks, in which a check can come in.
 const STEPS: usize = 25;
-/// How long a break is.
-const BREAK: Duration = Duration::from_micros(300);
+/// How long a break is: the dumps need the processors, too.
+const BREAK: Duration = Duration::from_millis(2);
 /// Regions at most.
 const REGIONS: usize = 16;
 /// Pages in the file that some regions map.
