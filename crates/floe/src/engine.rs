@@ -10,6 +10,7 @@ use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_options::{DumpOptions, IterateOptions, RestoreOptions};
+use floe_resources::net::NetError;
 use floe_resources::restore::{ExecuteError, PlanError};
 use floe_restore::RestoreError;
 
@@ -212,6 +213,7 @@ fn plan_exit(error: &PlanError) -> Exit {
 fn step_exit(error: &ExecuteError) -> Exit {
     match error {
         ExecuteError::Image(_) => Exit::BadImage,
+        ExecuteError::Net(NetError::Unsupported { .. }) => Exit::Unsupported,
         ExecuteError::Plan(error) => plan_exit(error),
         ExecuteError::Failed { .. } | ExecuteError::Inject(_) | ExecuteError::Memory { .. } => {
             Exit::Kernel

@@ -205,14 +205,36 @@ impl Maker<'_> {
         device: &NetDeviceEntry,
         original: &str,
     ) -> Result<(), NetError> {
-        let request = LinkRequest {
-            index: self.ours(original)?.index,
+        let ours = self.ours(original)?;
+        let what = || format!("network device {original}");
+        let move_only = LinkRequest {
+            index: ours.index,
             new_index: Some(device.ifindex),
             namespace: Some(network.namespace.as_fd()),
-            ..request(device, 0)
+            name: Some(&device.name),
+            ..LinkRequest::default()
         };
-        let moved = request.change(&self.own);
-        moved.during("Moving", || format!("network device {original}"))
+        move_only.change(&self.own).during("Moving", what)?;
+        // Before it is switched on: most drivers allow no change afterwards.
+        let set_address = LinkRequest {
+            index: device.ifindex,
+            address: device.address.as_deref(),
+            ..LinkRequest::default()
+        };
+        match set_address.change(network.socket) {
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => tracing::warn!(
+                "{} keeps the hardware address of {original}: its driver allows no other",
+                device.name
+            ),
+            other => other.during("Setting", || format!("the address of {}", device.name))?,
+        }
+        let settings = LinkRequest {
+            address: None,
+            ..request(device, device.ifindex)
+        };
+        settings
+            .change(network.socket)
+            .during("Setting", || format!("network device {}", device.name))
     }
 
     fn make_veth(
