@@ -333,11 +333,11 @@ fn collect_all<'a>(
     }
     collector.run_deferred()?;
     let obstacles = collector.take_obstacles();
-    if obstacles.is_empty() {
-        Ok(drafts)
-    } else {
-        Err(DumpError::Preflight(Obstacles(obstacles)))
+    if !obstacles.is_empty() {
+        return Err(DumpError::Preflight(Obstacles(obstacles)));
     }
+    collector.run_after_preflight()?;
+    Ok(drafts)
 }
 
 /// A root whose session leader is outside can only be restored into a session of the caller's.

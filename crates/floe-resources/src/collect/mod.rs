@@ -56,6 +56,7 @@ pub struct Collector<'a> {
     sides: HashMap<(ImageKind, u64), EntryStream>,
     caches: HashMap<TypeId, Box<dyn Any>>,
     deferred: Vec<Deferred<'a>>,
+    after_preflight: Vec<Deferred<'a>>,
     obstacles: Vec<Obstacle>,
     segments: BTreeMap<u64, Segment>,
     tree: HashSet<HostPid>,
@@ -80,6 +81,7 @@ impl<'a> Collector<'a> {
             sides: HashMap::new(),
             caches: HashMap::new(),
             deferred: Vec::new(),
+            after_preflight: Vec::new(),
             obstacles: Vec::new(),
             segments: BTreeMap::new(),
             tree: HashSet::new(),
@@ -205,6 +207,22 @@ impl<'a> Collector<'a> {
         work: impl FnOnce(&mut Collector<'a>) -> Result<(), CollectError> + 'a,
     ) {
         self.deferred.push(Box::new(work));
+    }
+
+    /// Does `work` when nothing is known to be in the way of the dump: what is long or writes much.
+    pub fn after_preflight(
+        &mut self,
+        work: impl FnOnce(&mut Collector<'a>) -> Result<(), CollectError> + 'a,
+    ) {
+        self.after_preflight.push(Box::new(work));
+    }
+
+    /// Does what was left for after the preflight.
+    pub fn run_after_preflight(&mut self) -> Result<(), CollectError> {
+        for work in std::mem::take(&mut self.after_preflight) {
+            work(self)?;
+        }
+        Ok(())
     }
 
     /// Notes something that cannot be saved; the dump goes on looking for more and then refuses.

@@ -406,14 +406,18 @@ fn save_content(
     match kind.content {
         Content::Files => {
             let device = u64::from(entry.root_dev);
-            let image = collector.writer().create_raw(ImageKind::TmpfsDev, device)?;
-            content::pack(copy.as_fd(), image).map_err(|error| CollectError::System {
-                action: format!(
-                    "Saving the files of {}: {} {}",
-                    entry.mountpoint, error.action, error.path
-                ),
-                source: error.source,
-            })
+            let point = entry.mountpoint.clone();
+            collector.after_preflight(move |collector| {
+                let image = collector.writer().create_raw(ImageKind::TmpfsDev, device)?;
+                content::pack(copy.as_fd(), image).map_err(|error| CollectError::System {
+                    action: format!(
+                        "Saving the files of {point}: {} {}",
+                        error.action, error.path
+                    ),
+                    source: error.source,
+                })
+            });
+            Ok(())
         }
         Content::Nothing => refuse_content(entry, kind, copy.as_fd(), namespace.member),
         Content::Given => Ok(()),
@@ -535,6 +539,16 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
     let Some(root_namespace) = of_root else {
         return Ok(());
     };
+    // What names a device now is its key then.
+    let devices = collector.options.external.iter();
+    let devices = devices.filter_map(|one| match one {
+        External::Device { value, .. } => Some(External::Device {
+            key: value.clone(),
+            value: "/dev/null".into(),
+        }),
+        _ => None,
+    });
+    let devices: Vec<External> = devices.collect();
     let known = collector.cache(KnownMounts::default);
     let keys = known
         .namespaces
@@ -547,6 +561,7 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
             value: "/".into(),
         })
         .collect();
+    external.extend(devices);
     external.push(External::MountAuto {
         masters: true,
         sharing: true,

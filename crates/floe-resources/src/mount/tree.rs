@@ -305,18 +305,25 @@ impl Sources<'_> {
                     source.root.clone_from(&entry.root);
                 }
                 Some(_) => {}
-                None => self.known.push(self.new_source(name, entry)),
+                None => {
+                    let source = self.new_source(name, entry)?;
+                    self.known.push(source);
+                }
             }
         }
         Ok(())
     }
 
-    fn new_source(&self, name: String, entry: &MntEntry) -> Source {
+    fn new_source(&self, name: String, entry: &MntEntry) -> Result<Source, PlanError> {
+        let mut entry = entry.clone();
+        if entry.ext_key.as_deref() == Some(EXTERNAL_DEVICE) {
+            entry.source = self.device(&entry)?;
+        }
         let shared_with_host =
             name == "devpts" && !entry.options.split(',').any(|word| word == "newinstance");
-        Source {
+        Ok(Source {
             late: (name == "proc" && self.request.own_pids)
-                || (is_of_cgroups(entry) && self.request.own_cgroups),
+                || (is_of_cgroups(&entry) && self.request.own_cgroups),
             origin: if shared_with_host {
                 Origin::Host(PathBuf::from("/dev/pts"))
             } else {
@@ -327,13 +334,33 @@ impl Sources<'_> {
             },
             // In a cgroup namespace the root of a mount is the namespace's; else all of the hierarchy is
             // mounted, of which the tree may have only a part.
-            root: if is_of_cgroups(entry) && !self.request.own_cgroups {
+            root: if is_of_cgroups(&entry) && !self.request.own_cgroups {
                 "/".to_string()
             } else {
                 entry.root.clone()
             },
             device: entry.root_dev,
-        }
+        })
+    }
+
+    /// The device that is here for one that the dump was told about.
+    fn device(&self, entry: &MntEntry) -> Result<String, PlanError> {
+        let name = entry.source.strip_prefix("dev[");
+        let name = name.and_then(|name| name.strip_suffix(']'));
+        let given = self
+            .request
+            .external
+            .iter()
+            .find_map(|external| match external {
+                External::Device { key, value } if Some(key.as_str()) == name => {
+                    Some(value.clone())
+                }
+                _ => None,
+            });
+        given.ok_or_else(|| PlanError::Unsupported {
+            object: format!("External device {} at {}", entry.source, entry.mountpoint),
+            remedy: "say where it is now by --external dev[NAME]:PATH",
+        })
     }
 
     /// The source of a mount that comes from the host, or is part of what does.
