@@ -37,5 +37,6 @@ pub mod tty;
 pub mod tun;
 pub mod uffd;
 pub mod vm;
+pub mod vma_flags;
 pub mod watch;
 pub mod xsave;

@@ -1,5 +1,7 @@
 //! `/proc/<pid>/maps` and `smaps`: the mappings of an address space.
 
+use std::collections::{BTreeSet, HashMap};
+
 use super::text::{ParseError, decimal, hex, unescape, words};
 use crate::ids::{PAGE_SIZE, TaskAddr};
 
@@ -63,7 +65,8 @@ pub struct VmFlags {
 }
 
 impl VmFlags {
-    fn set(&mut self, code: &[u8]) {
+    /// Notes a code; those that nobody asks for are left out.
+    pub(crate) fn set(&mut self, code: &[u8]) {
         match code {
             b"gd" => self.grows_down = true,
             b"lo" => self.locked = true,
@@ -109,6 +112,26 @@ pub fn parse_maps(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
                 return Err(ParseError::new("maps", "order of mappings", line));
             }
             all.push(mapping);
+        }
+    }
+    Ok(all)
+}
+
+/// The codes of each mapping in `smaps`, by its range.
+pub(crate) fn parse_vm_flags(
+    text: &[u8],
+) -> Result<HashMap<(TaskAddr, TaskAddr), BTreeSet<[u8; 2]>>, ParseError> {
+    let mut all = HashMap::new();
+    let mut range = None;
+    for line in text.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {
+        if let Some(codes) = line.strip_prefix(b"VmFlags:") {
+            let range = range.ok_or_else(|| ParseError::new("smaps", "first mapping", line))?;
+            let codes = words(codes).filter_map(|code| code.try_into().ok());
+            all.insert(range, codes.collect());
+        } else if !line[0].is_ascii_uppercase() {
+            let mapping =
+                parse_line(line).ok_or_else(|| ParseError::new("smaps", "mapping", line))?;
+            range = Some((mapping.start, mapping.end));
         }
     }
     Ok(all)

@@ -20,6 +20,7 @@ pub use cgroup::{CgroupMembership, parse_cgroup};
 pub use dir::{ProcDir, ProcError};
 pub use fdinfo::{FdInfo, parse_fdinfo};
 pub use locks::{FileLock, LockKind, LockMode, parse_locks};
+pub(crate) use maps::parse_vm_flags;
 pub use maps::{Mapping, VmFlags, parse_maps};
 pub use mountinfo::{Mount, parse_mountinfo};
 pub use setting::read_setting;
