@@ -43,7 +43,7 @@ use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::seccomp::SeccompFilters;
-use floe_resources::vma::SmapsAhead;
+use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
 
 pub use error::{DumpError, FreezeError, Obstacles};
@@ -86,6 +86,9 @@ pub fn dump(
         None => MemoryDump::prepare(&writer, root)?,
     };
     memory.use_server(options)?;
+    if reserve::has_big_tasks(root) {
+        memory.mappings = MappingReader::prepare();
+    }
     prepare(&writer, options);
     let mut report = DumpReport::default();
     let stopping = Instant::now();
@@ -142,7 +145,7 @@ pub fn dump(
 
 /// Begins what takes long and needs nothing but a stopped tree.
 fn look_ahead(memory: &mut MemoryDump<'_>, tree: &mut FrozenTree) -> Result<(), DumpError> {
-    memory.smaps = SmapsAhead::start(tree.living().map(|task| &task.proc));
+    memory.mappings.start(tree.living().map(|task| &task.proc));
     if let Some(tracking) = &mut memory.tracking {
         tracking.begin_round(tree)?;
         tracking.arm_fresh()?;
@@ -248,8 +251,8 @@ fn save(
     if let Some(tracking) = &memory.tracking {
         collector.cache(|| tracking.registered());
     }
-    let smaps = std::mem::take(&mut memory.smaps);
-    collector.cache(|| smaps);
+    let mappings = std::mem::take(&mut memory.mappings);
+    collector.cache(|| mappings);
     let mut shared = Shared {
         kinship: Kinship::default(),
         cgroups: CgroupSets::default(),

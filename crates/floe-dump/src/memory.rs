@@ -15,7 +15,7 @@ use floe_memory::{
 use floe_options::DumpOptions;
 use floe_resources::CollectError;
 use floe_resources::collect::Segment;
-use floe_resources::vma::{AddressSpace, SmapsAhead, Vma, guard_entry};
+use floe_resources::vma::{AddressSpace, MappingReader, Vma, guard_entry};
 use floe_transfer::PageSender;
 use floe_transfer::frame::Target;
 use rustix::fs::OFlags;
@@ -51,8 +51,8 @@ pub struct MemoryDump<'a> {
     pub server: Option<PageSender>,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
-    /// Mappings that are being read since the tree was stopped.
-    pub smaps: SmapsAhead,
+    /// Reads the mappings of the stopped tree.
+    pub mappings: MappingReader,
     pub counts: MemoryCounts,
 }
 
@@ -90,7 +90,7 @@ impl<'a> MemoryDump<'a> {
             reserved,
             server: None,
             tracking: None,
-            smaps: SmapsAhead::default(),
+            mappings: MappingReader::default(),
             counts: MemoryCounts::default(),
         }
     }

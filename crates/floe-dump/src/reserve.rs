@@ -61,6 +61,11 @@ impl Drop for Reserved {
     }
 }
 
+/// Whether a task of the running tree has so much memory that reading about it takes long.
+pub fn has_big_tasks(root: HostPid) -> bool {
+    !big_tasks(root).is_empty()
+}
+
 /// Tasks with much memory of their own, as far as they can be seen without stopping any.
 fn big_tasks(root: HostPid) -> Vec<(HostPid, ByteCount)> {
     let mut tasks = vec![root];

@@ -4,6 +4,7 @@ mod archive;
 mod containers;
 mod measure;
 pub mod poll;
+mod rounds;
 mod table;
 
 use std::path::PathBuf;
@@ -45,12 +46,16 @@ enum Group {
     Archive,
     /// Checkpoint and restore by podman, with CRIU of the same tree beside.
     Containers,
+    /// Checkpoints in rounds, beside a full dump of the peer.
+    Rounds,
 }
 
 /// Where the rows of archives begin in docs/bench.md.
 const ARCHIVES: &str = "\n## Archives\n";
 /// Where those of containers begin.
 const CONTAINERS: &str = "\n## Containers\n";
+/// Where those of rounds begin.
+const ROUNDS: &str = "\n## Rounds\n";
 
 fn peer(text: &str) -> Result<Engine, String> {
     let (name, path) = text.split_once('=').ok_or("expected NAME=PATH")?;
@@ -78,11 +83,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         Some(path) => Engine::new("floe", path),
         None => Engine::new("floe", crate::build_release("floe", "floe")?),
     };
-    if arguments.group == Group::Archive {
-        return archives(&floe, arguments);
-    }
-    if arguments.group == Group::Containers {
-        return in_containers(&floe, arguments);
+    match arguments.group {
+        Group::Archive => return archives(&floe, arguments),
+        Group::Rounds => return in_rounds(&floe, arguments),
+        Group::Containers => return in_containers(&floe, arguments),
+        Group::Engines => {}
     }
     let engines: Vec<Engine> = std::iter::once(floe)
         .chain(arguments.peer.clone())
@@ -153,6 +158,23 @@ fn archives(floe: &Engine, arguments: &Arguments) -> anyhow::Result<()> {
             arguments.rounds
         );
         write_section(ARCHIVES, &format!("{how}\n{text}"))?;
+    }
+    Ok(())
+}
+
+fn in_rounds(floe: &Engine, arguments: &Arguments) -> anyhow::Result<()> {
+    let peer = arguments.peer.as_ref();
+    let text = rounds::measure(floe, peer, &arguments.place, arguments.rounds)?;
+    print!("{text}");
+    if arguments.write {
+        let how = format!(
+            "From `cargo xtask bench --group rounds --peer criu=PATH`: {} runs after one that warms up. A GiB in pages\n\
+             of 4 KiB, of which 1 % is written between two rounds; images on tmpfs. *Freeze* is the longest time that\n\
+             the workload did not run, by its own clock, at normal priority; the peer's is that of its full dump in\n\
+             the same run.\n",
+            arguments.rounds
+        );
+        write_section(ROUNDS, &format!("{how}\n{text}"))?;
     }
     Ok(())
 }

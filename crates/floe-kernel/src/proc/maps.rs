@@ -117,10 +117,11 @@ pub fn parse_maps(text: &[u8]) -> Result<Vec<Mapping>, ParseError> {
     Ok(all)
 }
 
-/// The codes of each mapping in `smaps`, by its range.
-pub(crate) fn parse_vm_flags(
-    text: &[u8],
-) -> Result<HashMap<(TaskAddr, TaskAddr), BTreeSet<[u8; 2]>>, ParseError> {
+/// The codes of mappings, by their ranges.
+type CodesOfMappings = HashMap<(TaskAddr, TaskAddr), BTreeSet<[u8; 2]>>;
+
+/// Reads the codes of each mapping in `smaps`.
+pub(crate) fn parse_vm_flags(text: &[u8]) -> Result<CodesOfMappings, ParseError> {
     let mut all = HashMap::new();
     let mut range = None;
     for line in text.split(|&b| b == b'\n').filter(|line| !line.is_empty()) {

@@ -5,12 +5,12 @@
 //! Rebuilt:  mapped at the same addresses, then filled, then protected. Needs: the files.
 //! Not kept: what the kernel may drop (`MAP_DROPPABLE`), merged pages of KSM, the vvar's content.
 
-mod ahead;
 mod backing;
 mod flags;
+mod reader;
 mod socket;
 
-pub use ahead::SmapsAhead;
+pub use reader::MappingReader;
 pub use socket::find_socket_files;
 
 use std::collections::HashSet;
@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use floe_image::messages::{AioRingEntry, VmaEntry};
 use floe_kernel::ids::{HostPid, TaskAddr};
-use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
+use floe_kernel::proc::{Mapping, ProcDir};
 use floe_memory::Selection;
 
 use crate::collect::{CollectError, Collector, Obstacle};
@@ -79,8 +79,7 @@ pub fn collect_address_space(
     proc: &ProcDir,
     collector: &mut Collector<'_>,
 ) -> Result<AddressSpace, CollectError> {
-    let text = collector.cache(SmapsAhead::default).read(proc)?;
-    let mappings = parse_maps(&text).map_err(|error| proc.bad(error))?;
+    let mappings = collector.cache(MappingReader::default).read(proc)?;
     let mut space = AddressSpace {
         vmas: Vec::with_capacity(mappings.len()),
         executable: executable(&mappings),
