@@ -252,7 +252,7 @@ impl Stage {
              [ -n \"${{KEEP:-}}\" ] || rm -rf {scenario}; exit $end"
         );
         let path = std::env::var("PATH").unwrap_or_default();
-        let output = directory.join("output");
+        let output = directory.join("scenario.log");
         let file = fs::File::create(&output)?;
         command
             .args(["-c", &format!("cd {} && {line}", inner.display())])

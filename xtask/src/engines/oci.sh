@@ -256,7 +256,8 @@ scenario_lazy_pages() { # the second container fetches the memory of the first
 	while [ ! -s status ] && kill -0 $saving 2>/dev/null; do sleep 0.05; done
 	if [ ! -s status ]; then # refused: clearly, and the container goes on
 		counts
-		grep -i 'lazy\|missing features' printed || fail "refused without a word on lazy pages"
+		reason=$(grep -i -m 1 'lazy\|missing features' printed) || fail "refused without a word on lazy pages"
+		echo "refused: ${reason##*msg=}"
 		exit 77
 	fi
 	stood=$(count)

@@ -78,6 +78,7 @@ fn cell(ran: &Ran, notes: &mut BTreeSet<String>) -> &'static str {
         Verdict::Failed(why) => ("FAILS", why),
     };
     let first = why.lines().next().unwrap_or_default();
+    let first = first.trim_start_matches("engine fault: ");
     notes.insert(format!("{short}: {} {}: {first}", ran.engine, ran.scenario));
     short
 }
