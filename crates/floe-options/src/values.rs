@@ -207,7 +207,7 @@ pub(crate) fn codec(text: &str) -> Result<String, ValueError> {
 
 pub(crate) fn join_ns(text: &str) -> Result<JoinNamespace, ValueError> {
     const WHAT: &str = "NS:PID or NS:FILE, with ,UID,GID for a user namespace";
-    const KINDS: [&str; 6] = ["ipc", "net", "time", "user", "uts", "cgroup"];
+    const KINDS: [&str; 7] = ["ipc", "net", "time", "user", "uts", "cgroup", "pid"];
     let (kind, rest) = text.split_once(':').ok_or(ValueError::Expected(WHAT))?;
     if !KINDS.contains(&kind) {
         return Err(ValueError::choice(kind, &KINDS));
@@ -312,7 +312,7 @@ mod tests {
         };
         assert_eq!(join_ns("user:12,0,5"), Ok(user));
         assert!(join_ns("net:/run/netns/a").is_ok());
-        for bad in ["net", "pid:1", "net:", "net:1,2", "user:1,2"] {
+        for bad in ["net", "mnt:1", "net:", "net:1,2", "user:1,2"] {
             assert!(join_ns(bad).is_err(), "{bad}");
         }
     }

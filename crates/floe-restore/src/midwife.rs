@@ -5,10 +5,11 @@
 //! child of its own parent, and ends.
 
 use std::os::fd::{AsFd, AsRawFd};
+use std::rc::Rc;
 
 use floe_inject::{Arena, Arg, Program, RootSpawn, Seized, Stopped, spawn_root};
 use floe_kernel::ids::{HostPid, TaskFd};
-use floe_kernel::namespace::{NsKind, own_proc_path};
+use floe_kernel::namespace::{Namespace, NsKind, enter, own_proc_path};
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::parse_fdinfo;
 use floe_resources::namespace::{has_own_pids, own_of_root};
@@ -18,15 +19,20 @@ use crate::births::{PIDFD_OFFSET, clone_program};
 
 /// Clones the root from where the coordinator is; `spawn` says all but about namespaces.
 pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped), ExecuteError> {
-    let pids = match has_own_pids(world.images) {
+    let given = own_of_root(world.images, NsKind::Pid);
+    let given = given.and_then(|id| world.namespaces().get(id).ok());
+    let pids = match has_own_pids(world.images) && given.is_none() {
         true => libc::CLONE_NEWPID as u64,
         false => 0,
     };
     match own_of_root(world.images, NsKind::User) {
-        None => Ok(spawn_root(&RootSpawn {
-            flags: spawn.flags | pids,
-            ..spawn
-        })?),
+        None => {
+            let spawn = RootSpawn {
+                flags: spawn.flags | pids,
+                ..spawn
+            };
+            among(given.as_deref(), || Ok(spawn_root(&spawn)?))
+        }
         Some(user) => {
             let number = world.images.root().pid();
             let _unset = UnsetLogin::begin();
@@ -34,19 +40,42 @@ pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped),
                 set_tid: Vec::new(),
                 ..spawn
             })?;
-            born_of(midwife, world, (number, pids, user))
+            born_of(midwife, world, (number, pids, user, given))
         }
     }
+}
+
+/// Has children of the coordinator born in a pid namespace that was there before.
+fn among<T>(
+    pids: Option<&Namespace>,
+    work: impl FnOnce() -> Result<T, ExecuteError>,
+) -> Result<T, ExecuteError> {
+    let Some(pids) = pids else {
+        return work();
+    };
+    let what = || "a pid namespace for the tree".to_string();
+    let home = Namespace::own(NsKind::Pid).during("Opening", || "our own pid namespace".into())?;
+    enter(pids).during("Entering", what)?;
+    let done = work();
+    enter(&home).during("Coming home from", what)?;
+    done
 }
 
 fn born_of(
     (arena, mut midwife): (Arena, Stopped),
     world: &mut World<'_>,
-    (number, pids, user): (u32, u64, u32),
+    (number, pids, user, given): (u32, u64, u32, Option<Rc<Namespace>>),
 ) -> Result<(Arena, Stopped), ExecuteError> {
     let namespace = world.namespaces().get(user)?;
     let (uid, gid) = world.images.owners.first();
     let mut program = Program::new();
+    if let Some(given) = &given {
+        let args = [
+            Arg::from(given.as_fd().as_raw_fd()),
+            Arg::from(NsKind::Pid.flag()),
+        ];
+        program.call("setns to the pid namespace", libc::SYS_setns, &args);
+    }
     let args = [
         Arg::from(namespace.as_fd().as_raw_fd()),
         Arg::from(NsKind::User.flag()),

@@ -158,3 +158,83 @@ fn a_user_namespace_comes_back_with_its_owners() {
         comes_back(&kinds).expect("the tree comes back");
     }
 }
+
+#[test]
+fn a_tree_comes_back_into_a_pid_namespace_of_somebody_else() {
+    if skips::is_root("a_tree_comes_back_into_a_pid_namespace_of_somebody_else") {
+        shared_pids().expect("the tree comes back");
+    }
+}
+
+fn children(pid: i32) -> anyhow::Result<Vec<i32>> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    Ok(text
+        .split_whitespace()
+        .map(str::parse)
+        .collect::<Result<_, _>>()?)
+}
+
+fn wait_for<T>(mut look: impl FnMut() -> Option<T>) -> anyhow::Result<T> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        if let Some(found) = look() {
+            return Ok(found);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "what is waited for does not come"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The first process of the namespace is not of the tree, and reaps it.
+fn shared_pids() -> anyhow::Result<()> {
+    process::adopt_orphans()?;
+    let directory = tempfile::tempdir()?;
+    let script = "setsid sleep 1000 </dev/null >/dev/null 2>&1 & wait; exec sleep 1001";
+    let mut unshare = Command::new("unshare")
+        .args(["--fork", "--pid", "--kill-child", "sh", "-c", script])
+        .stdin(Stdio::null())
+        .spawn()?;
+    let child = |pid: i32| children(pid).ok()?.first().copied();
+    let named = |pid: i32, name: &str| {
+        let comm = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        (comm.trim() == name).then_some(pid)
+    };
+    let first = wait_for(|| child(unshare.id() as i32))?;
+    let root = wait_for(|| named(child(first)?, "sleep"))?;
+    let inner = process::status_field(root, "NSpid").context("a status")?;
+    let inner = inner.split_whitespace().last().map(str::to_string);
+    let link = fs::read_link(format!("/proc/{root}/ns/pid"))?;
+    let link = link.to_string_lossy();
+    let inode = link.trim_matches(|c: char| !c.is_ascii_digit());
+
+    let floe = |line: String| {
+        let script = format!("exec 9</proc/{first}/ns/pid; exec $FLOE {line}");
+        Command::new("sh")
+            .args(["-c", &script])
+            .current_dir(directory.path())
+            .env("FLOE", env!("CARGO_BIN_EXE_floe"))
+            .output()
+    };
+    let refused = floe(format!("dump -t {root}"))?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(said.contains("--external pid["), "{said}");
+    expect_success(&floe(format!(
+        "dump -t {root} --external pid[{inode}]:shared"
+    ))?)?;
+    wait_for(|| named(first, "sleep"))?;
+    let output = floe("restore -d --pidfile pid --inherit-fd fd[9]:shared".into())?;
+    expect_success(&output)?;
+    let root: i32 = fs::read_to_string(directory.path().join("pid"))?.parse()?;
+    let again = process::status_field(root, "NSpid").context("a status")?;
+    assert_eq!(again.split_whitespace().last().map(str::to_string), inner);
+    assert_eq!(
+        fs::read_link(format!("/proc/{root}/ns/pid"))?,
+        fs::read_link(format!("/proc/{first}/ns/pid"))?
+    );
+    unshare.kill()?;
+    unshare.wait()?;
+    Ok(())
+}

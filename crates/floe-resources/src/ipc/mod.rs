@@ -20,7 +20,7 @@ use floe_kernel::sysv;
 use floe_plan::Handle;
 
 use crate::collect::{CollectError, Collector};
-use crate::namespace::TreeNamespace;
+use crate::namespace::{OwnerMap, TreeNamespace};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 /// Writes the images of a namespace; see [`crate::namespace`].
@@ -28,15 +28,16 @@ pub fn collect(
     namespace: &TreeNamespace,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
+    let owners = collector.owners().clone();
     let visit = collector.namespaces().visit(&[namespace])?;
     let settings = settings::collect()?;
-    let (segments, sets, queues) = (shm::collect()?, sem::collect()?, msg::collect()?);
+    let (segments, sets, queues) = (shm::collect()?, sem::collect()?, msg::collect(&owners)?);
     drop(visit);
     let image = u64::from(namespace.id);
     collector
         .side(ImageKind::IpcVar, image)?
         .append(&settings)?;
-    sem::encode(sets, collector.side(ImageKind::IpcnsSem, image)?)?;
+    sem::encode(sets, &owners, collector.side(ImageKind::IpcnsSem, image)?)?;
     msg::encode(queues, collector.side(ImageKind::IpcnsMsg, image)?)?;
     shm::encode(segments, namespace, collector)
 }
@@ -63,13 +64,14 @@ fn list<T>(
     parse(&text).map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }
 
-fn describe(owner: &IpcOwner) -> IpcDescEntry {
+/// The entry of an object; users as the tree sees them.
+fn describe(owner: &IpcOwner, owners: &OwnerMap) -> IpcDescEntry {
     IpcDescEntry {
         key: owner.key,
-        uid: owner.uid,
-        gid: owner.gid,
-        cuid: owner.cuid,
-        cgid: owner.cgid,
+        uid: owners.uid_inside(owner.uid),
+        gid: owners.gid_inside(owner.gid),
+        cuid: owners.uid_inside(owner.cuid),
+        cgid: owners.gid_inside(owner.cgid),
         mode: owner.mode,
         id: owner.id.cast_unsigned(),
     }
@@ -130,6 +132,17 @@ impl Numbered {
             ),
             remedy: "remove the other object in its place, see `ipcs`",
         }))
+    }
+}
+
+/// The description of an object with users as we see them.
+fn outside(desc: &IpcDescEntry, owners: &OwnerMap) -> IpcDescEntry {
+    IpcDescEntry {
+        uid: owners.uid_outside(desc.uid),
+        gid: owners.gid_outside(desc.gid),
+        cuid: owners.uid_outside(desc.cuid),
+        cgid: owners.gid_outside(desc.cgid),
+        ..desc.clone()
     }
 }
 

@@ -15,9 +15,9 @@ use floe_kernel::proc::{MsgQueue, parse_sysvipc_msg};
 use floe_kernel::sysv::msg;
 use floe_plan::Handle;
 
-use super::{Numbered, check_number, describe, failed, limited, list, padded};
+use super::{Numbered, check_number, describe, failed, limited, list, outside, padded};
 use crate::collect::CollectError;
-use crate::namespace::made;
+use crate::namespace::{OwnerMap, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 const NUMBERED: Numbered = Numbered {
@@ -27,15 +27,16 @@ const NUMBERED: Numbered = Numbered {
 };
 
 /// Reads all queues with their messages; we are inside.
-pub fn collect() -> Result<Vec<MessageQueue>, CollectError> {
+pub fn collect(owners: &OwnerMap) -> Result<Vec<MessageQueue>, CollectError> {
     let queues = list("msg", parse_sysvipc_msg).map_err(|source| CollectError::System {
         action: "Listing message queues".to_string(),
         source,
     })?;
-    queues.iter().map(collect_queue).collect()
+    let collect_one = |queue| collect_queue(queue, owners);
+    queues.iter().map(collect_one).collect()
 }
 
-fn collect_queue(queue: &MsgQueue) -> Result<MessageQueue, CollectError> {
+fn collect_queue(queue: &MsgQueue, owners: &OwnerMap) -> Result<MessageQueue, CollectError> {
     let id = queue.owner.id;
     let capacity = msg::capacity(id).map_err(failed("Asking for the capacity of queue", id))?;
     let mut messages = Vec::new();
@@ -47,7 +48,7 @@ fn collect_queue(queue: &MsgQueue) -> Result<MessageQueue, CollectError> {
         messages.push((IpcMsg { mtype, msize }, text));
     }
     let entry = IpcMsgEntry {
-        desc: describe(&queue.owner),
+        desc: describe(&queue.owner, owners),
         qbytes: u32::try_from(capacity).unwrap_or(u32::MAX),
         qnum: queue.messages,
     };
@@ -84,13 +85,17 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<Handle, PlanError> {
     let handle = Handle::Object("message queues of namespace", u64::from(id));
     let name = format!("make {} message queues", queues.len());
     planner.step_at_home(name, (&[made(id), limited(id)], &[handle]), move |world| {
-        world.in_namespace(id, |_| queues.iter().try_for_each(make))
+        world.in_namespace(id, |world| {
+            let owners = &world.images.owners;
+            queues.iter().try_for_each(|queue| make(queue, owners))
+        })
     });
     Ok(handle)
 }
 
-fn make(queue: &MessageQueue) -> Result<(), ExecuteError> {
-    let (desc, capacity) = (&queue.entry.desc, u64::from(queue.entry.qbytes));
+fn make(queue: &MessageQueue, owners: &OwnerMap) -> Result<(), ExecuteError> {
+    let desc = &outside(&queue.entry.desc, owners);
+    let capacity = u64::from(queue.entry.qbytes);
     let mode = desc.mode & 0o777;
     let create = || -> io::Result<i32> { msg::create(desc.key, mode.cast_signed()) };
     let id = NUMBERED.make(desc, &create)?;

@@ -13,9 +13,9 @@ use floe_kernel::proc::{SemSet, parse_sysvipc_sem};
 use floe_kernel::sysv::sem;
 use floe_plan::Handle;
 
-use super::{Numbered, check_number, describe, failed, limited, list, padded};
+use super::{Numbered, check_number, describe, failed, limited, list, outside, padded};
 use crate::collect::CollectError;
-use crate::namespace::made;
+use crate::namespace::{OwnerMap, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 const NUMBERED: Numbered = Numbered {
@@ -39,10 +39,14 @@ pub fn collect() -> Result<Vec<(SemSet, Vec<u16>)>, CollectError> {
 }
 
 /// Writes `ipcns-sem`.
-pub fn encode(sets: Vec<(SemSet, Vec<u16>)>, image: &mut EntryStream) -> Result<(), CollectError> {
+pub fn encode(
+    sets: Vec<(SemSet, Vec<u16>)>,
+    owners: &OwnerMap,
+    image: &mut EntryStream,
+) -> Result<(), CollectError> {
     for (set, values) in sets {
         image.append(&IpcSemEntry {
-            desc: describe(&set.owner),
+            desc: describe(&set.owner, owners),
             nsems: set.count,
         })?;
         let bytes: Vec<u8> = values
@@ -65,16 +69,17 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<Handle, PlanError> {
     let handle = Handle::Object("semaphores of namespace", u64::from(id));
     let name = format!("make {} sets of semaphores", sets.len());
     planner.step_at_home(name, (&[made(id), limited(id)], &[handle]), move |world| {
-        world.in_namespace(id, |_| {
+        world.in_namespace(id, |world| {
+            let owners = &world.images.owners;
             sets.iter()
-                .try_for_each(|(entry, values)| make(entry, values))
+                .try_for_each(|(entry, values)| make((entry, values), owners))
         })
     });
     Ok(handle)
 }
 
-fn make(entry: &IpcSemEntry, values: &[u8]) -> Result<(), ExecuteError> {
-    let desc = &entry.desc;
+fn make((entry, values): (&IpcSemEntry, &[u8]), owners: &OwnerMap) -> Result<(), ExecuteError> {
+    let desc = &outside(&entry.desc, owners);
     let mode = desc.mode & 0o777;
     let create = || -> io::Result<i32> { sem::create(desc.key, entry.nsems, mode.cast_signed()) };
     let id = NUMBERED.make(desc, &create)?;

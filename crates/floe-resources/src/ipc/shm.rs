@@ -23,11 +23,11 @@ use floe_kernel::sysv::shm;
 use floe_plan::Handle;
 use rustix::fs::FallocateFlags;
 
-use super::{Numbered, check_number, describe, limited, list};
+use super::{Numbered, check_number, describe, limited, list, outside};
 use crate::collect::{CollectError, Collector, Obstacle, PathFile, Segment};
 use crate::fd::memfd::{huge_flag, reopen};
 use crate::namespace::ids::host_number;
-use crate::namespace::{TreeNamespace, made};
+use crate::namespace::{OwnerMap, TreeNamespace, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 const NUMBERED: Numbered = Numbered {
@@ -157,7 +157,7 @@ impl Saved {
         // Segments and other memory are numbered apart, their images are not.
         let in_pagemaps = !collector.has_segment(id);
         let entry = IpcShmEntry {
-            desc: describe(&self.segment.owner),
+            desc: describe(&self.segment.owner, collector.owners()),
             size,
             in_pagemaps: Some(in_pagemaps),
             hugetlb_flag: huge.map(|flag| flag | HUGE),
@@ -276,7 +276,7 @@ fn make_inside(
     content: &[u8],
 ) -> Result<(), ExecuteError> {
     let attached = world.in_namespace(id, |world| {
-        make(&entry)?;
+        make(&entry, &world.images.owners)?;
         filled(world, &entry, content)
     })?;
     let (home, inside) = world.namespaces().way_to(&[id])?;
@@ -296,7 +296,7 @@ fn find_or_make(
 ) -> Result<(), ExecuteError> {
     let id = entry.desc.id;
     let listed = all().during("Listing", || "System V shared memory".to_string())?;
-    match present(entry, &listed)? {
+    match present(entry, (&listed, &world.images.owners))? {
         Some(there) if there.attached > 0 => {
             tracing::warn!(
                 segment = id,
@@ -306,7 +306,7 @@ fn find_or_make(
         }
         Some(_) => {}
         None => {
-            make(entry)?;
+            make(entry, &world.images.owners)?;
             world.made_name(NameKind::SharedMemory, PathBuf::from(id.to_string()));
         }
     }
@@ -342,11 +342,11 @@ fn filled(
 /// The segment of the dump, if it is still there. Its number or key may not be somebody else's.
 fn present<'l>(
     entry: &IpcShmEntry,
-    listed: &'l [ShmSegment],
+    (listed, owners): (&'l [ShmSegment], &OwnerMap),
 ) -> Result<Option<&'l ShmSegment>, ExecuteError> {
     let wanted = &entry.desc;
     let same = |segment: &ShmSegment| {
-        let there = describe(&segment.owner);
+        let there = describe(&segment.owner, owners);
         // Without the flags; a mark takes the key away.
         let marked = there.mode & shm::MARKED != 0;
         segment.size == entry.size
@@ -377,8 +377,8 @@ fn taken(entry: &IpcShmEntry, what: &str, other: &ShmSegment) -> ExecuteError {
     })
 }
 
-fn make(entry: &IpcShmEntry) -> Result<(), ExecuteError> {
-    let desc = &entry.desc;
+fn make(entry: &IpcShmEntry, owners: &OwnerMap) -> Result<(), ExecuteError> {
+    let desc = &outside(&entry.desc, owners);
     let flags = desc.mode & 0o777 | entry.hugetlb_flag.unwrap_or(0);
     let create = || shm::create(desc.key, entry.size, flags.cast_signed());
     let id = NUMBERED.make(desc, &create)?;

@@ -2,8 +2,11 @@
 
 use std::rc::Rc;
 
+use floe_image::ImageKind;
+use floe_image::messages::PidnsEntry;
 use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
+use floe_options::External;
 
 use super::split::SPLIT;
 use super::tree::{identity, identity_of};
@@ -43,12 +46,9 @@ fn collect_one(
         ));
     }
     match namespace.kind() {
-        NsKind::Pid if collector.pids().number(root.pid()) != 1 => {
-            let remedy = "dump the tree of its first process, or enter that namespace to dump";
-            Err(refused(namespace, remedy))
-        }
-        // Nothing is in it but the tree; groups are saved with their hierarchy.
-        NsKind::Pid | NsKind::Cgroup => Ok(()),
+        NsKind::Pid => collect_pids(root, namespace, collector),
+        // Groups are saved with their hierarchy.
+        NsKind::Cgroup => Ok(()),
         NsKind::Net => net::collect(namespace, collector),
         NsKind::Ipc => ipc::collect(namespace, collector),
         NsKind::Uts => uts::collect(namespace, collector),
@@ -59,6 +59,36 @@ fn collect_one(
         }
         NsKind::User => owners::collect(namespace, collector),
         NsKind::Time => time::collect(namespace, collector),
+    }
+}
+
+/// Nothing is in a pid namespace but the tree, unless it is somebody else's (`--external pid[INODE]:NAME`).
+fn collect_pids(
+    root: &ProcDir,
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let inode = namespace.namespace.identity().inode;
+    let mut external = collector.options.external.iter();
+    let name = external.find_map(|external| match external {
+        External::PidNamespace { inode: of, name } if *of == inode => Some(name.clone()),
+        _ => None,
+    });
+    match name {
+        Some(name) => {
+            let entry = PidnsEntry {
+                ext_key: Some(name),
+            };
+            let image = collector.side(ImageKind::Pidns, u64::from(namespace.id))?;
+            Ok(image.append(&entry)?)
+        }
+        None if collector.pids().number(root.pid()) == 1 => Ok(()),
+        None => {
+            let remedy = format!(
+                "dump the tree of its first process, enter that namespace to dump, or name it by --external pid[{inode}]:NAME"
+            );
+            Err(refused(namespace, &remedy))
+        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! Namespaces that the caller gives instead of those of the images.
 //!
 //! `--join-ns KIND:PID|FILE` names one for the root's of a kind, with whatever is in it. One that was somebody
-//! else's at the dump (`--external net[INODE]:NAME`) comes back as `--inherit-fd fd[N]:NAME`.
+//! else's at the dump (`--external net[INODE]:NAME`, `pid[INODE]:NAME`) comes back as `--inherit-fd fd[N]:NAME`.
 
 use std::os::fd::OwnedFd;
 
 use floe_image::ImageKind;
-use floe_image::messages::NetnsEntry;
+use floe_image::messages::{NetnsEntry, PidnsEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Namespace, NsKind};
 use floe_options::{InheritFd, JoinNamespace};
@@ -16,7 +16,7 @@ use super::{filled, host_number, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 /// Kinds that can be joined.
-const JOINED: [NsKind; 3] = [NsKind::Net, NsKind::Ipc, NsKind::Uts];
+const JOINED: [NsKind; 4] = [NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Pid];
 
 /// What the caller gives.
 #[derive(Clone, Copy, Debug)]
@@ -36,9 +36,15 @@ pub(super) fn plan_given(
         let kind = JOINED.into_iter().find(|kind| kind.name() == join.kind);
         let kind = kind.ok_or_else(|| PlanError::Unsupported {
             object: format!("Joining a {} namespace", join.kind),
-            remedy: "only net, ipc and uts namespaces can be joined; run Floe inside of it (nsenter)",
+            remedy: "only net, ipc, uts and pid namespaces can be joined; run Floe inside of it (nsenter)",
         })?;
         let id = own.iter().find(|(known, _)| *known == kind);
+        if kind == NsKind::Pid && id.is_none() {
+            return Err(PlanError::Unsupported {
+                object: "Joining a pid namespace with a tree that had none of its own".to_string(),
+                remedy: "run Floe inside of it: nsenter -t PID -p -m floe restore",
+            });
+        }
         let id = id.map_or_else(|| host_number(kind), |(_, id)| *id);
         own.retain(|known| *known != (kind, id));
         given.push((kind, id, Given::Joined(join)));
@@ -65,25 +71,32 @@ pub(super) fn plan_given(
     Ok(all)
 }
 
-/// The descriptor for a network namespace that was somebody else's.
+/// The descriptor for a namespace that was somebody else's.
 fn inherited<'i>(
     kind: NsKind,
     id: u32,
     planner: &Planner<'i>,
 ) -> Result<Option<&'i InheritFd>, PlanError> {
-    if kind != NsKind::Net {
-        return Ok(None);
-    }
-    let dir = &planner.images.dir;
-    let entry: Option<NetnsEntry> = dir.read_optional(ImageKind::Netns, u64::from(id))?;
-    let Some(key) = entry.and_then(|entry| entry.ext_key) else {
+    let (dir, id) = (&planner.images.dir, u64::from(id));
+    let key = match kind {
+        NsKind::Net => {
+            let entry: Option<NetnsEntry> = dir.read_optional(ImageKind::Netns, id)?;
+            entry.and_then(|entry| entry.ext_key)
+        }
+        NsKind::Pid => {
+            let entry: Option<PidnsEntry> = dir.read_optional(ImageKind::Pidns, id)?;
+            entry.and_then(|entry| entry.ext_key)
+        }
+        _ => None,
+    };
+    let Some(key) = key else {
         return Ok(None);
     };
     let given = &planner.options.inherit_fds;
     match given.iter().find(|given| given.resource == key) {
         Some(given) => Ok(Some(given)),
         None => Err(PlanError::Unsupported {
-            object: format!("The network namespace `{key}`, which is somebody else's,"),
+            object: format!("The {kind} namespace `{key}`, which is somebody else's,"),
             remedy: "open it and hand it over with --inherit-fd fd[N]:NAME",
         }),
     }

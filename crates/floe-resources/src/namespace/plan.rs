@@ -54,14 +54,16 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     if own.is_empty() && given.is_empty() && split.is_empty() {
         return Ok(());
     }
-    check_root(images, &own)?;
+    check_root(images, (&own, &given))?;
     let visited = own.iter().filter(|(kind, _)| VISITED.contains(kind));
     let wanted = visited.filter(|own| !given.contains(own));
     let wanted: Vec<(NsKind, u32)> = wanted.copied().collect();
     let user = own_of_root(images, NsKind::User);
     let makes = wanted.iter().map(|(_, id)| *id).chain(user);
     let makes: Vec<Handle> = makes.map(made).collect();
-    let visited = [&wanted[..], &given].concat();
+    // Nobody goes into a pid namespace and comes back: the root is born there.
+    let mut visited = [&wanted[..], &given].concat();
+    visited.retain(|(kind, _)| *kind != NsKind::Pid);
     planner.step_at_home("make namespaces", (&[], &makes), move |world| match user {
         None => make(world, &wanted),
         Some(id) => make_owned(world, &wanted, id),
@@ -131,8 +133,12 @@ fn make_owned(
     Ok(())
 }
 
-fn check_root(images: &TreeImages, own: &[(NsKind, u32)]) -> Result<(), PlanError> {
-    let own_pids = own.iter().any(|(kind, _)| *kind == NsKind::Pid);
+/// Kinds, with the number of a namespace of each.
+type Numbered = [(NsKind, u32)];
+
+fn check_root(images: &TreeImages, (own, given): (&Numbered, &Numbered)) -> Result<(), PlanError> {
+    let has_pids = |all: &Numbered| all.iter().any(|(kind, _)| *kind == NsKind::Pid);
+    let (own_pids, given_pids) = (has_pids(own) || has_pids(given), has_pids(given));
     let root = images.root().pid();
     if own.iter().any(|(kind, _)| *kind == NsKind::User) && !own_pids {
         return Err(PlanError::Unsupported {
@@ -140,7 +146,7 @@ fn check_root(images: &TreeImages, own: &[(NsKind, u32)]) -> Result<(), PlanErro
             remedy: "give the program a pid namespace of its own too",
         });
     }
-    if own_pids && root != 1 {
+    if own_pids && !given_pids && root != 1 {
         return Err(PlanError::Unsupported {
             object: format!("Root task {root} of a pid namespace that it is not the first task of"),
             remedy: "dump the whole pid namespace",

@@ -15,6 +15,7 @@ use super::super::socket_options::collect_options;
 use super::super::socket_queue::{QueueOwner, save_queue};
 use super::{EXTERNAL, LISTEN};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle, no_owner};
+use crate::mount::Place;
 use crate::net::{in_every_network, network_number};
 
 /// Every unix socket of the machine, and what was saved of them.
@@ -108,7 +109,10 @@ pub(super) fn collect(
         ..UnixSkEntry::default()
     };
     if socket.name.first().is_some_and(|first| *first != 0) {
-        collect_file(fd, &mut entry)?;
+        let file = collect_file(fd, &mut entry)?;
+        // Sockets of one name may be bound in several mount namespaces.
+        let place = Place::of(file.as_fd(), collector).ok();
+        entry.mnt_id = place.and_then(|place| place.mount).map(u32::cast_signed);
     }
     let copy = if has_unread(fd, &socket)? {
         let copy = fd.file().try_clone_to_owned();
@@ -141,7 +145,7 @@ fn has_unread(fd: &FdProbe<'_>, socket: &Listed) -> Result<bool, CollectError> {
 }
 
 /// The file that the socket is bound to, its permissions and directory.
-fn collect_file(fd: &FdProbe<'_>, entry: &mut UnixSkEntry) -> Result<(), CollectError> {
+fn collect_file(fd: &FdProbe<'_>, entry: &mut UnixSkEntry) -> Result<OwnedFd, CollectError> {
     const DELETED: &[u8] = b" (deleted)";
     let failed = |error: rustix::io::Errno| fd.failed("Looking at the bound file", error);
     let file = bound_file(fd.file()).map_err(|error| fd.failed("Opening the bound file", error))?;
@@ -178,7 +182,7 @@ fn collect_file(fd: &FdProbe<'_>, entry: &mut UnixSkEntry) -> Result<(), Collect
         let dir = if dir.is_empty() { b"/" } else { dir };
         entry.name_dir = Some(String::from_utf8_lossy(dir).into_owned());
     }
-    Ok(())
+    Ok(file)
 }
 
 /// What needs all sockets of the tree to be known: peers, and messages.
