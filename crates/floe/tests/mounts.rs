@@ -297,3 +297,68 @@ fn container() -> anyhow::Result<()> {
     assert!(status.contains("sleep"), "{status}");
     Ok(())
 }
+
+/// Overlays with their layers in a file system of the tree, one of them with a list of layers that is longer
+/// than one option, and one on top of another.
+const OVERLAYS: &str = "
+while umount /dev/shm 2>/dev/null; do :; done
+mkdir $DIR/t; mount -t tmpfs memory $DIR/t; cd $DIR/t
+mkdir upper work merged many upper2 work2 top
+LAYERS=
+for i in $(seq 30); do
+    layer=$DIR/t/layer-$i; mkdir $layer; echo $i >$layer/file-$i; LAYERS=$LAYERS:$layer
+done
+mount -t overlay -o lowerdir=$DIR/t/layer-1,upperdir=$DIR/t/upper,workdir=$DIR/t/work one merged
+echo changed >merged/file-1
+mount -t overlay -o lowerdir=${LAYERS#:} many many
+mount -t overlay -o lowerdir=$DIR/t/merged,upperdir=$DIR/t/upper2,workdir=$DIR/t/work2 two top
+echo new >top/new
+mkdir below; mount --bind many below
+exec 5<many/file-30
+";
+
+#[test]
+fn overlays_of_the_tree_come_back() {
+    if skips::is_root("overlays_of_the_tree_come_back") {
+        overlays().expect("the tree comes back");
+    }
+}
+
+fn overlays() -> anyhow::Result<()> {
+    let mut tree = Tree::start(&format!("{OVERLAYS}{SLEEP}"))?;
+    let options = |tree: &Tree| -> anyhow::Result<Vec<String>> {
+        let mut mounts = tree.mounts()?;
+        // A list of layers may be shown as one or one by one.
+        for mount in &mut mounts {
+            *mount = mount
+                .replace("ro,lowerdir+=", "ro,lowerdir=")
+                .replace(",lowerdir+=", ":");
+        }
+        Ok(mounts)
+    };
+    let before = options(&tree)?;
+    let directory = tree.directory.path().join("t");
+    let directory = directory.to_str().context("UTF-8")?.to_string();
+    for round in 0..2 {
+        tree.dump(&[])?;
+        tree.restore(&[])?;
+        assert_eq!(before, options(&tree)?, "round {round}");
+        let read = |name: &str| tree.read(&format!("{directory}/{name}"));
+        assert_eq!(read("merged/file-1")?, "changed\n");
+        assert_eq!(read("layer-1/file-1")?, "1\n");
+        assert_eq!(
+            (read("top/new")?, read("below/file-7")?),
+            ("new\n".into(), "7\n".into())
+        );
+        let open = fs::read_to_string(format!("/proc/{}/fd/5", tree.pid))?;
+        assert_eq!(open, "30\n");
+    }
+    // The kernel knows a layer by the name that it had when it was mounted.
+    let root = format!("/proc/{}/root{directory}", tree.pid);
+    fs::rename(format!("{root}/layer-3"), format!("{root}/moved"))?;
+    let pid = tree.pid.to_string();
+    let refused = tree.floe(&["dump", "-t", &pid])?;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(said.contains("layer-3"), "{said}");
+    Ok(())
+}

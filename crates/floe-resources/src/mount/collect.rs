@@ -22,6 +22,7 @@ use super::groups::plan_groups;
 use super::model::{
     AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
 };
+use super::overlay;
 use super::tree::{Request, attach_order, external_value, plan_tree};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::namespace::TreeNamespace;
@@ -192,10 +193,29 @@ fn describe(
             let remedy = format!("use --external mnt[{point}]:NAME, and supply it at the restore");
             return refuse(", which cannot be mounted anew", remedy);
         }
+        Some(Fstype::Overlayfs) => {
+            if let Some(layer) = missing_layer(&entry, namespace, collector)? {
+                let remedy = format!(
+                    "bring {layer} back, or use --external mnt[{point}]:NAME and supply it at the restore"
+                );
+                return refuse(", one of whose layers is not at its old place", remedy);
+            }
+        }
         Some(Fstype::Devpts) if !has_device(own, mount) => add_option(&mut entry, "newinstance"),
         _ => {}
     }
     Ok(entry)
+}
+
+/// A directory of an overlay that the tree does not find: the kernel tells their first names only.
+fn missing_layer(
+    entry: &MntEntry,
+    namespace: &TreeNamespace,
+    collector: &Collector<'_>,
+) -> Result<Option<String>, CollectError> {
+    let _visit = collector.namespaces().visit(&[namespace])?;
+    let mut layers = overlay::directories(&entry.options).into_iter();
+    Ok(layers.find(|layer| !std::path::Path::new(layer).is_dir()))
 }
 
 trait Typed {

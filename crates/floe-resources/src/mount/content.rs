@@ -6,6 +6,7 @@
 //! Not kept: sockets; they are bound again. Times of access.
 
 mod pack;
+mod records;
 mod unpack;
 
 use std::io;

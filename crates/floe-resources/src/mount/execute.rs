@@ -22,6 +22,7 @@ use rustix::mount::UnmountFlags;
 use super::content;
 use super::groups::{Base, Group};
 use super::model::{Content, FsKind, attributes, split_options, super_words};
+use super::overlay;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
 use crate::restore::{Attempt, ExecuteError};
@@ -111,7 +112,8 @@ impl Workshop {
         for (id, namespace) in &places.mount {
             self.enter_root(*id, namespace)?;
         }
-        self.attach_all(places, false)
+        self.attach_all(places, false)?;
+        self.make_layered(places)
     }
 
     /// File systems that only a task of the tree can mount, by their number.
@@ -199,7 +201,7 @@ impl Workshop {
         let _visit = self.visit(&places.shown)?;
         let plan = Rc::clone(&self.plan);
         for (index, source) in plan.tree.sources.iter().enumerate() {
-            if source.late != late {
+            if source.late != late || source.layered {
                 continue;
             }
             match &source.origin {
@@ -217,16 +219,63 @@ impl Workshop {
             }
         }
         for (index, placed) in plan.tree.mounts.iter().enumerate() {
-            if plan.tree.sources[placed.source].late == late {
+            let source = &plan.tree.sources[placed.source];
+            if source.late == late && !source.layered {
                 self.mounts[index] = Some(self.copy_part(placed)?);
             }
         }
         for (index, group) in plan.groups.iter().enumerate() {
-            if plan.tree.sources[group.source].late == late {
+            let source = &plan.tree.sources[group.source];
+            if source.late == late && !source.layered {
                 self.make_carrier(index, group)?;
             }
         }
         Ok(())
+    }
+
+    /// Makes and attaches what has its layers in the tree's other mounts, which the names of the layers
+    /// lead to: one after the other, as one may be a layer of the next.
+    fn make_layered(&mut self, places: &Places) -> Result<(), ExecuteError> {
+        let plan = Rc::clone(&self.plan);
+        for (index, placed) in plan.tree.mounts.iter().enumerate() {
+            let source = &plan.tree.sources[placed.source];
+            if source.layered {
+                self.make_of_layers(placed, places)?;
+                let _visit = self.visit(&places.shown)?;
+                self.mounts[index] = Some(self.copy_part(placed)?);
+            }
+            if let (true, Some(parent)) = (placed.layered, placed.parent) {
+                let _visit = self.visit_tree(placed.namespace, places)?;
+                self.attach_one(index, placed, parent)?;
+            }
+        }
+        let _visit = self.visit(&places.shown)?;
+        for (index, group) in plan.groups.iter().enumerate() {
+            if plan.tree.sources[group.source].layered {
+                self.make_carrier(index, group)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn make_of_layers(&mut self, placed: &Placed, places: &Places) -> Result<(), ExecuteError> {
+        let plan = Rc::clone(&self.plan);
+        let (index, source) = (placed.source, &plan.tree.sources[placed.source]);
+        let (None, Origin::New(fs)) = (&self.sources[index], &source.origin) else {
+            return Ok(());
+        };
+        let visit = self.visit_tree(placed.namespace, places)?;
+        let mount = self.new_fs(fs)?;
+        drop(visit);
+        let _visit = self.visit(&places.shown)?;
+        self.keep_source(index, mount)
+    }
+
+    fn visit_tree(&self, id: u32, places: &Places) -> Result<impl Drop + use<>, ExecuteError> {
+        let what = || format!("mount namespace {id}");
+        let namespace = places.mount.get(&id).ok_or(Errno::NOENT);
+        let namespace = namespace.during("Finding", what)?;
+        self.home.visit([&**namespace]).during("Entering", what)
     }
 
     /// Attaches a source in the workshop: only mounts of a namespace can be copied.
@@ -386,7 +435,7 @@ impl Workshop {
                 let Some(parent) = placed.parent else {
                     continue;
                 };
-                if placed.namespace == *id && placed.late == late {
+                if placed.namespace == *id && placed.late == late && !placed.layered {
                     self.attach_one(index, placed, parent)?;
                 }
             }
@@ -471,9 +520,9 @@ fn fs_options(options: &str) -> Vec<FsOption> {
     let words = split_options(options).into_iter();
     words
         .filter(|word| word != "seclabel")
-        .map(|word| match word.split_once('=') {
-            Some((key, value)) => FsOption::Text(key.into(), value.into()),
-            None => FsOption::Flag(word),
+        .flat_map(|word| match word.split_once('=') {
+            Some((key, value)) => overlay::option(key, value),
+            None => vec![FsOption::Flag(word)],
         })
         .collect()
 }

@@ -10,6 +10,7 @@ mod content;
 mod execute;
 mod groups;
 mod model;
+mod overlay;
 mod place;
 mod plan;
 mod remote;

@@ -38,6 +38,8 @@ pub struct Source {
     pub device: u32,
     /// It can be made only when the first task exists.
     pub late: bool,
+    /// It can be made only when the mounts are attached that its layers are in.
+    pub layered: bool,
 }
 
 /// How a source comes to be.
@@ -72,6 +74,8 @@ pub struct Placed {
     pub part: String,
     /// It is attached when the first task exists.
     pub late: bool,
+    /// It is, or lies on, a mount that has its layers in others.
+    pub layered: bool,
 }
 
 /// All mounts of a tree.
@@ -113,8 +117,13 @@ pub fn plan_tree(request: &Request<'_>) -> Result<MountTree, PlanError> {
         let part = checked(part, mount, "the root")?;
         let late = sources.known[source].late
             || mount.parent.is_some_and(|parent| tree.mounts[parent].late);
+        let layered = sources.known[source].layered
+            || mount
+                .parent
+                .is_some_and(|parent| tree.mounts[parent].layered);
         let mount = &mut tree.mounts[index];
-        (mount.source, mount.part, mount.late) = (source, part, late);
+        (mount.source, mount.part) = (source, part);
+        (mount.late, mount.layered) = (late, layered && !late);
     }
     tree.sources = sources.known;
     Ok(tree)
@@ -181,6 +190,7 @@ fn place(namespace: u32, entries: &[MntEntry], placed: &mut Vec<Placed>) -> Resu
             source: 0,
             part: String::new(),
             late: false,
+            layered: false,
         };
         let point = checked(&mount.point, &mount, "the point")?;
         placed.push(Placed { point, ..mount });
@@ -227,6 +237,7 @@ impl Sources<'_> {
                 root: entry_root(&mount.entry).to_string(),
                 device: mount.entry.root_dev,
                 late: false,
+                layered: false,
             };
             if !self.known.contains(&source) {
                 self.known.push(source);
@@ -340,6 +351,7 @@ impl Sources<'_> {
                 entry.root.clone()
             },
             device: entry.root_dev,
+            layered: entry.fstype == Fstype::Overlayfs as u32,
         })
     }
 

@@ -53,7 +53,7 @@ fn everything_but_sockets_comes_back() {
     let _socket =
         std::os::unix::net::UnixListener::bind(from.path().join("socket")).expect("binds");
     let with_attribute = File::open(from.path().join(&long)).expect("opens");
-    let value = b"a\0b";
+    let value = b"a\0b\nc=";
     let kept = rustix::fs::fsetxattr(with_attribute.as_fd(), "user.x", value, XattrFlags::empty());
     copy(from.path(), to.path());
     let at = |name: &str| to.path().join(name);

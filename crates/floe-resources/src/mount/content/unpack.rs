@@ -11,6 +11,7 @@ use rustix::fs::{
 use rustix::io::Errno;
 use tar::{Archive, Entry, EntryType};
 
+use super::records::{self, RecordReader, Records};
 use super::{CHUNK, ContentError, INSIDE, failed};
 
 /// Owner, mode and time of a file.
@@ -26,7 +27,8 @@ struct Metadata {
 /// Makes all files of `image` below `root`, which is empty so far.
 pub fn unpack(root: BorrowedFd<'_>, image: File) -> Result<(), ContentError> {
     let input = MultiGzDecoder::new(io::BufReader::with_capacity(CHUNK, image));
-    let mut archive = Archive::new(input);
+    let records = Records::default();
+    let mut archive = Archive::new(RecordReader::new(input, records.clone()));
     let mut directories: Vec<(Vec<u8>, Metadata)> = Vec::new();
     let entries = archive
         .entries()
@@ -34,7 +36,7 @@ pub fn unpack(root: BorrowedFd<'_>, image: File) -> Result<(), ContentError> {
     for entry in entries {
         let mut entry = entry.map_err(failed("Reading", b"the archive"))?;
         let path = inside(&entry.path_bytes())?;
-        let metadata = metadata(&mut entry, &path)?;
+        let metadata = metadata(&entry, &records.take(), &path)?;
         if entry.header().entry_type() == EntryType::Directory {
             make_directory(root, &path)?;
             directories.push((path, metadata));
@@ -69,22 +71,26 @@ fn inside(path: &[u8]) -> Result<Vec<u8>, ContentError> {
     Ok(names.join(&b'/'))
 }
 
-fn metadata(entry: &mut Entry<'_, impl Read>, path: &[u8]) -> Result<Metadata, ContentError> {
-    let read = |entry: &mut Entry<'_, _>| -> io::Result<Metadata> {
+fn metadata(
+    entry: &Entry<'_, impl Read>,
+    records: &[u8],
+    path: &[u8],
+) -> Result<Metadata, ContentError> {
+    let read = || -> io::Result<Metadata> {
         let mut attributes = Vec::new();
         let mut changed = Timespec {
             tv_sec: entry.header().mtime()?.cast_signed(),
             tv_nsec: 0,
         };
-        if let Some(records) = entry.pax_extensions()? {
-            for record in records {
-                let record = record?;
-                let Ok(key) = record.key() else { continue };
-                if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
-                    attributes.push((name.to_string(), record.value_bytes().to_vec()));
-                } else if key == "mtime" {
-                    changed = record.value().ok().and_then(timespec).unwrap_or(changed);
-                }
+        for (key, value) in records::parse(records)? {
+            let (Ok(key), value) = (std::str::from_utf8(key), &records[value]) else {
+                continue;
+            };
+            if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
+                attributes.push((name.to_string(), value.to_vec()));
+            } else if key == "mtime" {
+                let text = std::str::from_utf8(value);
+                changed = text.ok().and_then(timespec).unwrap_or(changed);
             }
         }
         let header = entry.header();
@@ -99,7 +105,7 @@ fn metadata(entry: &mut Entry<'_, impl Read>, path: &[u8]) -> Result<Metadata, C
             attributes,
         })
     };
-    read(entry).map_err(failed("Reading the entry of", path))
+    read().map_err(failed("Reading the entry of", path))
 }
 
 /// Seconds and nanoseconds of `SECONDS.FRACTION`.

@@ -1,0 +1,105 @@
+//! Options of overlay file systems: the directories that they lay over each other.
+
+use floe_kernel::mount::FsOption;
+
+use super::model::split_options;
+
+/// The longest value that `fsconfig(2)` takes.
+const LONGEST: usize = 255;
+
+/// Names of single directories.
+const SINGLE: [&str; 4] = ["upperdir", "workdir", "lowerdir+", "datadir+"];
+
+/// Every directory that the options name.
+pub fn directories(options: &str) -> Vec<String> {
+    let mut all = Vec::new();
+    for word in split_options(options) {
+        match word.split_once('=') {
+            Some(("lowerdir", list)) => {
+                all.extend(lower(list).into_iter().map(|(_, path)| path));
+            }
+            // What is given one by one is taken as it is, but for the upper one.
+            Some((key @ ("upperdir" | "workdir"), path)) if SINGLE.contains(&key) => {
+                all.push(unescaped(path));
+            }
+            Some((key, path)) if SINGLE.contains(&key) => all.push(path.to_string()),
+            _ => {}
+        }
+    }
+    all
+}
+
+/// A list of lower directories that is too long for one option is given one by one (Linux 6.8).
+pub fn option(key: &str, value: &str) -> Vec<FsOption> {
+    let text = |key: &str, value: &str| FsOption::Text(key.into(), value.into());
+    if key != "lowerdir" || value.len() <= LONGEST {
+        return vec![text(key, value)];
+    }
+    let lower = lower(value).into_iter();
+    lower.map(|(key, path)| text(key, &path)).collect()
+}
+
+/// The directories of a list, each with the option that adds it alone.
+fn lower(list: &str) -> Vec<(&'static str, String)> {
+    let mut all = Vec::new();
+    let (mut word, mut escaped) = (String::new(), false);
+    let mut key = "lowerdir+";
+    for c in list.chars().chain([':']) {
+        match c {
+            ':' if !escaped => {
+                // Behind two colons are those with data only.
+                match word.is_empty() {
+                    true => key = "datadir+",
+                    false => all.push((key, unescaped(&std::mem::take(&mut word)))),
+                }
+            }
+            _ => word.push(c),
+        }
+        escaped = c == '\\' && !escaped;
+    }
+    all
+}
+
+fn unescaped(text: &str) -> String {
+    let mut plain = String::new();
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        plain.extend(match c {
+            '\\' => chars.next(),
+            c => Some(c),
+        });
+    }
+    plain
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_are_taken_apart() {
+        let found = lower(r"/a:/b\:c:/d::/data");
+        let expected = [
+            ("lowerdir+", "/a"),
+            ("lowerdir+", "/b:c"),
+            ("lowerdir+", "/d"),
+            ("datadir+", "/data"),
+        ];
+        let found: Vec<(&str, &str)> = found.iter().map(|(key, path)| (*key, &**path)).collect();
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn all_directories_are_found() {
+        let options = "redirect_dir=on,lowerdir=/l1:/l2,upperdir=/u,workdir=/w,lowerdir+=/x:y";
+        assert_eq!(directories(options), ["/l1", "/l2", "/u", "/w", "/x:y"]);
+    }
+
+    #[test]
+    fn only_long_lists_are_given_one_by_one() {
+        assert_eq!(option("lowerdir", "/a:/b").len(), 1);
+        let long = format!("/a:/{}", "b".repeat(300));
+        assert_eq!(option("lowerdir", &long).len(), 2);
+        assert_eq!(option("upperdir", &long).len(), 1);
+    }
+}
