@@ -15,6 +15,7 @@ mod place;
 mod plan;
 mod remote;
 mod tree;
+mod uncover;
 
 pub use collect::collect;
 pub use model::upgrade_flags;

@@ -6,7 +6,8 @@ use std::rc::Rc;
 use floe_kernel::namespace::{Home, Visit};
 use rustix::io::Errno;
 
-use super::collect::{KnownMounts, mount_id};
+use super::collect::KnownMounts;
+use super::uncover::mount_id;
 use crate::collect::Collector;
 use crate::namespace::TreeNamespace;
 
