@@ -1,5 +1,8 @@
 //! What a dump tells about itself: the result of [`crate::dump`], and `stats-dump`.
 
+use std::fs::OpenOptions;
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::Duration;
 
 use floe_image::ImageKind;
@@ -70,7 +73,14 @@ impl DumpReport {
         bytes.extend_from_slice(&ImageKind::Stats.magic().to_le_bytes());
         bytes.extend_from_slice(&(entry.encoded_len() as u32).to_le_bytes());
         entry.encode_raw(&mut bytes);
-        std::fs::write(&path, bytes).map_err(|source| DumpError::Statistics {
+        let written = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&path)
+            .and_then(|mut file| file.write_all(&bytes));
+        written.map_err(|source| DumpError::Statistics {
             path: path.display().to_string(),
             source,
         })

@@ -18,6 +18,8 @@ pub mod mount;
 pub mod namespace;
 pub mod netlink;
 pub mod nftables;
+#[cfg(test)]
+mod noise;
 pub mod pagemap;
 pub mod peer;
 pub mod pidfd;

@@ -242,6 +242,16 @@ fn word(bytes: &[u8]) -> Option<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::noise::Noise;
+
+    #[test]
+    fn answers_survive_any_bytes() {
+        let mut body = vec![1; 72];
+        for kind in [0, 1, 2, 3, 4, 6, 8, 18] {
+            crate::netlink::attribute(&mut body, kind, &[7; 9]);
+        }
+        Noise::damage(&body, |bytes| drop(parse_link(bytes)));
+    }
 
     #[test]
     fn the_loopback_device_is_listed() {

@@ -332,6 +332,17 @@ fn words(bytes: &[u8]) -> Vec<u32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::noise::Noise;
+
+    #[test]
+    fn answers_survive_any_bytes() {
+        let mut body = vec![1; 72];
+        for kind in [0, 1, 2, 3, 4, 6, 8, 18] {
+            crate::netlink::attribute(&mut body, kind, &[7; 9]);
+        }
+        Noise::damage(&body, |bytes| drop(parse_unix(bytes)));
+        Noise::damage(&body, |bytes| _ = parse_inet(bytes));
+    }
     use std::os::fd::AsFd;
 
     fn inode(file: impl AsFd) -> u32 {
