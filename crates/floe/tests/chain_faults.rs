@@ -235,6 +235,36 @@ fn memory_that_is_moved_by_whole_tables_is_found() {
     });
 }
 
+/// Huge pages of the file system for them, and memory that the kernel may make huge pages of.
+#[test]
+fn huge_pages_are_in_the_rounds() {
+    run("huge_pages_are_in_the_rounds", || {
+        for tracker in floe().trackers()? {
+            for name in ["memory-counted-hugetlb", "memory-counted-huge"] {
+                let mut fixture = match Fixture::start(name) {
+                    Err(error) if error.is::<testkit::program::Missing>() => {
+                        skips::skip(name, &error.to_string())?;
+                        continue;
+                    }
+                    other => other?,
+                };
+                let base = tempfile::tempdir_in("/dev/shm")?;
+                let before = outside(&fixture)?;
+                for number in 0..2 {
+                    let what = format!("round {number} of {name} by {tracker}");
+                    let outcome = try_round(fixture.pid, base.path(), (number, tracker), &[])?;
+                    outcome.ok(&what)?;
+                    same(&before, &outside(&fixture)?).context(what.clone())?;
+                    fixture.check().context(what)?;
+                }
+                end(&mut fixture, base.path(), (1, tracker))
+                    .with_context(|| format!("{name} by {tracker}"))?;
+            }
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn memory_with_unseen_writers_is_copied_whole() {
     run("memory_with_unseen_writers_is_copied_whole", || {

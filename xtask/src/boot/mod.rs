@@ -99,7 +99,8 @@ const SETS: &[Set] = &[
         test: Some("fixtures"),
         needs_peer: false,
         limit: Duration::from_secs(1200),
-        script: "$TEST --nocapture",
+        // The peer sets hardware breakpoints at restore, which make QEMU 7.2 lose a kernel now and then.
+        script: "unset FLOE_PEER_CRIU; $TEST --nocapture",
     },
 ];
 

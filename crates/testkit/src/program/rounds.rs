@@ -11,6 +11,8 @@ use crate::sys::unseen;
 pub const PROGRAMS: &[Program] = &[
     Program::new("memory-moved", moved),
     Program::new("memory-counted", counted),
+    Program::new("memory-counted-huge", counted_huge),
+    Program::new("memory-counted-hugetlb", counted_hugetlb),
     Program::new("aio-context", aio),
 ];
 
@@ -46,9 +48,31 @@ fn moved(_: &Place) -> anyhow::Result<Check> {
     }))
 }
 
-/// A large mapping of which every check writes one page in ten, others each time.
 fn counted(_: &Place) -> anyhow::Result<Check> {
-    let memory = Map::private(8 << 20).make()?;
+    write_some(Map::private(8 << 20).make()?)
+}
+
+/// Where the kernel makes huge pages by itself.
+fn counted_huge(_: &Place) -> anyhow::Result<Check> {
+    let memory = Map::private(4 * TABLE).aligned(TABLE)?;
+    memory
+        .advise(0, memory.pages(), libc::MADV_HUGEPAGE)
+        .map_err(|error| Missing(format!("no huge pages: {error}")))?;
+    write_some(memory)
+}
+
+/// Huge pages that were set aside.
+fn counted_hugetlb(_: &Place) -> anyhow::Result<Check> {
+    let mut map = Map::private(2 * TABLE);
+    map.flags |= libc::MAP_HUGETLB;
+    let memory = map
+        .make()
+        .map_err(|error| Missing(format!("no huge page is free: {error}")))?;
+    write_some(memory)
+}
+
+/// Every check writes one page in ten of a mapping, others each time.
+fn write_some(memory: Mapping) -> anyhow::Result<Check> {
     let mut seeds = vec![1_u64; memory.pages()];
     memory.fill(1);
     let mut round = 0;
