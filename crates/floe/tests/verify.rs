@@ -58,7 +58,7 @@ fn images_one_directory_too_deep_are_found() {
     let meant = root.path().join("copy/1");
     refused(
         &root.path().join("copy"),
-        &["inventory.img is missing", "it seems to be in", "copy/0"],
+        &["inventory.img is missing", "it seems to be in", "copy/1"],
     );
     refused(
         root.path(),

@@ -7,10 +7,15 @@ use floe_image::dir::PARENT_LINK;
 /// Directories that are looked into, and how deep.
 const MOST: usize = 2000;
 const DEEPEST: usize = 4;
+/// The image that tells a checkpoint of tasks from a pre-dump.
+const TASKS: &str = "pstree.img";
 
-/// The directory below, above or beside `start` that holds a file of this name.
+/// The directory below, above or beside `start` that holds a file of this name. A pre-dump has some of the
+/// same names and cannot be restored, so one with tasks comes first.
 pub fn find(start: &Path, name: &str) -> Option<PathBuf> {
-    search(start, |directory| directory.join(name).is_file())
+    let holds = |directory: &Path| directory.join(name).is_file();
+    let with_tasks = |directory: &Path| holds(directory) && directory.join(TASKS).is_file();
+    search(start, with_tasks).or_else(|| search(start, holds))
 }
 
 /// A directory of this name below, above or beside `start`.
@@ -31,7 +36,7 @@ pub fn child_of(start: &Path) -> Option<PathBuf> {
             .join(PARENT_LINK)
             .canonicalize()
             .is_ok_and(|parent| parent == start)
-            && directory.join("pstree.img").is_file()
+            && directory.join(TASKS).is_file()
     })
 }
 
@@ -77,4 +82,24 @@ fn below(start: &Path, fits: &impl Fn(&Path) -> bool, left: &mut usize) -> Optio
         level = next;
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_checkpoint_of_tasks_is_named_before_a_pre_dump() {
+        let place = tempfile::tempdir().expect("a directory");
+        let start = place.path().canonicalize().expect("it is there");
+        for (directory, names) in [("0", &["i.img"][..]), ("1", &["i.img", TASKS])] {
+            std::fs::create_dir(start.join(directory)).expect("writable");
+            for name in names {
+                std::fs::write(start.join(directory).join(name), "").expect("writable");
+            }
+        }
+        assert_eq!(find(&start, "i.img"), Some(start.join("1")));
+        std::fs::remove_file(start.join("1").join("i.img")).expect("it is there");
+        assert_eq!(find(&start, "i.img"), Some(start.join("0")));
+    }
 }
