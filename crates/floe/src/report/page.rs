@@ -21,7 +21,7 @@ main{max-width:60rem;margin:0 auto;padding:1rem}h1{font-size:1.5rem;margin:.5rem
 p{margin:.3rem 0;color:var(--soft)}.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.5rem,1fr));gap:.6rem;margin:1rem 0}\
 .facts div{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.6rem .8rem}.facts b{display:block;font-size:1.15rem;overflow-wrap:anywhere}\
 .facts span{color:var(--soft);font-size:.85rem}svg{width:100%;height:auto;display:block}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}\
-svg .value{fill:var(--soft)}.plot{max-width:46rem}.a{fill:var(--a)}.b{fill:var(--b)}\
+svg .value{fill:var(--soft)}.plot{max-width:34rem}.a{fill:var(--a)}.b{fill:var(--b)}\
 .g0{fill:var(--g0)}.g1{fill:var(--g1)}.g2{fill:var(--g2)}.g3{fill:var(--g3)}.g4{fill:var(--g4)}.g5{fill:var(--g5)}\
 .key{display:flex;flex-wrap:wrap;gap:.3rem 1rem;color:var(--soft);font-size:.9rem}.key i{display:inline-block;width:.8rem;height:.8rem;border-radius:2px;margin-right:.35rem}\
 .wide{overflow-x:auto;border:1px solid var(--line);border-radius:.5rem}table{border-collapse:collapse;width:100%;font-size:.9rem}\

@@ -3,10 +3,14 @@
 use std::fmt::Write as _;
 
 /// Width of every plot in its own units; the page scales it.
-const WIDTH: f64 = 420.0;
+const WIDTH: f64 = 440.0;
 const ROW: f64 = 24.0;
-const LABEL: f64 = 124.0;
+/// Room for a label of [`LETTERS`] wide ones: what does not fit would be cut off at its beginning.
+const LABEL: f64 = 146.0;
+const LETTERS: usize = 18;
 const VALUE: f64 = 78.0;
+/// What is small beside the longest is still seen.
+const THINNEST: f64 = 1.0;
 /// Classes of colours for generations; older ones share the last.
 const SHADES: usize = 6;
 
@@ -40,11 +44,11 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
             escape(&bar.hint),
             LABEL - 8.0,
             y + 16.0,
-            escape(&shortened(&bar.label, 18))
+            escape(&shortened(&bar.label, LETTERS))
         );
         let mut x = LABEL;
-        for (length, class) in &bar.parts {
-            let width = length / most * (WIDTH - LABEL - VALUE);
+        for (length, class) in bar.parts.iter().filter(|(length, _)| *length > 0.0) {
+            let width = (length / most * (WIDTH - LABEL - VALUE)).max(THINNEST);
             let _ = write!(
                 svg,
                 "<rect class=\"{class}\" x=\"{x:.1}\" y=\"{:.1}\" width=\"{width:.1}\" height=\"{}\" rx=\"2\"/>",
@@ -95,4 +99,30 @@ pub fn escape(text: &str) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bar(label: &str, length: f64) -> Bar {
+        Bar {
+            label: label.into(),
+            value: "<1>".into(),
+            hint: String::new(),
+            parts: vec![(length, shade(0)), (0.0, shade(1))],
+        }
+    }
+
+    #[test]
+    fn labels_fit_and_no_part_of_a_bar_vanishes() {
+        let long = "4194304 /usr/lib/x86_64-linux-gnu/libc.so.6";
+        let svg = bars("T", &[bar(long, 1e9), bar("x", 1.0), bar("y", 0.0)]);
+        assert!(svg.contains("…") && !svg.contains("4194304"), "{svg}");
+        assert_eq!(svg.matches("<rect").count(), 2, "{svg}");
+        assert!(svg.contains("width=\"1.0\""), "{svg}");
+        assert!(svg.contains("&lt;1&gt;"), "{svg}");
+        // The widest letters that names have are some 7 units wide.
+        assert!(LETTERS as f64 * 7.0 <= LABEL - 8.0);
+    }
 }
