@@ -7,7 +7,7 @@ use floe_kernel::proc::ProcDir;
 
 use super::ahead::ask_ahead;
 use super::file_ids::{DescriptionKey, Identity};
-use super::probe::{Source, own_proc};
+use super::probe::Source;
 use super::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::fd::FD_KINDS;
 use crate::file_lock::collect_locks;
@@ -19,12 +19,7 @@ pub fn collect_fd_table(
     collector: &mut Collector<'_>,
 ) -> Result<Vec<FdinfoEntry>, CollectError> {
     let numbers = proc.list("fd")?;
-    let own = own_proc(collector)?;
-    let source = Source {
-        proc,
-        pidfd,
-        own: &own,
-    };
+    let source = Source { proc, pidfd };
     let mut table = Vec::new();
     let open = |fd: i32| source.open(TaskFd(fd));
     ask_ahead(&numbers, open, |_, opened| {

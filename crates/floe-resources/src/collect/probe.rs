@@ -1,6 +1,6 @@
 //! One descriptor of a task, opened up for the kinds to look at.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
 use floe_image::messages::FownEntry;
@@ -24,28 +24,17 @@ pub(super) struct Opened {
     info: FdInfo,
 }
 
-/// Our own directory in `/proc`, opened once.
-pub(super) fn own_proc(collector: &mut Collector<'_>) -> Result<Rc<ProcDir>, CollectError> {
-    let own = collector.try_cache(|_| {
-        let own = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
-        Ok(Rc::new(own))
-    })?;
-    Ok(Rc::clone(own))
-}
-
-/// Where descriptors come from: a stopped task, and our own duplicates.
+/// Where descriptors come from: a stopped task.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Source<'a> {
     pub proc: &'a ProcDir,
     pub pidfd: &'a Pidfd,
-    /// `/proc/self`: to look at our own files the kernel need not ask whether we may.
-    pub own: &'a ProcDir,
 }
 
 impl Source<'_> {
     /// Opens up descriptor `fd` of the task.
     pub(super) fn open(&self, fd: TaskFd) -> Result<Opened, CollectError> {
-        let Source { proc, pidfd, own } = self;
+        let Source { proc, pidfd } = self;
         let failed = |action, source| CollectError::Fd {
             pid: proc.pid(),
             fd,
@@ -56,7 +45,9 @@ impl Source<'_> {
             .duplicate_fd(fd)
             .map_err(|error| failed("Duplicating", error))?;
         let stat = rustix::fs::fstat(&file).map_err(|errno| failed("fstat", errno.into()))?;
-        let target = own.read_link(&format!("fd/{}", file.as_raw_fd()))?;
+        // Not the link of our duplicate: that one the kernel would have to make first, and to forget later,
+        // where this one was made by listing the table.
+        let target = proc.read_link(&format!("fd/{fd}"))?;
         let info = parse_fdinfo(proc.read_record(&format!("fdinfo/{fd}"))?)
             .map_err(|error| proc.bad(error))?;
         Ok(Opened {
@@ -90,12 +81,7 @@ impl<'a> FdProbe<'a> {
         fd: TaskFd,
         collector: &mut Collector<'_>,
     ) -> Result<Self, CollectError> {
-        let own = own_proc(collector)?;
-        let source = Source {
-            proc,
-            pidfd,
-            own: &own,
-        };
+        let source = Source { proc, pidfd };
         Ok(Self::of(proc, source.open(fd)?, collector.pids()))
     }
 
