@@ -35,10 +35,15 @@ impl Births<'_> {
             (&files, &[Handle::Files]),
             |world| world.end_of_inheritance(),
         );
+        let mut litters = self.litters(planner)?;
         for birth in &self.tree.births {
             match birth.parent {
                 None => self.plan_root(birth, planner),
-                Some(parent) => self.plan_fork(birth, parent, planner)?,
+                Some(_) => {
+                    if let Some(litter) = litters.remove(&birth.pid) {
+                        plan_forks(litter, planner);
+                    }
+                }
             }
             self.plan_session(birth, planner);
         }
@@ -90,31 +95,42 @@ impl Births<'_> {
         );
     }
 
-    fn plan_fork(
-        &self,
-        birth: &Birth,
-        parent: u32,
-        planner: &mut Planner<'_>,
-    ) -> Result<(), PlanError> {
-        let pid = birth.pid;
-        let flags = shared_tables(planner, parent, pid)?;
-        let mut needs = Vec::new();
-        if !birth.before_session {
-            needs.push(Handle::Session(parent));
+    /// Children of one parent that need the same are forked by one program; by the pid of the first.
+    fn litters(&self, planner: &Planner<'_>) -> Result<BTreeMap<u32, Litter>, PlanError> {
+        let mut litters: Vec<Litter> = Vec::new();
+        let mut open: BTreeMap<(u32, u64, Vec<Handle>), usize> = BTreeMap::new();
+        for birth in &self.tree.births {
+            let Some(parent) = birth.parent else { continue };
+            let pid = birth.pid;
+            let flags = shared_tables(planner, parent, pid)?;
+            let mut needs = Vec::new();
+            if !birth.before_session {
+                needs.push(Handle::Session(parent));
+            }
+            if self.share_memory.contains(&pid) {
+                needs.push(Handle::Memory(parent));
+            }
+            if self.movers.contains(&parent) {
+                needs.push(floe_resources::cgroup::entered(parent));
+            }
+            let key = (parent, flags, needs.clone());
+            match open.get(&key) {
+                Some(at) if litters[*at].pids.len() < FORKS_AT_ONCE => litters[*at].pids.push(pid),
+                _ => {
+                    open.insert(key, litters.len());
+                    litters.push(Litter {
+                        parent,
+                        flags,
+                        needs,
+                        pids: vec![pid],
+                    });
+                }
+            }
         }
-        if self.share_memory.contains(&pid) {
-            needs.push(Handle::Memory(parent));
-        }
-        if self.movers.contains(&parent) {
-            needs.push(floe_resources::cgroup::entered(parent));
-        }
-        planner.task_step(
-            parent,
-            format!("fork task {pid}"),
-            (&needs, &[Handle::Born(pid)]),
-            move |world| fork(world, parent, pid, flags),
-        );
-        Ok(())
+        Ok(litters
+            .into_iter()
+            .map(|litter| (litter.pids[0], litter))
+            .collect())
     }
 
     fn plan_session(&self, birth: &Birth, planner: &mut Planner<'_>) {
@@ -286,31 +302,64 @@ pub fn clone_program(
     (call, args)
 }
 
-fn fork(world: &mut World<'_>, parent: u32, pid: u32, flags: u64) -> Result<(), ExecuteError> {
-    let mut program = Program::new();
-    let (call, _) = clone_program(
-        &mut program,
-        format!("clone3 of task {pid}"),
-        flags,
-        (pid, libc::SIGCHLD),
-    );
-    let known = known_children(world);
-    let puppet = world.puppet(parent)?;
-    let outcome = puppet.run(&program)?.expect("the program has a call");
-    let host = match known {
-        None => HostPid(outcome.result(call) as i32),
-        Some(known) => find_child(puppet.pid(), pid, &known)?,
+/// Children that one program forks.
+struct Litter {
+    parent: u32,
+    /// Of `clone3`.
+    flags: u64,
+    needs: Vec<Handle>,
+    pids: Vec<u32>,
+}
+
+/// Children of one program. Each has a copy of its parent's arena as it was then.
+const FORKS_AT_ONCE: usize = 64;
+
+fn plan_forks(litter: Litter, planner: &mut Planner<'_>) {
+    let made: Vec<Handle> = litter.pids.iter().map(|pid| Handle::Born(*pid)).collect();
+    let name = match &litter.pids[..] {
+        [pid] => format!("fork task {pid}"),
+        pids => format!("fork {} tasks from {} on", pids.len(), pids[0]),
     };
-    let leader = Seized::born(host).wait_stopped()?;
-    let arena = puppet.arena.clone();
-    world.puppets.insert(
-        pid,
-        Puppet {
-            arena,
+    let needs = litter.needs.clone();
+    planner.task_step(litter.parent, name, (&needs, &made), move |world| {
+        fork(world, &litter)
+    });
+}
+
+/// If one cannot be forked, those before it end with the coordinator: nobody has let them run.
+fn fork(world: &mut World<'_>, litter: &Litter) -> Result<(), ExecuteError> {
+    let mut program = Program::new();
+    let mut calls = Vec::with_capacity(litter.pids.len());
+    for pid in &litter.pids {
+        let label = format!("clone3 of task {pid}");
+        let who = (*pid, libc::SIGCHLD);
+        calls.push((
+            *pid,
+            clone_program(&mut program, label, litter.flags, who).0,
+        ));
+    }
+    let mut known = known_children(world);
+    let puppet = world.puppet(litter.parent)?;
+    let outcome = puppet.run(&program)?.expect("the program has a call");
+    let (arena, parent) = (puppet.arena.clone(), puppet.pid());
+    // The newest child is found first.
+    for (pid, call) in calls.into_iter().rev() {
+        let host = match &mut known {
+            None => HostPid(outcome.result(call) as i32),
+            Some(known) => {
+                let host = find_child(parent, pid, known)?;
+                known.insert(host);
+                host
+            }
+        };
+        let leader = Seized::born(host).wait_stopped()?;
+        let puppet = Puppet {
+            arena: arena.clone(),
             leader,
             threads: Default::default(),
-        },
-    );
+        };
+        world.puppets.insert(pid, puppet);
+    }
     Ok(())
 }
 

@@ -16,6 +16,8 @@ use crate::tree::is_zombie;
 const CLOSE_ON_EXEC: u32 = 1;
 /// Descriptors moved by one program; the arena has room for some more.
 const MOVES_AT_ONCE: usize = 8000;
+/// Moves beside which there is room for closing, which takes a call for each at most.
+const CLOSES_BESIDE: usize = 4000;
 
 /// Adds the steps that give each task its directories, then its descriptors.
 pub fn plan(planner: &mut Planner<'_>) -> Result<(), PlanError> {
@@ -72,8 +74,12 @@ fn install(world: &mut World<'_>, pid: u32, fds: &[FdinfoEntry]) -> Result<(), E
     for fd in fds {
         moves.push((world.number_in_task(pid, fd.id)?, fd));
     }
+    let kept = world.kept_in_tasks().map(i32::cast_unsigned);
+    let mut program = Program::new();
     for some in moves.chunks(MOVES_AT_ONCE) {
-        let mut program = Program::new();
+        if !program.is_empty() {
+            world.run(pid, &std::mem::take(&mut program))?;
+        }
         for (source, fd) in some {
             let flags = if fd.flags & CLOSE_ON_EXEC != 0 {
                 libc::O_CLOEXEC
@@ -86,26 +92,27 @@ fn install(world: &mut World<'_>, pid: u32, fds: &[FdinfoEntry]) -> Result<(), E
                 &[Arg::from(*source), Arg::from(fd.fd), Arg::from(flags)],
             );
         }
-        world.run(pid, &program)?;
     }
-    let kept = world.kept_in_tasks().map(i32::cast_unsigned);
-    world.run(pid, &close_all_others(fds, kept)).map(drop)
+    // Each program is a stop of the task: one does both where there is room.
+    if program.len() > CLOSES_BESIDE {
+        world.run(pid, &std::mem::take(&mut program))?;
+    }
+    close_all_others(&mut program, fds, kept);
+    world.run(pid, &program).map(drop)
 }
 
 /// Closes every descriptor that the task did not have, but one that is `kept` for later.
-fn close_all_others(fds: &[FdinfoEntry], kept: Option<u32>) -> Program {
+fn close_all_others(program: &mut Program, fds: &[FdinfoEntry], kept: Option<u32>) {
     let mut numbers: Vec<u32> = fds.iter().map(|fd| fd.fd).chain(kept).collect();
     numbers.sort_unstable();
-    let mut program = Program::new();
     let mut first_free = 0;
     for number in numbers {
         if number > first_free {
-            close_range(&mut program, first_free, number - 1);
+            close_range(program, first_free, number - 1);
         }
         first_free = number + 1;
     }
-    close_range(&mut program, first_free, u32::MAX);
-    program
+    close_range(program, first_free, u32::MAX);
 }
 
 fn close_range(program: &mut Program, first: u32, last: u32) {

@@ -1,6 +1,6 @@
 //! Steps that give tasks and threads the state that is theirs alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use floe_image::ImageKind;
@@ -10,7 +10,9 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
 use floe_resources::namespace::own_of_root;
-use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, World};
+use floe_resources::restore::{
+    Attempt, ExecuteError, PlanError, Planner, Puppet, TaskImages, World,
+};
 use floe_resources::task::rebuild::{self, Birth, TaskContext};
 
 use crate::tree::is_zombie;
@@ -93,21 +95,49 @@ pub fn plan<'i>(
         (&everything, &[Handle::Ready]),
         |_| Ok(()),
     );
+    planner.step_at_home(
+        "signals, timers, limits, credentials of all tasks",
+        (&[Handle::Ready], &[]),
+        move |world| finish_all(world, &last),
+    );
+    Ok(())
+}
+
+/// Gives all tasks their last state. Nobody waits for it, so they get it at the same time.
+fn finish_all(world: &mut World<'_>, last: &[(&TaskImages, Programs)]) -> Result<(), ExecuteError> {
+    let mut spaces = BTreeSet::new();
+    let mut started = Vec::new();
     for (task, programs) in last {
         let pid = task.pid();
-        planner.task_step(
-            pid,
-            "signals, timers, limits, credentials",
-            (&[Handle::Ready], &[]),
-            move |world| {
-                if let Some(core) = &task.core.tc {
-                    let host = world.puppet(pid)?.pid();
-                    rebuild::attributes::write_proc(host, core)?;
-                }
-                close_kept(world, pid)?;
-                run_all(world, pid, &programs)
-            },
-        );
+        if let Some(core) = &task.core.tc {
+            let host = world.puppet(pid)?.pid();
+            rebuild::attributes::write_proc(host, core)?;
+        }
+        // Tasks in one address space have one arena, and take turns.
+        let space = task.ids.as_ref().map_or(pid, |ids| ids.vm_id);
+        if !spaces.insert(space) {
+            finish_started(world, &mut started)?;
+        }
+        close_kept(world, pid)?;
+        let puppet = world.puppet(pid)?;
+        run_others(puppet, pid, programs)?;
+        let leaders = programs.iter().find(|(tid, _)| *tid == pid);
+        if let Some((_, program)) = leaders.filter(|(_, program)| !program.is_empty()) {
+            puppet.arena.start(&mut puppet.leader, program, 0)?;
+            started.push((pid, program));
+        }
+    }
+    finish_started(world, &mut started)
+}
+
+/// Waits for the ends of the programs of leaders.
+fn finish_started(
+    world: &mut World<'_>,
+    started: &mut Vec<(u32, &Program)>,
+) -> Result<(), ExecuteError> {
+    for (pid, program) in started.drain(..) {
+        let puppet = world.puppet(pid)?;
+        puppet.arena.finish(&mut puppet.leader, program, 0)?;
     }
     Ok(())
 }
@@ -172,6 +202,15 @@ fn plan_task<'i>(
 /// Runs the programs of the other threads at once, then that of the leader.
 fn run_all(world: &mut World<'_>, pid: u32, programs: &Programs) -> Result<(), ExecuteError> {
     let puppet = world.puppet(pid)?;
+    run_others(puppet, pid, programs)?;
+    match programs.iter().find(|(tid, _)| *tid == pid) {
+        Some((_, program)) => puppet.run(program).map(drop),
+        None => Ok(()),
+    }
+}
+
+/// Runs the programs of the threads beside the leader at once.
+fn run_others(puppet: &mut Puppet, pid: u32, programs: &Programs) -> Result<(), ExecuteError> {
     let others = programs.iter().filter(|(tid, _)| *tid != pid);
     let mut others = others.filter(|(_, program)| !program.is_empty()).peekable();
     while others.peek().is_some() {
@@ -190,10 +229,7 @@ fn run_all(world: &mut World<'_>, pid: u32, programs: &Programs) -> Result<(), E
             puppet.arena.finish(thread, program, offset)?;
         }
     }
-    match programs.iter().find(|(tid, _)| *tid == pid) {
-        Some((_, program)) => puppet.run(program).map(drop),
-        None => Ok(()),
-    }
+    Ok(())
 }
 
 fn thread(threads: &mut BTreeMap<u32, Stopped>, tid: u32) -> Result<&mut Stopped, ExecuteError> {
