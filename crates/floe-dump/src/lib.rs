@@ -13,6 +13,7 @@ mod iterate;
 pub mod keeper;
 mod kinship;
 mod memory;
+mod pace;
 mod pagemap_out;
 mod predump;
 mod release;

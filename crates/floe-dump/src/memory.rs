@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 
 use crate::error::DumpError;
 use crate::freeze::FrozenTask;
+use crate::pace::Pace;
 use crate::pagemap_out::{PagemapOut, connect};
 use crate::reserve::Reserved;
 use crate::track::Tracking;
@@ -51,6 +52,8 @@ pub struct MemoryDump<'a> {
     pub server: Option<PageSender>,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
+    /// Holds back copies of running tasks.
+    pub pace: Option<Pace>,
     /// Reads the mappings of the stopped tree.
     pub mappings: MappingReader,
     pub counts: MemoryCounts,
@@ -90,6 +93,7 @@ impl<'a> MemoryDump<'a> {
             reserved,
             server: None,
             tracking: None,
+            pace: None,
             mappings: MappingReader::default(),
             counts: MemoryCounts::default(),
         }
@@ -204,7 +208,12 @@ impl<'a> MemoryDump<'a> {
                 builder.leave_in_parent(&unchanged);
                 runs = difference(&runs, &unchanged);
             }
-            builder.send(&mut self.pump, &live.source, &runs)?;
+            let pump = &mut self.pump;
+            let mut send = |runs: &[PageRun]| builder.send(pump, &live.source, runs);
+            match &mut self.pace {
+                Some(pace) => pace.send(&runs, send)?,
+                None => send(&runs)?,
+            }
         }
         self.counts.pages_scanned += scanner.pages_scanned();
         self.finish_task(builder)

@@ -22,6 +22,7 @@ use rustix::fs::OFlags;
 use crate::error::DumpError;
 use crate::freeze::{self, FrozenTree};
 use crate::memory::{LiveTask, MemoryDump};
+use crate::pace::Pace;
 use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source};
@@ -75,6 +76,7 @@ pub fn pre_dump(
     tracking.arm_fresh()?;
     let mut memory = MemoryDump::incremental(&writer, tracking);
     memory.server = server;
+    memory.pace = options.max_rate.map(|rate| Pace::new(rate.0));
     let unsure = copy(&mut memory, tasks, &mut report)?;
     if ProcDir::open(root).is_err() {
         return Err(DumpError::Ended { pid: root });

@@ -202,6 +202,7 @@ impl Settings {
             tracker: self.tracker,
             auto_dedup: self.auto_dedup,
             pre_dump_mode: self.pre_dump_mode,
+            max_rate: self.max_rate,
             lazy_pages: self.lazy_pages,
             allow_uprobes: self.allow_uprobes,
             unprivileged: self.unprivileged,

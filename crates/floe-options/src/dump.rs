@@ -130,6 +130,8 @@ pub struct DumpOptions {
     pub auto_dedup: bool,
     /// How a pre-dump reads.
     pub pre_dump_mode: PreDumpMode,
+    /// The most bytes that a round copies in a second (`--max-rate`); a final dump is not held back.
+    pub max_rate: Option<ByteLimit>,
     /// Where pages go instead of to files (`--page-server`).
     pub page_server: Option<PageServer>,
     /// Pages stay in the tasks and are served on request (`--lazy-pages`).
@@ -172,6 +174,7 @@ impl DumpOptions {
             tracker: TrackerChoice::default(),
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
+            max_rate: None,
             page_server: None,
             lazy_pages: false,
             allow_uprobes: false,

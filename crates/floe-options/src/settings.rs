@@ -156,6 +156,8 @@ pub struct Settings {
     /// `--iterate`: copy in rounds first.
     pub iterate: bool,
     pub rounds: IterateOptions,
+    /// `--max-rate`: bytes that rounds copy in a second.
+    pub max_rate: Option<ByteLimit>,
     pub auto_dedup: bool,
     pub pre_dump_mode: PreDumpMode,
     pub lazy_pages: bool,
@@ -223,6 +225,7 @@ impl Default for Settings {
             tracker: TrackerChoice::default(),
             iterate: false,
             rounds: IterateOptions::default(),
+            max_rate: None,
             auto_dedup: false,
             pre_dump_mode: PreDumpMode::default(),
             lazy_pages: false,
