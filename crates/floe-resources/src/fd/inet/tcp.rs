@@ -8,9 +8,11 @@
 //! put into repair mode, so it comes after preflight. [`HeldConnections`] owns both and undoes both.
 
 use std::collections::HashSet;
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use floe_image::ImageKind;
 use floe_image::messages::{InetSkEntry, TcpStreamEntry};
@@ -29,7 +31,9 @@ use crate::netlock::{Away, Left, Lock, LockError, Scope};
 use floe_options::NetworkLock;
 
 /// How often connections within the tree are looked at again until both ends agree.
-const ATTEMPTS: usize = 10;
+const ATTEMPTS: usize = 20;
+/// How long packets within the tree get to arrive before they are looked at again.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// A connection found in preflight.
 #[derive(Debug)]
@@ -291,15 +295,29 @@ fn read_streams(
         let entry = &stream.entry;
         (stream.state, entry.inq_seq, entry.outq_seq, entry.outq_len)
     };
-    let mut streams = read()?;
-    for _ in 0..ATTEMPTS {
-        let again = read()?;
-        if again.iter().map(moved).eq(streams.iter().map(moved)) {
-            return Ok(again);
+    let mut before: Option<Vec<Stream>> = None;
+    for attempt in 1..ATTEMPTS {
+        before = match read() {
+            Ok(now) => {
+                let same = |before: Vec<Stream>| before.iter().map(moved).eq(now.iter().map(moved));
+                if before.is_some_and(same) {
+                    return Ok(now);
+                }
+                Some(now)
+            }
+            // A queue grew or shrank between counting and copying its bytes.
+            Err(error) if is_moving(&error) => None,
+            Err(error) => return Err(error),
+        };
+        if attempt > 1 {
+            std::thread::sleep(PAUSE);
         }
-        streams = again;
     }
-    Ok(streams)
+    read()
+}
+
+fn is_moving(error: &CollectError) -> bool {
+    matches!(error, CollectError::Fd { source, .. } if source.kind() == ErrorKind::InvalidData)
 }
 
 fn read_stream(connection: &Connection, socket: &Repair) -> Result<Stream, CollectError> {
