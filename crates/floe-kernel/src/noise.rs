@@ -56,10 +56,8 @@ mod proc {
 
     /// Damaged forms of a file of our own, which `parse` may refuse but not fall over.
     fn damage_file<T>(path: &str, parse: fn(&[u8]) -> T) {
-        let Ok(text) = std::fs::read(path) else {
-            println!("{path} is not there");
-            return;
-        };
+        // Not every kernel has all of them.
+        let text = std::fs::read(path).unwrap_or_default();
         // Long files are of one kind of line.
         let some = &text[..text.len().min(2000)];
         Noise::damage(some, |bytes| drop(parse(bytes)));

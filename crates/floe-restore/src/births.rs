@@ -192,25 +192,23 @@ impl Births<'_> {
 
     /// Helpers go before zombies appear, so that nobody mistakes one for the other.
     fn plan_deaths(&self, planner: &mut Planner<'_>) {
-        let helpers: Vec<(u32, u32)> = self
-            .tree
-            .births
+        let births = &self.tree.births;
+        let helpers: Vec<Birth> = births
             .iter()
             .filter(|birth| birth.helper)
-            .filter_map(|birth| Some((birth.pid, birth.parent?)))
+            .cloned()
             .collect();
-        let adopters: Vec<u32> = self.tree.adopters.iter().copied().collect();
-        let memory: Vec<Handle> = adopters.iter().map(|pid| Handle::Memory(*pid)).collect();
+        let adopters = helpers.iter().filter_map(|birth| birth.adopter);
+        let memory: Vec<Handle> = adopters.map(Handle::Memory).collect();
         let needs = [&[Handle::Tree, Handle::Object("groups", 0)][..], &memory].concat();
         planner.step(
             "dismiss helpers",
             (&needs, &[Handle::Object("helpers", 0)]),
             move |world| {
-                set_subreapers(world, &adopters, 1)?;
-                for (pid, parent) in helpers.into_iter().rev() {
-                    dismiss(world, pid, parent)?;
-                }
-                set_subreapers(world, &adopters, 0)
+                helpers
+                    .iter()
+                    .rev()
+                    .try_for_each(|birth| dismiss(world, birth))
             },
         );
         let images = planner.images;
@@ -427,21 +425,25 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
     Ok(())
 }
 
-fn set_subreapers(world: &mut World<'_>, pids: &[u32], on: i32) -> Result<(), ExecuteError> {
-    for pid in pids {
-        let mut program = Program::new();
-        program.call(
-            "prctl(PR_SET_CHILD_SUBREAPER)",
-            libc::SYS_prctl,
-            &[Arg::from(libc::PR_SET_CHILD_SUBREAPER), Arg::from(on)],
-        );
-        world.run(*pid, &program)?;
-    }
-    Ok(())
+fn set_subreaper(world: &mut World<'_>, pid: u32, on: i32) -> Result<(), ExecuteError> {
+    let mut program = Program::new();
+    program.call(
+        "prctl(PR_SET_CHILD_SUBREAPER)",
+        libc::SYS_prctl,
+        &[Arg::from(libc::PR_SET_CHILD_SUBREAPER), Arg::from(on)],
+    );
+    world.run(pid, &program).map(drop)
 }
 
-/// Ends a helper and lets its parent reap it.
-fn dismiss(world: &mut World<'_>, pid: u32, parent: u32) -> Result<(), ExecuteError> {
+/// Ends a helper and lets its parent reap it. No other task than its adopter is a subreaper then, so its
+/// orphans pass all that stand between.
+fn dismiss(world: &mut World<'_>, helper: &Birth) -> Result<(), ExecuteError> {
+    let (pid, Some(parent)) = (helper.pid, helper.parent) else {
+        return Ok(());
+    };
+    if let Some(adopter) = helper.adopter {
+        set_subreaper(world, adopter, 1)?;
+    }
     die(world, pid, 0)?;
     let mut program = Program::new();
     let args = [
@@ -451,7 +453,11 @@ fn dismiss(world: &mut World<'_>, pid: u32, parent: u32) -> Result<(), ExecuteEr
         Arg::from(0),
     ];
     program.call(format!("wait4 for helper {pid}"), libc::SYS_wait4, &args);
-    world.run(parent, &program).map(drop)
+    world.run(parent, &program)?;
+    match helper.adopter {
+        Some(adopter) => set_subreaper(world, adopter, 0),
+        None => Ok(()),
+    }
 }
 
 /// Ends a task with a wait status: an exit code in the second byte, or a signal in the first.

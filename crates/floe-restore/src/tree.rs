@@ -26,6 +26,8 @@ pub struct Birth {
     pub group: Option<u32>,
     /// Exists only to give others their session or group.
     pub helper: bool,
+    /// Of a helper: the task that must adopt its orphans, a subreaper for that time.
+    pub adopter: Option<u32>,
 }
 
 /// The births of a tree, parents before children.
@@ -33,8 +35,6 @@ pub struct Birth {
 pub struct Tree {
     /// In the order of the plan.
     pub births: Vec<Birth>,
-    /// Tasks that must adopt orphans of a helper, and so be subreapers while it exits.
-    pub adopters: BTreeSet<u32>,
 }
 
 /// One task of the tree in progress.
@@ -44,20 +44,7 @@ struct Node {
     sid: u32,
     pgid: u32,
     helper: bool,
-}
-
-/// What helpers need.
-struct Helpers {
-    adopters: BTreeSet<u32>,
-    /// From here on no number is that of a task, thread, group or session.
-    unused: u32,
-}
-
-impl Helpers {
-    fn next(&mut self) -> u32 {
-        self.unused += 1;
-        self.unused - 1
-    }
+    adopter: Option<u32>,
 }
 
 /// The highest number of a task, thread, group or session.
@@ -85,24 +72,30 @@ impl Tree {
                     sid: entry.sid,
                     pgid: entry.pgid,
                     helper: false,
+                    adopter: None,
                 },
             );
             order.push(entry.pid);
         }
         let outside = outside_ids(images);
-        let mut helpers = Helpers {
-            adopters: BTreeSet::new(),
-            unused: highest_id(images) + 1,
-        };
-        add_session_helpers(&mut nodes, &mut order, &mut helpers, &outside)?;
-        let adopters = helpers.adopters;
+        // From here on no number is that of a task, thread, group or session.
+        let unused = highest_id(images) + 1;
+        add_session_helpers(&mut nodes, &mut order, unused, &outside)?;
         add_group_helpers(&mut nodes, &mut order, &outside)?;
-        let early = early_sessions(&nodes, &order);
-        let births = order
-            .iter()
-            .map(|pid| birth(*pid, &nodes, &early, &outside))
-            .collect();
-        Ok(Tree { births, adopters })
+        let births = births(&nodes, &order, &outside);
+        let places = outcome(&births);
+        for task in &images.tasks[1..] {
+            let (pid, parent, sid) = (task.pid(), task.entry.ppid, task.entry.sid);
+            let inherits = outside.contains(&sid);
+            let found = places.get(&pid).copied();
+            if !inherits && found != Some(Place { parent, sid }) {
+                return Err(PlanError::Unsupported {
+                    object: format!("task {pid}, adopted by {parent} from session {sid},"),
+                    remedy: "no order of births leads there; end that task before the dump",
+                });
+            }
+        }
+        Ok(Tree { births })
     }
 
     /// Every pid and tid that must be free.
@@ -145,27 +138,44 @@ fn wanted_session(pid: u32, node: &Node, early: &BTreeMap<u32, u32>) -> Option<u
 /// For each leader with children of an older session: that session, in which it must be born itself.
 fn early_sessions(nodes: &BTreeMap<u32, Node>, order: &[u32]) -> BTreeMap<u32, u32> {
     let mut early = BTreeMap::new();
+    let mut asked: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+    // Children come behind their parents, so all that ask a task have done so when it is its turn.
     for pid in order.iter().rev() {
         let node = &nodes[pid];
+        let of_children = asked.remove(pid).unwrap_or_default().into_iter();
+        if let Some(nearest) = of_children.min_by_key(|session| height(nodes, *pid, *session)) {
+            early.insert(*pid, nearest);
+        }
         let (Some(parent), Some(wanted)) = (node.parent, wanted_session(*pid, node, &early)) else {
             continue;
         };
         // The root is born in our own session, which none of the tree's is.
         let is_root = nodes[&parent].parent.is_none();
-        if nodes[&parent].sid == parent && wanted != parent && !is_root {
-            early.entry(parent).or_insert(wanted);
+        // A leader cannot be born in a session that began below it: that child was adopted.
+        let adopted = is_below(nodes, wanted, parent);
+        if nodes[&parent].sid == parent && !adopted && !is_root {
+            asked.entry(parent).or_default().push(wanted);
         }
     }
     early
 }
 
+/// How many generations above `pid` somebody is in this session.
+fn height(nodes: &BTreeMap<u32, Node>, pid: u32, session: u32) -> usize {
+    let parent = |pid: &u32| nodes.get(pid).and_then(|node| node.parent);
+    let mut ancestors = std::iter::successors(parent(&pid), parent);
+    let found = ancestors.position(|pid| nodes.get(&pid).is_some_and(|node| node.sid == session));
+    found.unwrap_or(usize::MAX)
+}
+
 fn add_session_helpers(
     nodes: &mut BTreeMap<u32, Node>,
     order: &mut Vec<u32>,
-    helpers: &mut Helpers,
+    mut unused: u32,
     outside: &BTreeSet<u32>,
 ) -> Result<(), PlanError> {
-    let mut dead: BTreeMap<u32, u32> = BTreeMap::new();
+    // Children of leaders that died: one for each session and task that adopted its orphans.
+    let mut dead: BTreeMap<(u32, u32), u32> = BTreeMap::new();
     loop {
         let early = early_sessions(nodes, order);
         let stray = order.iter().copied().find_map(|pid| {
@@ -178,20 +188,23 @@ fn add_session_helpers(
         let Some((pid, parent, session)) = stray else {
             return Ok(());
         };
-        let leader_lives = nodes.get(&session).is_some_and(|leader| !leader.helper);
-        if outside.contains(&session) || leader_lives && is_below(nodes, session, pid) {
+        let leader = nodes.get(&session).copied();
+        if outside.contains(&session) || is_below(nodes, session, pid) {
             let what = format!(
                 "task {pid} is in session {session}, which it cannot have inherited from its parent {parent}"
             );
             return Err(PlanError::damaged("pstree.img", what));
         }
-        // A dead leader's place is taken by a helper; of one that lives, a helper is the child that died.
-        let (helper, helpers_parent) = match leader_lives {
-            true => (
-                *dead.entry(session).or_insert_with(|| helpers.next()),
-                session,
-            ),
-            false => (session, parent),
+        // A dead leader's place is taken by a helper. Where there is a leader, or that helper has orphans
+        // for another task already, a helper is the child of the leader that died.
+        let (helper, helpers_parent) = match leader {
+            None => (session, parent),
+            Some(leader) if leader.adopter == Some(parent) => (session, parent),
+            Some(_) => {
+                let next = dead.entry((session, parent)).or_insert(unused);
+                unused = unused.max(*next + 1);
+                (*next, session)
+            }
         };
         if let Entry::Vacant(place) = nodes.entry(helper) {
             place.insert(Node {
@@ -199,11 +212,11 @@ fn add_session_helpers(
                 sid: session,
                 pgid: session,
                 helper: true,
+                adopter: Some(parent),
             });
             let found = order.iter().position(|other| *other == helpers_parent);
             order.insert(found.map_or(order.len(), |at| at + 1), helper);
         }
-        helpers.adopters.insert(parent);
         nodes.get_mut(&pid).expect("it was found there").parent = Some(helper);
         sort_parents_first(nodes, order);
     }
@@ -241,6 +254,7 @@ fn add_group_helpers(
                 sid: node.sid,
                 pgid: node.pgid,
                 helper: true,
+                adopter: None,
             },
         );
         order.push(node.pgid);
@@ -271,6 +285,54 @@ fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) {
     *order = sorted;
 }
 
+/// Where a task ends up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    parent: u32,
+    sid: u32,
+}
+
+/// What the kernel makes of the births, when all helpers have ended.
+fn outcome(births: &[Birth]) -> BTreeMap<u32, Place> {
+    let mut places: BTreeMap<u32, Place> = BTreeMap::new();
+    let mut born_in: BTreeMap<u32, u32> = BTreeMap::new();
+    for birth in births {
+        let parent = birth.parent.unwrap_or(0);
+        let inherited = match places.get(&parent) {
+            Some(_) if birth.before_session => born_in[&parent],
+            Some(place) => place.sid,
+            None => 0,
+        };
+        born_in.insert(birth.pid, inherited);
+        let sid = if birth.leads_session {
+            birth.pid
+        } else {
+            inherited
+        };
+        places.insert(birth.pid, Place { parent, sid });
+    }
+    let root = births.first().map_or(0, |birth| birth.pid);
+    for helper in births.iter().rev().filter(|birth| birth.helper) {
+        let mut heir = places
+            .remove(&helper.pid)
+            .map_or(root, |place| place.parent);
+        while heir != root && helper.adopter != Some(heir) {
+            heir = places.get(&heir).map_or(root, |place| place.parent);
+        }
+        let orphans = places
+            .values_mut()
+            .filter(|place| place.parent == helper.pid);
+        orphans.for_each(|place| place.parent = heir);
+    }
+    places
+}
+
+fn births(nodes: &BTreeMap<u32, Node>, order: &[u32], outside: &BTreeSet<u32>) -> Vec<Birth> {
+    let early = early_sessions(nodes, order);
+    let births = order.iter().map(|pid| birth(*pid, nodes, &early, outside));
+    births.collect()
+}
+
 fn birth(
     pid: u32,
     nodes: &BTreeMap<u32, Node>,
@@ -291,6 +353,7 @@ fn birth(
         leads_session: node.sid == pid,
         group: (node.sid != pid && !inherited).then_some(node.pgid),
         helper: node.helper,
+        adopter: node.adopter,
     }
 }
 
@@ -300,3 +363,6 @@ pub fn is_zombie(images: &TreeImages, pid: u32) -> bool {
         .task(pid)
         .is_some_and(|task| matches!(task.state(), Ok(TaskState::Dead)))
 }
+
+#[cfg(test)]
+mod history;
