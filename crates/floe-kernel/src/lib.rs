@@ -5,6 +5,7 @@
 pub mod acting;
 pub mod anonymous;
 mod arch;
+pub mod bpf;
 pub mod child;
 pub mod cpu;
 pub mod fault;

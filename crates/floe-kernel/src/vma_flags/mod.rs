@@ -3,8 +3,8 @@
 //! For its counters `smaps` walks every page of a mapping, 20 ms for a GiB, and no other file tells the
 //! flags. A program of a few instructions that the kernel runs for each mapping does, in microseconds.
 //!
-//! Contract relied on: `bpf(2)` reads only the structures and buffers that its argument names; the
-//! verifier lets the program read nothing but the mapping that it is shown.
+//! Contract relied on: that of [`crate::bpf`]; the verifier lets the program read nothing but the mapping
+//! that it is shown.
 
 mod btf;
 mod codes;
@@ -13,8 +13,9 @@ mod samples;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 
+use crate::bpf;
 use crate::ids::{HostPid, TaskAddr};
 use crate::proc::{Mapping, ProcDir, parse_maps, parse_vm_flags};
 use btf::Btf;
@@ -182,7 +183,7 @@ struct LoadArgument {
 fn load_program(code: &[Instruction], target: u32) -> io::Result<OwnedFd> {
     // `bpf_seq_write` is for programs that declare a license compatible with the kernel's.
     let license = c"Dual MIT/GPL";
-    let argument = LoadArgument {
+    let mut argument = LoadArgument {
         prog_type: BPF_PROG_TYPE_TRACING,
         insn_cnt: u32::try_from(code.len()).map_err(io::Error::other)?,
         insns: code.as_ptr() as u64,
@@ -193,8 +194,8 @@ fn load_program(code: &[Instruction], target: u32) -> io::Result<OwnedFd> {
         ..LoadArgument::default()
     };
     // SAFETY: `insns` and `insn_cnt` span the live slice, whose elements have the kernel's layout;
-    // `license` is a live string that ends with zero.
-    unsafe { bpf(BPF_PROG_LOAD, &argument) }
+    // `license` is a live string that ends with zero. The command gives a descriptor.
+    unsafe { bpf::open(BPF_PROG_LOAD, &mut argument) }
 }
 
 #[repr(C)]
@@ -218,7 +219,7 @@ struct IterArgument {
 fn read(program: &OwnedFd, pid: HostPid) -> io::Result<Vec<RawMapping>> {
     // `union bpf_iter_link_info`: the thread, whose address space is that of its process.
     let info: [u32; 4] = [pid.0.cast_unsigned(), 0, 0, 0];
-    let argument = LinkArgument {
+    let mut argument = LinkArgument {
         prog_fd: program.as_raw_fd().cast_unsigned(),
         target_fd: 0,
         attach_type: BPF_TRACE_ITER,
@@ -227,14 +228,14 @@ fn read(program: &OwnedFd, pid: HostPid) -> io::Result<Vec<RawMapping>> {
         iter_info_len: size_of_val(&info) as u32,
         padding: 0,
     };
-    // SAFETY: `iter_info` and its length span the live array.
-    let link = unsafe { bpf(BPF_LINK_CREATE, &argument)? };
-    let argument = IterArgument {
+    // SAFETY: `iter_info` and its length span the live array; the command gives a descriptor.
+    let link = unsafe { bpf::open(BPF_LINK_CREATE, &mut argument)? };
+    let mut argument = IterArgument {
         link_fd: link.as_raw_fd().cast_unsigned(),
         flags: 0,
     };
-    // SAFETY: the argument names no buffer.
-    let run = unsafe { bpf(BPF_ITER_CREATE, &argument)? };
+    // SAFETY: the argument names no buffer, and the command gives a descriptor.
+    let run = unsafe { bpf::open(BPF_ITER_CREATE, &mut argument)? };
     let mut run = File::from(run);
     let mut found: Vec<RawMapping> = Vec::new();
     let mut bytes = vec![0; BUFFER];
@@ -252,20 +253,6 @@ fn read(program: &OwnedFd, pid: HostPid) -> io::Result<Vec<RawMapping>> {
             return Ok(found);
         }
     }
-}
-
-/// Calls `bpf(2)`, and takes the descriptor that it gives.
-///
-/// # Safety
-/// All addresses in `argument` are those of buffers that are live and as long as it states.
-unsafe fn bpf<T>(command: i32, argument: &T) -> io::Result<OwnedFd> {
-    // SAFETY: `argument` is live and of the size that is given; what it points to is the caller's promise.
-    let fd = unsafe { libc::syscall(libc::SYS_bpf, command, argument, size_of::<T>()) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: all three commands return a new descriptor that nobody else knows.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
 /// Learns the bits from our own address space, with one mapping for each thing that can be set. The bits
