@@ -49,6 +49,24 @@ fn programs_run_on_after_a_dump_that_leaves_them() {
 }
 
 #[test]
+fn a_bpf_map_of_another_type_is_refused_by_name() {
+    let name = "a_bpf_map_of_another_type_is_refused_by_name";
+    if !skips::is_root(name) {
+        return;
+    }
+    let refused = || {
+        let mut fixture = Fixture::start("bpf-map-lru")?;
+        let refused = fixture.try_dump(&floe(), &[], &[])?;
+        anyhow::ensure!(!refused.status.success(), "the dump succeeds");
+        let cause = refused.cause();
+        let named = cause.contains("\"floe_hash\" of type lru_hash");
+        anyhow::ensure!(named, "{cause}");
+        fixture.check()
+    };
+    skips::or_skip("bpf-map-lru", refused()).unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
 fn images_are_read_by_the_peer_and_the_peers_by_us() {
     let name = "images_are_read_by_the_peer_and_the_peers_by_us";
     if !skips::is_root(name) {

@@ -9,6 +9,7 @@
 //! What cannot be saved is `CollectError::Unsupported` with a remedy: all of them are shown at once.
 //! Its restore half is `impl FdRestore` in the same module, with a line in [`RESTORE_KINDS`].
 
+pub mod bpf_map;
 pub mod build_id;
 pub mod device;
 pub mod epoll;
@@ -63,6 +64,7 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &inotify::Inotify,
     &fanotify::Fanotify,
     &pidfd::PidFd,
+    &bpf_map::BpfMap,
     &namespace::Namespace,
     &unix::UnixSocket,
     &inet::InetSocket,
@@ -111,6 +113,7 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
     &pidfd::PidFd,
     &inotify::Inotify,
     &fanotify::Fanotify,
+    &bpf_map::BpfMap,
     &namespace::Namespace,
     &tun::TunFile,
     &tty::Tty,

@@ -7,6 +7,7 @@
 
 mod bench;
 mod blocked;
+mod bpf;
 mod churn;
 mod events;
 mod files;
@@ -87,6 +88,7 @@ pub fn programs() -> Vec<&'static Program> {
         unix::PROGRAMS,
         inet::PROGRAMS,
         events::PROGRAMS,
+        bpf::PROGRAMS,
         terminal::PROGRAMS,
         locks::PROGRAMS,
         ipc::PROGRAMS,
@@ -111,6 +113,7 @@ pub fn find(name: &str) -> Option<&'static Program> {
         .chain(bench::IN_ROUNDS)
         .chain(churn::PROGRAMS)
         .chain(rounds::NOT_DUMPED)
+        .chain(bpf::REFUSED)
         .find(|program| program.name == name)
 }
 

@@ -3,6 +3,7 @@
 //! The wrappers keep to what a test program needs: each owns or checks what it hands to the
 //! kernel. They do not go through `floe-kernel`, whose code the programs are to test.
 
+pub mod bpf;
 pub mod memory;
 pub mod signal;
 pub mod sysv;
