@@ -397,8 +397,6 @@ fn scheduling_and_attributes_are_those_of_the_image() {
     leader.child_subreaper = Some(true);
     // Private expedited, and its SYNC_CORE form.
     leader.membarrier_registration_mask = Some(1 << 4 | 1 << 6);
-    let audit = fixture.birth.loginuid == Some(u32::MAX);
-    leader.loginuid = audit.then_some(5);
     let own = thread(&mut core);
     own.futex_rla = page;
     own.futex_rla_len = 24;
@@ -418,9 +416,6 @@ fn scheduling_and_attributes_are_those_of_the_image() {
     fixture.become_task(&core);
     let pid = fixture.pid();
     assert_eq!(fixture.proc("comm"), "a name too long\n");
-    if audit {
-        assert_eq!(fixture.proc("loginuid"), "5");
-    }
     assert!(fixture.proc("personality").trim().ends_with("440000"));
     let found = scheduling(pid).unwrap();
     assert_eq!((found.policy, found.nice), (libc::SCHED_BATCH as u32, 7));

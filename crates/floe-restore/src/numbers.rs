@@ -37,7 +37,7 @@ fn gap(used: &BTreeSet<u32>, limit: u32, needed: u32) -> Option<Range<u32>> {
     if above.len() >= needed as usize {
         return Some(above);
     }
-    let starts = std::iter::once(LOWEST).chain(used.iter().map(|number| number + 1));
+    let starts = std::iter::once(LOWEST).chain(used.iter().map(|number| number.saturating_add(1)));
     let gaps = starts.map(|start| {
         let end = used.range(start..).next().copied().unwrap_or(limit);
         start.max(LOWEST)..end.min(limit)

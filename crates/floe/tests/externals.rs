@@ -17,6 +17,7 @@ const LIMIT: Duration = Duration::from_secs(20);
 const SLEEP: &str = "
 touch $READY
 exec </dev/null >/dev/null 2>&1
+exec 10<&-
 exec sleep 1000
 ";
 
@@ -52,7 +53,7 @@ impl Tree {
         let child = Command::new("setsid")
             .arg("unshare")
             .args(kinds)
-            .args(["sh", "-ec", &format!("{script}{SLEEP}")])
+            .args(["bash", "-ec", &format!("{script}{SLEEP}")])
             .env("READY", &ready)
             .env("DIR", directory.path())
             .current_dir("/")
