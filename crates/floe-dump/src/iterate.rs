@@ -145,7 +145,8 @@ struct Progress {
 
 impl Progress {
     fn note(&mut self, began: Instant, report: &DumpReport) -> RoundReport {
-        let pages = report.memory.pages_written;
+        let counts = &report.memory;
+        let pages = counts.pages_written + counts.shared_written;
         let took = began.elapsed();
         let rate = self.last.map(|(armed, _)| {
             let micros = (began - armed).as_micros().max(1);
@@ -157,12 +158,13 @@ impl Progress {
             let work = report.memory_reading.max(report.memory_writing);
             let copied = u128::from(report.image_bytes.max(1));
             let micros = bytes * work.as_micros().max(1) / copied;
-            report.frozen + Duration::from_micros(micros as u64)
+            // Shared memory is compared while the program stands still then.
+            report.frozen + report.shared_comparing + Duration::from_micros(micros as u64)
         });
         let round = RoundReport {
             number: self.rounds,
             pages_written: pages,
-            pages_in_parent: report.memory.pages_in_parent,
+            pages_in_parent: counts.pages_in_parent + counts.shared_in_parent,
             frozen: report.frozen,
             took,
             dirty_rate: rate,

@@ -20,6 +20,7 @@ mod release;
 mod remote;
 mod report;
 mod reserve;
+mod segments;
 mod task;
 mod track;
 mod write;

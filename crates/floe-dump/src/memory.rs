@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use floe_image::messages::VmaEntry;
 use floe_image::{ImageKind, ImageWriter};
@@ -54,6 +55,8 @@ pub struct MemoryDump<'a> {
     pub tracking: Option<Tracking>,
     /// Holds back copies of running tasks.
     pub pace: Option<Pace>,
+    /// How long shared memory was compared with the parent's.
+    pub comparing: Duration,
     /// Reads the mappings of the stopped tree.
     pub mappings: MappingReader,
     pub counts: MemoryCounts,
@@ -94,6 +97,7 @@ impl<'a> MemoryDump<'a> {
             server: None,
             tracking: None,
             pace: None,
+            comparing: Duration::ZERO,
             mappings: MappingReader::default(),
             counts: MemoryCounts::default(),
         }
@@ -208,12 +212,7 @@ impl<'a> MemoryDump<'a> {
                 builder.leave_in_parent(&unchanged);
                 runs = difference(&runs, &unchanged);
             }
-            let pump = &mut self.pump;
-            let mut send = |runs: &[PageRun]| builder.send(pump, &live.source, runs);
-            match &mut self.pace {
-                Some(pace) => pace.send(&runs, send)?,
-                None => send(&runs)?,
-            }
+            self.send_paced(&mut builder, &live.source, &runs)?;
         }
         self.counts.pages_scanned += scanner.pages_scanned();
         self.finish_task(builder)
@@ -244,16 +243,32 @@ impl<'a> MemoryDump<'a> {
         let source: Arc<dyn PageSource> = Arc::new(FilePages(segment.file));
         let mut changed = runs;
         if let Some(tracking) = &self.tracking {
+            let comparing = Instant::now();
             let unchanged = tracking.unchanged_of_segment(segment.id, &changed, &source)?;
             builder.leave_in_parent(&unchanged);
             changed = difference(&changed, &unchanged);
+            self.comparing += comparing.elapsed();
         }
-        builder.send(&mut self.pump, &source, &changed)?;
+        self.send_paced(&mut builder, &source, &changed)?;
         self.counts.shared_scanned += segment.size.div_ceil(PAGE_SIZE);
         let stats = builder.finish(self.writer, self.server.as_mut())?;
         self.counts.shared_written += stats.pages;
         self.counts.shared_in_parent += stats.in_parent;
         Ok(())
+    }
+
+    fn send_paced(
+        &mut self,
+        builder: &mut PagemapOut,
+        source: &Arc<dyn PageSource>,
+        runs: &[PageRun],
+    ) -> Result<(), DumpError> {
+        let pump = &mut self.pump;
+        let mut send = |runs: &[PageRun]| builder.send(pump, source, runs);
+        match &mut self.pace {
+            Some(pace) => pace.send(runs, send),
+            None => send(runs),
+        }
     }
 
     fn begin(&mut self, target: Target) -> Result<PagemapOut, DumpError> {

@@ -5,6 +5,7 @@
 //! first time is protected while it runs. A page that is torn, because the program wrote to it meanwhile, is found changed by the
 //! next round and copied again.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -17,6 +18,7 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::ProcDir;
 use floe_memory::PageRun;
 use floe_options::{Action, DumpOptions, HookEvent};
+use floe_resources::collect::Segment;
 use rustix::fs::OFlags;
 
 use crate::error::DumpError;
@@ -26,12 +28,11 @@ use crate::pace::Pace;
 use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source};
-use crate::{dedup, durability, release, run_id, write};
+use crate::{dedup, durability, release, run_id, segments, write};
 
 type Unsure = Arc<Mutex<Vec<PageRun>>>;
 
-/// Copies the memory of the tree `options.tree` into `options.place` while it runs. Shared memory is left
-/// to the final dump.
+/// Copies the memory of the tree `options.tree` into `options.place` while it runs.
 ///
 /// As for [`crate::dump`], the calling thread becomes the tracer for a moment.
 pub fn pre_dump(
@@ -66,6 +67,7 @@ pub fn pre_dump(
     };
     fault::point();
     let areas = tracking.begin_round(&mut tree)?;
+    let segments = segments::open_mapped(&tree, &areas)?;
     let tasks = open_all(&tree, areas)?;
     release::resume(tree)?;
     report.frozen = stopping.elapsed();
@@ -77,7 +79,7 @@ pub fn pre_dump(
     let mut memory = MemoryDump::incremental(&writer, tracking);
     memory.server = server;
     memory.pace = options.max_rate.map(|rate| Pace::new(rate.0));
-    let unsure = copy(&mut memory, tasks, &mut report)?;
+    let unsure = copy(&mut memory, tasks, segments, &mut report)?;
     if ProcDir::open(root).is_err() {
         return Err(DumpError::Ended { pid: root });
     }
@@ -104,7 +106,7 @@ fn open_all(
 ) -> Result<Vec<(LiveTask, Unsure)>, DumpError> {
     let mut opened = Vec::with_capacity(areas.len());
     let living = tree.living();
-    for (task, TaskAreas { pid, areas }) in living.zip(areas) {
+    for (task, TaskAreas { pid, areas, .. }) in living.zip(areas) {
         let unsure = Unsure::default();
         let live = LiveTask {
             pid,
@@ -122,6 +124,7 @@ fn open_all(
 fn copy(
     memory: &mut MemoryDump<'_>,
     tasks: Vec<(LiveTask, Unsure)>,
+    segments: BTreeMap<u64, Segment>,
     report: &mut DumpReport,
 ) -> Result<Vec<(HostPid, Vec<PageRun>)>, DumpError> {
     let mut all = Vec::with_capacity(tasks.len());
@@ -134,6 +137,10 @@ fn copy(
             Ok(()) => all.push((task.pid, unsure)),
         }
     }
+    for segment in segments.into_values() {
+        memory.send_segment(segment)?;
+    }
+    report.shared_comparing = memory.comparing;
     let copied = memory.drain()?;
     (report.memory_reading, report.memory_writing) = (copied.reading, copied.writing);
     let found = |unsure: Unsure| {

@@ -25,6 +25,8 @@ pub struct DumpReport {
     pub memory_reading: Duration,
     /// Writing memory, summed over threads.
     pub memory_writing: Duration,
+    /// Finding out which pages of shared memory a round has to copy.
+    pub shared_comparing: Duration,
     /// All of it.
     pub total: Duration,
     pub tasks: usize,

@@ -1,6 +1,7 @@
 //! Chains of pre-dumps when something goes wrong, and what a tracked program can see of them.
 
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, ensure};
@@ -158,4 +159,61 @@ fn a_program_that_ended_between_rounds_is_named() {
         }
         Ok(())
     });
+}
+
+/// Which pages of shared memory a round has itself: `nr_pages` of each entry that is not in the parent.
+fn shared_pages(images: &Path) -> anyhow::Result<Vec<u64>> {
+    let mut own = Vec::new();
+    for entry in fs::read_dir(images)? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !name.starts_with("pagemap-shmem-") {
+            continue;
+        }
+        let shown = Command::new(env!("CARGO_BIN_EXE_floe"))
+            .args(["image", "show"])
+            .arg(&path)
+            .output()?;
+        let shown: serde_json::Value = serde_json::from_slice(&shown.stdout)?;
+        let entries = shown["entries"].as_array().context("it has entries")?;
+        // The first names the file of the pages.
+        own.extend(entries[1..].iter().filter_map(|entry| {
+            let inherited = entry.to_string().contains("PE_PARENT");
+            (!inherited).then(|| entry["nr_pages"].as_u64())?
+        }));
+    }
+    Ok(own)
+}
+
+#[test]
+fn shared_memory_is_copied_once_and_then_where_it_changed() {
+    run(
+        "shared_memory_is_copied_once_and_then_where_it_changed",
+        || {
+            for tracker in floe().trackers()? {
+                let mut fixture = Fixture::start("memory-shared")?;
+                let base = tempfile::tempdir_in("/dev/shm")?;
+                let copied = |number: u32| -> anyhow::Result<u64> {
+                    let outcome = try_round(fixture.pid, base.path(), (number, tracker), &[])?;
+                    outcome.ok(&format!("round {number} by {tracker}"))?;
+                    let own = shared_pages(&base.path().join(number.to_string()))?;
+                    Ok(own.iter().sum())
+                };
+                let first = copied(0)?;
+                ensure!(first >= 16, "{tracker} copied {first} pages first");
+                let still = copied(1)?;
+                let expected = if tracker == "none" { first } else { 0 };
+                ensure!(still == expected, "{tracker} copied {still} pages then");
+                fixture.check()?;
+                end(&mut fixture, base.path(), (1, tracker))?;
+                let last = shared_pages(&base.path().join("last"))?.iter().sum::<u64>();
+                // One page was written by the check; the other writer counts in one as well.
+                ensure!(
+                    tracker == "none" || last <= 2,
+                    "{tracker} copied {last} pages last"
+                );
+            }
+            Ok(())
+        },
+    );
 }

@@ -29,6 +29,7 @@ use floe_resources::vma::TrackedTasks;
 use crate::error::DumpError;
 use crate::freeze::{FrozenTask, FrozenTree};
 use crate::keeper::{Purpose, Session, Tracked, TreeKey};
+use crate::segments::is_segment;
 
 pub use lineage::Lineage;
 use state::RoundState;
@@ -172,9 +173,11 @@ impl Tracking {
             }
             self.tasks.push((task.pid.0, task.stat.start_time));
             self.trackers.insert(task.pid, tracker);
+            let shared = mappings.into_iter().filter(is_segment).collect();
             all.push(TaskAreas {
                 pid: task.pid,
                 areas,
+                shared,
             });
         }
         Ok(all)
@@ -302,11 +305,14 @@ pub fn is_tracked(root: HostPid) -> Result<bool, DumpError> {
     }
 }
 
-/// The private memory of one task.
+/// The memory of one task.
 #[derive(Clone, Debug)]
 pub struct TaskAreas {
     pub pid: HostPid,
+    /// What is private.
     pub areas: Vec<Area>,
+    /// Mappings of memory that may be shared.
+    pub shared: Vec<Mapping>,
 }
 
 /// Stretches that the chain has content for.

@@ -22,7 +22,7 @@ pub struct SharedMemoryDevice(pub u64);
 
 impl SharedMemoryDevice {
     /// Finds it by making a file there.
-    pub(super) fn probe() -> Result<Self, CollectError> {
+    pub fn probe() -> Result<Self, CollectError> {
         rustix::fs::memfd_create("floe-probe", MemfdFlags::CLOEXEC)
             .and_then(rustix::fs::fstat)
             .map(|stat| SharedMemoryDevice(stat.st_dev))
