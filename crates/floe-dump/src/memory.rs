@@ -199,6 +199,16 @@ impl<'a> MemoryDump<'a> {
 
     /// Copies a task's memory while it runs: what cannot be read any more is noted in `unsure`.
     pub fn send_live(&mut self, live: &LiveTask) -> Result<(), DumpError> {
+        let mut sent = 0;
+        let done = self.send_areas(live, &mut sent);
+        if done.is_err() && self.server.is_none() {
+            // The pages of a task that ended stay in its file, though no index leads to them.
+            self.counts.pages_written += sent;
+        }
+        done
+    }
+
+    fn send_areas(&mut self, live: &LiveTask, sent: &mut u64) -> Result<(), DumpError> {
         let pagemap = Pagemap::new(live.pagemap.try_clone().map_err(DumpError::Uffd)?);
         let mut scanner = PageScanner::new(live.pid, pagemap);
         let mut builder = self.begin(Target::Task(live.number.into()))?;
@@ -212,6 +222,7 @@ impl<'a> MemoryDump<'a> {
                 builder.leave_in_parent(&unchanged);
                 runs = difference(&runs, &unchanged);
             }
+            *sent += runs.iter().map(|run| run.pages).sum::<u64>();
             self.send_paced(&mut builder, &live.source, &runs)?;
         }
         self.counts.pages_scanned += scanner.pages_scanned();
