@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use testkit::rounds::{best, end, keepers, log_of, outside, round, same, try_round};
+use testkit::skips::as_root;
 use testkit::{Engine, Fixture, process, skips};
 
 /// Steps of a dump, more than it has.
@@ -17,14 +18,6 @@ const WHOLE: &str = "all memory is copied";
 
 fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
-}
-
-fn run(name: &str, test: fn() -> anyhow::Result<()>) {
-    if !rustix::process::geteuid().is_root() {
-        skips::skip(name, "needs root").expect("the skip is listed");
-        return;
-    }
-    test().unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 /// Waits until the facts are as before: a killed tracer lets go a moment after its end.
@@ -41,7 +34,7 @@ fn same_soon(fixture: &Fixture, before: &[String]) -> anyhow::Result<()> {
 
 #[test]
 fn a_last_dump_killed_at_any_step_leaves_the_chain_good() {
-    run(
+    as_root(
         "a_last_dump_killed_at_any_step_leaves_the_chain_good",
         || {
             let mut fixture = Fixture::start("memory-counted")?;
@@ -81,7 +74,7 @@ fn a_last_dump_killed_at_any_step_leaves_the_chain_good() {
 /// A keeper that dies while a round is made, a millisecond later each time.
 #[test]
 fn a_keeper_killed_during_a_round_costs_no_page() {
-    run("a_keeper_killed_during_a_round_costs_no_page", || {
+    as_root("a_keeper_killed_during_a_round_costs_no_page", || {
         let mut fixture = Fixture::start("memory-counted")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         let before = outside(&fixture)?;
@@ -114,7 +107,7 @@ const INSIDE: &str = "FLOE_TEST_IN_NAMESPACE";
 fn a_full_disk_in_a_round_or_the_last_dump_leaves_the_chain_good() {
     let name = "a_full_disk_in_a_round_or_the_last_dump_leaves_the_chain_good";
     if std::env::var_os(INSIDE).is_some() || !rustix::process::geteuid().is_root() {
-        return run(name, without_room);
+        return as_root(name, without_room);
     }
     let own = std::env::current_exe().expect("our own path");
     let output = Command::new("unshare")
@@ -196,7 +189,7 @@ fn refused(succeeded: bool, said: &str) -> anyhow::Result<()> {
 /// A restored program has its pid again, and is not the one whose memory the chain has.
 #[test]
 fn a_pid_that_came_again_is_another_program() {
-    run("a_pid_that_came_again_is_another_program", || {
+    as_root("a_pid_that_came_again_is_another_program", || {
         let mut fixture = Fixture::start("memory-counted")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         round(fixture.pid, base.path(), 0)?;
@@ -220,7 +213,7 @@ fn a_pid_that_came_again_is_another_program() {
 
 #[test]
 fn memory_that_is_moved_by_whole_tables_is_found() {
-    run("memory_that_is_moved_by_whole_tables_is_found", || {
+    as_root("memory_that_is_moved_by_whole_tables_is_found", || {
         for tracker in floe().trackers()? {
             let mut fixture = Fixture::start("memory-moved")?;
             let base = tempfile::tempdir_in("/dev/shm")?;
@@ -238,7 +231,7 @@ fn memory_that_is_moved_by_whole_tables_is_found() {
 /// Huge pages of the file system for them, and memory that the kernel may make huge pages of.
 #[test]
 fn huge_pages_are_in_the_rounds() {
-    run("huge_pages_are_in_the_rounds", || {
+    as_root("huge_pages_are_in_the_rounds", || {
         for tracker in floe().trackers()? {
             for name in ["memory-counted-hugetlb", "memory-counted-huge"] {
                 let mut fixture = match Fixture::start(name) {
@@ -267,7 +260,7 @@ fn huge_pages_are_in_the_rounds() {
 
 #[test]
 fn memory_with_unseen_writers_is_copied_whole() {
-    run("memory_with_unseen_writers_is_copied_whole", || {
+    as_root("memory_with_unseen_writers_is_copied_whole", || {
         let tracks = ["uffd", "soft-dirty"];
         for name in ["aio-context", "io-uring-buffers", "own-userfaultfd"] {
             let started = Fixture::start(name);

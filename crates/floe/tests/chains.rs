@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 use testkit::rounds::{best, end, keepers, log_of, outside, round, same, try_round};
-use testkit::{Engine, Fixture, process, skips};
+use testkit::skips::as_root;
+use testkit::{Engine, Fixture, process};
 
 /// Steps of a pre-dump, more than it has.
 const MOST_STEPS: u32 = 100;
@@ -15,17 +16,9 @@ fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
 }
 
-fn run(name: &str, test: fn() -> anyhow::Result<()>) {
-    if !rustix::process::geteuid().is_root() {
-        skips::skip(name, "needs root").expect("the skip is listed");
-        return;
-    }
-    test().unwrap_or_else(|error| panic!("{error:#}"));
-}
-
 #[test]
 fn a_tracked_program_notices_nothing() {
-    run("a_tracked_program_notices_nothing", || {
+    as_root("a_tracked_program_notices_nothing", || {
         for name in ["memory-cow", "memory-shared", "tree", "threads-few"] {
             for tracker in floe().trackers()? {
                 let mut fixture = Fixture::start(name)?;
@@ -48,7 +41,7 @@ fn a_tracked_program_notices_nothing() {
 
 #[test]
 fn a_killed_keeper_means_a_whole_copy() {
-    run("a_killed_keeper_means_a_whole_copy", || {
+    as_root("a_killed_keeper_means_a_whole_copy", || {
         let mut fixture = Fixture::start("memory-churn")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         round(fixture.pid, base.path(), 0)?;
@@ -65,7 +58,7 @@ fn a_killed_keeper_means_a_whole_copy() {
 
 #[test]
 fn a_round_killed_at_any_step_leaves_the_chain_good() {
-    run("a_round_killed_at_any_step_leaves_the_chain_good", || {
+    as_root("a_round_killed_at_any_step_leaves_the_chain_good", || {
         for first in [0, 1] {
             let mut fixture = Fixture::start("threads-few")?;
             let base = tempfile::tempdir_in("/dev/shm")?;
@@ -96,7 +89,7 @@ fn a_round_killed_at_any_step_leaves_the_chain_good() {
 
 #[test]
 fn a_broken_round_is_no_parent_and_the_one_before_is() {
-    run("a_broken_round_is_no_parent_and_the_one_before_is", || {
+    as_root("a_broken_round_is_no_parent_and_the_one_before_is", || {
         let mut fixture = Fixture::start("memory-churn")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         round(fixture.pid, base.path(), 0)?;
@@ -110,7 +103,7 @@ fn a_broken_round_is_no_parent_and_the_one_before_is() {
 
 #[test]
 fn two_rounds_at_once_take_turns_or_one_is_refused() {
-    run("two_rounds_at_once_take_turns_or_one_is_refused", || {
+    as_root("two_rounds_at_once_take_turns_or_one_is_refused", || {
         let mut fixture = Fixture::start("memory-churn")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         round(fixture.pid, base.path(), 0)?;
@@ -137,7 +130,7 @@ fn two_rounds_at_once_take_turns_or_one_is_refused() {
 
 #[test]
 fn a_program_that_ended_between_rounds_is_named() {
-    run("a_program_that_ended_between_rounds_is_named", || {
+    as_root("a_program_that_ended_between_rounds_is_named", || {
         let mut fixture = Fixture::start("plain")?;
         let base = tempfile::tempdir_in("/dev/shm")?;
         let pid = fixture.pid;
@@ -187,7 +180,7 @@ fn shared_pages(images: &Path) -> anyhow::Result<Vec<u64>> {
 
 #[test]
 fn shared_memory_is_copied_once_and_then_where_it_changed() {
-    run(
+    as_root(
         "shared_memory_is_copied_once_and_then_where_it_changed",
         || {
             for tracker in floe().trackers()? {

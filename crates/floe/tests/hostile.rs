@@ -12,7 +12,8 @@ use anyhow::{Context, ensure};
 use floe_image::ImageDir;
 use floe_kernel::features::KernelFeatures;
 use floe_options::{Place, RestoreOptions};
-use testkit::{Engine, Fixture, skips};
+use testkit::skips::as_root;
+use testkit::{Engine, Fixture};
 
 /// How many damaged checkpoints are planned; `FLOE_FUZZ_ROUNDS` makes it another number.
 const ROUNDS: usize = 150;
@@ -21,14 +22,6 @@ const LIMIT: Duration = Duration::from_secs(20);
 
 fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
-}
-
-fn run(name: &str, test: fn() -> anyhow::Result<()>) {
-    if !rustix::process::geteuid().is_root() {
-        skips::skip(name, "needs root").expect("the skip is listed");
-        return;
-    }
-    test().unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 /// Marsaglia's xorshift; the same damage in every run.
@@ -101,7 +94,7 @@ fn plan_damaged(images: &Path) -> anyhow::Result<usize> {
 
 #[test]
 fn damaged_images_are_refused_without_a_panic() {
-    run("damaged_images_are_refused_without_a_panic", || {
+    as_root("damaged_images_are_refused_without_a_panic", || {
         for program in ["memory-private", "unix-stream", "epoll"] {
             let mut fixture = Fixture::start(program)?;
             fixture.dump(&floe(), &[])?;
@@ -115,7 +108,7 @@ fn damaged_images_are_refused_without_a_panic() {
 
 #[test]
 fn images_are_for_their_owner_only() {
-    run("images_are_for_their_owner_only", || {
+    as_root("images_are_for_their_owner_only", || {
         let mut fixture = Fixture::start("memory-private")?;
         fixture.dump(&floe(), &[])?;
         for entry in fs::read_dir(fixture.images())? {
@@ -134,7 +127,7 @@ fn images_are_for_their_owner_only() {
 
 #[test]
 fn no_secret_of_the_command_reaches_an_image() {
-    run("no_secret_of_the_command_reaches_an_image", || {
+    as_root("no_secret_of_the_command_reaches_an_image", || {
         const SECRET: &str = "floe-secret-7f3a91";
         let fixture = Fixture::start("memory-private")?;
         fs::create_dir_all(fixture.images())?;

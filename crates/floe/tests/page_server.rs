@@ -8,18 +8,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use floe_image::messages::{CriuPageServerInfo, CriuReqType};
 use testkit::rpc::{Client, no_options, request};
+use testkit::skips::as_root;
 use testkit::{Engine, Fixture, skips};
 
 fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
-}
-
-fn run(name: &str, test: fn() -> anyhow::Result<()>) {
-    if !rustix::process::geteuid().is_root() {
-        skips::skip(name, "needs root").expect("the skip is listed");
-        return;
-    }
-    test().unwrap_or_else(|error| panic!("{error:#}"));
 }
 
 /// A server of `engine` with pages in `place`, and its port.
@@ -96,14 +89,14 @@ fn through(dumper: &Engine, receiver: &Engine) -> anyhow::Result<()> {
 
 #[test]
 fn pages_go_to_a_server_and_come_back() {
-    run("pages_go_to_a_server_and_come_back", || {
+    as_root("pages_go_to_a_server_and_come_back", || {
         through(&floe(), &floe())
     });
 }
 
 #[test]
 fn a_peer_speaks_the_same_protocol() {
-    run("a_peer_speaks_the_same_protocol", || {
+    as_root("a_peer_speaks_the_same_protocol", || {
         let Some(peer) = Engine::peer() else {
             return skips::skip(
                 "a_peer_speaks_the_same_protocol",
@@ -117,7 +110,7 @@ fn a_peer_speaks_the_same_protocol() {
 
 #[test]
 fn a_dump_without_its_server_leaves_the_program_alone() {
-    run("a_dump_without_its_server_leaves_the_program_alone", || {
+    as_root("a_dump_without_its_server_leaves_the_program_alone", || {
         let mut fixture = Fixture::start("memory-private")?;
         let to = ["--page-server", "--address", "127.0.0.1", "--port", "1"];
         let outcome = fixture.try_dump(&floe(), &to, &[])?;
@@ -133,7 +126,7 @@ fn a_dump_without_its_server_leaves_the_program_alone() {
 
 #[test]
 fn requests_start_servers_that_take_a_dump() {
-    run("requests_start_servers_that_take_a_dump", || {
+    as_root("requests_start_servers_that_take_a_dump", || {
         for kind in [CriuReqType::PageServer, CriuReqType::PageServerChld] {
             by_request(kind).with_context(|| format!("{kind:?}"))?;
         }

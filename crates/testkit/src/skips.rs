@@ -35,6 +35,13 @@ pub fn is_root(name: &str) -> bool {
     root
 }
 
+/// Runs a test that needs root, or says that `name` is skipped.
+pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
+    if is_root(name) {
+        test().unwrap_or_else(|error| panic!("{error:#}"));
+    }
+}
+
 fn is_expected(name: &str, why: &str) -> bool {
     EXPECTED
         .lines()
