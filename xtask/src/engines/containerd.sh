@@ -1,5 +1,6 @@
 # Scenarios of containerd and its client: `sh containerd.sh NAME`, as in oci.sh. Each has a daemon of its own.
 set -u
+. "${0%/*}/counting.sh"
 NAME=floe-$1-$$
 CTR="ctr --address $PWD/socket --namespace floe-$$"
 LOOP='i=0; while :; do i=$((i+1)); echo $i > /tmp/count; sleep 0.05; done'
@@ -75,22 +76,7 @@ begin() { # OPTIONS...
 	run run -d "$@" floe.test/test:1 "$NAME" sh -c "$LOOP"
 	counts
 }
-count() { # it may be empty for a moment
-	for try in 1 2 3 4 5; do
-		counted=$($CTR task exec --exec-id "count$(date +%N)" "$NAME" tail -n 1 /tmp/count 2>/dev/null)
-		[ -n "$counted" ] && break
-	done
-	echo "$counted"
-}
-counts() {
-	for i in 1 2 3 4 5; do
-		before=$(count)
-		sleep 0.3
-		after=$(count)
-		[ -n "$before" ] && [ "${after:-0}" -gt "$before" ] && return 0
-	done
-	fail "the program does not go on: ${before:-nothing} and ${after:-nothing}"
-}
+within() { $CTR task exec --exec-id "count$(date +%N)" "$NAME" "$@"; }
 
 scenario_task_checkpoint() { # images in a directory
 	begin

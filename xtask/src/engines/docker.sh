@@ -1,6 +1,7 @@
 # Scenarios of docker: `sh docker.sh NAME`, as in oci.sh. Each has a daemon of its own in its directory.
 set -u
 . "${0%/*}/servers.sh"
+. "${0%/*}/counting.sh"
 NAME=floe-$1-$$
 export DOCKER_HOST=unix://$PWD/socket
 export TMPDIR=$PWD
@@ -55,22 +56,7 @@ begin() { # OPTIONS...
 	run run -d --name "$NAME" --network "${NETWORK:-host}" "$@" floe-test sh -c "${PROGRAM:-$LOOP}"
 	counts
 }
-count() { # it may be empty for a moment
-	for try in 1 2 3 4 5; do
-		counted=$(docker exec "$NAME" tail -n 1 /tmp/count 2>/dev/null)
-		[ -n "$counted" ] && break
-	done
-	echo "$counted"
-}
-counts() {
-	for i in 1 2 3 4 5; do
-		before=$(count)
-		sleep 0.3
-		after=$(count)
-		[ -n "$before" ] && [ "${after:-0}" -gt "$before" ] && return 0
-	done
-	fail "the program does not go on: ${before:-nothing} and ${after:-nothing}"
-}
+within() { docker exec "$NAME" "$@"; }
 # Docker says that a checkpoint is made before it has seen the container end.
 stopped() {
 	for i in $(seq 50); do

@@ -60,6 +60,8 @@ const LIBCRIU: &str = include_str!("libcriu.sh");
 const LIBCRIU_CALLER: &str = include_str!("libcriu.c");
 /// Real servers and their clients, for the scripts above.
 const SERVERS: &str = include_str!("servers.sh");
+/// What the scripts of podman, docker and containerd share.
+const COUNTING: &str = include_str!("counting.sh");
 const LAST_WORDS: usize = 12;
 /// A script ends with this where it cannot be tried.
 const SKIPPED: i32 = 77;
@@ -305,7 +307,11 @@ pub fn stage_files(directory: &Path, scripts: &[(&str, &str)]) -> anyhow::Result
         .find(|path| path.exists())
         .context("busybox is not installed: apt-get install busybox-static")?;
     fs::copy(busybox, directory.join("busybox")).context("copying busybox")?;
-    let common = [("servers.sh", SERVERS), ("libcriu.c", LIBCRIU_CALLER)];
+    let common = [
+        ("servers.sh", SERVERS),
+        ("counting.sh", COUNTING),
+        ("libcriu.c", LIBCRIU_CALLER),
+    ];
     for (name, text) in common.iter().chain(scripts) {
         fs::write(directory.join(name), text).with_context(|| format!("writing {name}"))?;
     }

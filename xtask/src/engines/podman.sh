@@ -1,6 +1,7 @@
 # Scenarios of podman: `sh podman.sh NAME`, as in oci.sh.
 set -u
 . "${0%/*}/servers.sh"
+. "${0%/*}/counting.sh"
 export TMPDIR=$PWD
 NAME=floe-$1-$$
 PODMAN="$ENGINE --root $PWD/storage --runroot $PWD/run --cgroup-manager cgroupfs --events-backend file"
@@ -48,22 +49,7 @@ begin() { # OPTIONS...
 	run run -d --name "$NAME" --network "${NETWORK:-none}" --pids-limit 0 $SECCOMP "$@" floe-test sh -c "$PROGRAM"
 	counts
 }
-count() { # it may be empty for a moment
-	for try in 1 2 3 4 5; do
-		counted=$($PODMAN exec "$NAME" tail -n 1 /tmp/count 2>/dev/null)
-		[ -n "$counted" ] && break
-	done
-	echo "$counted"
-}
-counts() {
-	for i in 1 2 3 4 5; do
-		before=$(count)
-		sleep 0.3
-		after=$(count)
-		[ -n "$before" ] && [ "${after:-0}" -gt "$before" ] && return 0
-	done
-	fail "the program does not go on: ${before:-nothing} and ${after:-nothing}"
-}
+within() { $PODMAN exec "$NAME" "$@"; }
 
 scenario_restore() {
 	begin
