@@ -11,6 +11,7 @@ pub use coverage::{Coverage, EntryKey};
 pub use order::PlanFault;
 
 use std::borrow::Cow;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 
 /// Who carries out a step.
@@ -99,6 +100,25 @@ impl<Op> PlanBuilder<Op> {
     pub fn made(&self, wanted: impl Fn(&Handle) -> bool) -> Vec<Handle> {
         let made = self.steps.iter().flat_map(|step| step.makes.iter());
         made.filter(|handle| wanted(handle)).copied().collect()
+    }
+
+    /// Every handle that is made only after one of this shape, at however many steps' distance.
+    pub fn made_after(&self, first: impl Fn(&Handle) -> bool) -> BTreeSet<Handle> {
+        let mut users: HashMap<Handle, Vec<usize>> = HashMap::new();
+        for (index, step) in self.steps.iter().enumerate() {
+            for need in &step.needs {
+                users.entry(*need).or_default().push(index);
+            }
+        }
+        let mut open: Vec<Handle> = users.keys().filter(|need| first(need)).copied().collect();
+        let mut after = BTreeSet::new();
+        while let Some(handle) = open.pop() {
+            for index in users.remove(&handle).unwrap_or_default() {
+                let makes = self.steps[index].makes.iter();
+                open.extend(makes.filter(|made| after.insert(**made)));
+            }
+        }
+        after
     }
 
     /// Orders the steps so that each handle is made before it is needed; among free steps the order

@@ -15,7 +15,8 @@ pub enum PlanFault {
         first: String,
         second: String,
     },
-    #[error("These steps wait for each other: {}", .steps.join("; "))]
+    /// Each step waits for the one after it, the last one for the first.
+    #[error("These steps wait for each other in a circle: {}", .steps.join(", which waits for "))]
     Cycle { steps: Vec<String> },
 }
 
@@ -56,12 +57,35 @@ pub(crate) fn order<Op>(steps: &[Step<Op>]) -> Result<Vec<usize>, Vec<PlanFault>
         }
     }
     if sorted.len() < steps.len() {
-        let stuck = (0..steps.len()).filter(|&index| waiting[index] > 0);
+        let circle = circle(steps, &makers, &waiting);
         return Err(vec![PlanFault::Cycle {
-            steps: stuck.map(|index| steps[index].to_string()).collect(),
+            steps: circle.map(|index| steps[index].to_string()).collect(),
         }]);
     }
     Ok(sorted)
+}
+
+/// One circle among the steps that still wait: from any of them, one always comes to a step seen before.
+fn circle<Op>(
+    steps: &[Step<Op>],
+    makers: &HashMap<Handle, usize>,
+    waiting: &[usize],
+) -> impl Iterator<Item = usize> {
+    let waits_for = |index: usize| {
+        let mut needed = steps[index].needs.iter().map(|handle| makers[handle]);
+        needed.find(|&maker| waiting[maker] > 0)
+    };
+    let mut path: Vec<usize> = Vec::new();
+    let mut next = waiting.iter().position(|&left| left > 0);
+    while let Some(index) = next {
+        if let Some(first) = path.iter().position(|&seen| seen == index) {
+            path.drain(..first);
+            break;
+        }
+        path.push(index);
+        next = waits_for(index);
+    }
+    path.into_iter()
 }
 
 fn makers<Op>(steps: &[Step<Op>]) -> Result<HashMap<Handle, usize>, Vec<PlanFault>> {
@@ -123,6 +147,17 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_after_is_found_in_any_order_of_planning() {
+        let (file, watch, born) = (Handle::File(1), Handle::File(2), Handle::Born(7));
+        let mut builder = PlanBuilder::default();
+        builder.add(step("watch", &[file], &[watch]));
+        builder.add(step("open", &[born], &[file]));
+        builder.add(step("clone", &[], &[born, Handle::File(3)]));
+        let after = builder.made_after(|handle| *handle == born);
+        assert_eq!(after, [file, watch].into());
+    }
+
+    #[test]
     fn faults_name_the_steps() {
         let (a, b) = (Handle::File(1), Handle::File(2));
         assert!(matches!(
@@ -133,11 +168,11 @@ mod tests {
             ordered(vec![step("x", &[], &[a]), step("y", &[], &[a])]).unwrap_err()[0],
             PlanFault::MadeTwice { .. }
         ));
-        let cycle = ordered(vec![step("x", &[a], &[b]), step("y", &[b], &[a])]).unwrap_err();
-        assert!(
-            cycle[0].to_string().contains("x") && cycle[0].to_string().contains("y"),
-            "{}",
-            cycle[0]
-        );
+        let follower = step("z", &[a], &[]);
+        let circle = vec![follower, step("x", &[a], &[b]), step("y", &[b], &[a])];
+        let PlanFault::Cycle { steps } = &ordered(circle).unwrap_err()[0] else {
+            panic!("no circle was found");
+        };
+        assert_eq!(steps.len(), 2, "only those of the circle: {steps:?}");
     }
 }

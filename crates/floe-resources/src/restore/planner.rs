@@ -2,7 +2,7 @@
 
 use std::any::{Any, TypeId};
 use std::borrow::Cow;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 
 use floe_kernel::features::KernelFeatures;
@@ -26,8 +26,6 @@ pub struct Planner<'i> {
     builder: PlanBuilder<Op<'i>>,
     caches: HashMap<TypeId, Box<dyn Any>>,
     coverage: Coverage,
-    /// Handles that exist only after the first task: nobody inherits those files.
-    late: BTreeSet<Handle>,
     /// Whether files are opened in namespaces that are made first.
     inside: bool,
 }
@@ -53,7 +51,6 @@ impl<'i> Planner<'i> {
             builder: PlanBuilder::default(),
             caches: HashMap::new(),
             coverage,
-            late: BTreeSet::new(),
             inside: false,
         }
     }
@@ -139,12 +136,6 @@ impl<'i> Planner<'i> {
         (needs, makes): (&[Handle], &[Handle]),
         op: Op<'i>,
     ) {
-        if needs
-            .iter()
-            .any(|handle| is_of_a_task(handle) || self.late.contains(handle))
-        {
-            self.late.extend(makes);
-        }
         self.builder.add(Step {
             name,
             actor,
@@ -175,8 +166,9 @@ impl<'i> Planner<'i> {
     /// To be asked when all files have been planned.
     pub fn inherited(&self) -> Vec<Handle> {
         let wanted = |handle: &Handle| matches!(handle, Handle::File(_) | Handle::Segment(_));
+        let late = self.builder.made_after(is_of_a_task);
         self.builder
-            .made(|handle| wanted(handle) && !self.late.contains(handle))
+            .made(|handle| wanted(handle) && !late.contains(handle))
     }
 
     /// Every handle of this shape that the steps so far make.
