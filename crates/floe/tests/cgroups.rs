@@ -74,9 +74,17 @@ impl Drop for Group {
 
 /// A sleeping task in a session of its own, in a group.
 fn start_in(group: &Group) -> Child {
+    let child = start("sleep", &["100"]);
+    fs::write(group.file("cgroup.procs"), child.id().to_string()).expect("the group is ours");
+    child
+}
+
+/// A program that becomes `sleep`, in a session of its own.
+fn start(program: &str, args: &[&str]) -> Child {
     let mut command = Command::new("setsid");
     command
-        .args(["sleep", "100"])
+        .arg(program)
+        .args(args)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
@@ -86,7 +94,6 @@ fn start_in(group: &Group) -> Child {
         "sleep\n" => Ok(()),
         _ => Err(std::io::ErrorKind::WouldBlock.into()),
     });
-    fs::write(group.file("cgroup.procs"), child.id().to_string()).expect("the group is ours");
     child
 }
 
@@ -131,6 +138,52 @@ fn a_missing_group_is_made_with_its_properties_and_entered() {
     end(pid);
     assert!(member);
     assert_eq!(limit.expect("the group is there"), "7\n");
+}
+
+/// A service manager keeps groups that no task is in.
+#[test]
+fn empty_groups_that_a_cgroup_namespace_shows_come_back() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let Some(group) = Group::make("empty") else {
+        return;
+    };
+    let images = tempfile::tempdir().expect("a temporary directory");
+    let empty = group.file("empty");
+    fs::create_dir(&empty).expect("the group is ours");
+    let enter = group.file("cgroup.procs");
+    let script = format!(
+        "echo $$ > {}; exec unshare -C sh -c 'echo $$ > {}/cgroup.procs; exec sleep 100'",
+        enter.display(),
+        group.file("busy").display()
+    );
+    fs::create_dir(group.file("busy")).expect("the group is ours");
+    let mut task = start("sh", &["-c", &script]);
+    let output = floe(images.path(), &format!("dump -t {}", task.id()));
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    if !output.status.success() {
+        let _ = task.kill();
+    }
+    task.wait().expect("our own child");
+    let below = [empty.clone(), group.file("busy"), group.path.clone()];
+    below
+        .iter()
+        .for_each(|path| patiently(|| fs::remove_dir(path)));
+    assert!(output.status.success(), "{errors}");
+    let output = floe(images.path(), "restore -d");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    let found = empty.exists();
+    end(task.id());
+    for path in &below[..2] {
+        patiently(|| match fs::remove_dir(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        });
+    }
+    assert!(found);
 }
 
 #[test]

@@ -65,6 +65,10 @@ impl CgroupSets {
             let listed = |name: &str| options.dump_controllers.iter().any(|wanted| wanted == name);
             options.dump_controllers.is_empty() || names.any(listed)
         };
+        let prefixes = match own_view {
+            Some(root) => namespace::prefixes(root)?,
+            None => HashMap::new(),
+        };
         let selection = Selection::new(options)?;
         let mut controllers = Vec::new();
         for member in own.iter().filter(wanted) {
@@ -73,17 +77,15 @@ impl CgroupSets {
                 .iter()
                 .flatten()
                 .filter(|other| other.controllers == *name);
-            let mut groups: Vec<&str> = of_tasks.map(|other| root(other, options)).collect();
+            let mut groups: Vec<&str> = of_tasks
+                .map(|other| root(other, options, &prefixes))
+                .collect();
             let at_top = groups.contains(&"/");
             groups.retain(|group| *group != "/");
             let mut roots = topmost(groups.into_iter());
             roots.extend(at_top.then_some(""));
             controllers.push(controller(name, roots, &selection, options)?);
         }
-        let prefixes = match own_view {
-            Some(root) => namespace::prefixes(root)?,
-            None => HashMap::new(),
-        };
         let entry = |member| member_entry(member, &prefixes);
         let sets = others.iter().zip(2..).map(|(members, id)| CgSetEntry {
             id,
@@ -95,23 +97,37 @@ impl CgroupSets {
 }
 
 fn member_entry(member: &CgroupMembership, prefixes: &HashMap<String, String>) -> CgMemberEntry {
-    let prefix = prefixes.get(&member.controllers);
-    let prefix = prefix.filter(|prefix| !prefix.is_empty() && member.path.starts_with(*prefix));
     CgMemberEntry {
         name: member.controllers.clone(),
         path: member.path.clone(),
-        cgns_prefix: prefix.map(|prefix| prefix.len() as u32),
+        cgns_prefix: prefix(member, prefixes).map(|prefix| prefix.len() as u32),
     }
 }
 
-/// From where directories are saved: the task's own group, or what `--cgroup-root` says.
-fn root<'a>(member: &'a CgroupMembership, options: &'a CgroupOptions) -> &'a str {
+/// Where the cgroup namespace of the tree begins, above or at the group.
+fn prefix<'a>(member: &CgroupMembership, all: &'a HashMap<String, String>) -> Option<&'a str> {
+    let prefix = all.get(&member.controllers)?;
+    let below = member.path.strip_prefix(prefix.as_str())?;
+    let covers = !prefix.is_empty() && (below.is_empty() || below.starts_with('/'));
+    covers.then_some(prefix)
+}
+
+/// From where directories are saved: what `--cgroup-root` says, or all that the tree's own cgroup namespace
+/// shows (a service manager keeps groups that nobody is in, and watches them), or else the task's own group.
+fn root<'a>(
+    member: &'a CgroupMembership,
+    options: &'a CgroupOptions,
+    prefixes: &'a HashMap<String, String>,
+) -> &'a str {
     let of = |wanted: Option<&str>| {
         let mut roots = options.roots.iter().rev();
         roots.find(|root| root.controller.as_deref() == wanted)
     };
     let found = of(Some(&member.controllers)).or_else(|| of(None));
-    found.map_or(&member.path, |root| &root.path)
+    match found {
+        Some(root) => &root.path,
+        None => prefix(member, prefixes).unwrap_or(&member.path),
+    }
 }
 
 /// Of several groups, those that lie below no other one.
