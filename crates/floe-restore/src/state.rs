@@ -9,6 +9,7 @@ use floe_inject::{Arg, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
+use floe_resources::fd::unix::Listeners;
 use floe_resources::namespace::own_of_root;
 use floe_resources::restore::{
     Attempt, ExecuteError, PlanError, Planner, Puppet, TaskImages, World,
@@ -86,8 +87,9 @@ pub fn plan<'i>(
         .filter(|task| !is_zombie(images, task.pid()))
         .collect();
     let mut last = Vec::new();
+    let listeners = Listeners::of(planner);
     for task in tasks {
-        last.push((task, plan_task(task, planner, background)?));
+        last.push((task, plan_task(task, planner, (background, &listeners))?));
     }
     let everything = planner.made(|_| true);
     planner.step(
@@ -156,7 +158,7 @@ fn close_kept(world: &mut World<'_>, pid: u32) -> Result<(), ExecuteError> {
 fn plan_task<'i>(
     task: &'i TaskImages,
     planner: &mut Planner<'i>,
-    background: &Background<'i>,
+    (background, listeners): (&Background<'i>, &Listeners),
 ) -> Result<Programs, PlanError> {
     let (pid, images) = (task.pid(), planner.images);
     let object = |name| Handle::Object(name, u64::from(pid));
@@ -188,7 +190,11 @@ fn plan_task<'i>(
         };
         rebuild::registers::checked(core, &context)?;
         state.push((tid, rebuild::plan_thread(core, &context)?));
-        last.push((tid, rebuild::plan_last(core, &context)?));
+        let mut program = rebuild::plan_last(core, &context)?;
+        if tid == pid {
+            listeners.plan(pid, &mut program);
+        }
+        last.push((tid, program));
     }
     planner.task_step(
         pid,

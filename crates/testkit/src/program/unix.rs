@@ -10,7 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use anyhow::{Context, ensure};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
 };
 
 use super::{Check, Place, Program};
@@ -143,6 +143,8 @@ fn listen(place: &Place) -> anyhow::Result<Check> {
         let (mut accepted, _) = by_path.accept()?;
         more.write_all(b"x")?;
         accepted.read_exact(&mut [0])?;
+        let owner = sockopt::socket_peercred(&more)?.pid;
+        ensure!(owner == rustix::process::getpid(), "{owner:?} listens");
         let address = SocketAddr::from_abstract_name(&hidden)?;
         UnixStream::connect_addr(&address).context("connecting by the hidden name")?;
         by_name.accept()?;

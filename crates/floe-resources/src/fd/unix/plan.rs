@@ -105,7 +105,7 @@ fn check(entry: &UnixSkEntry) -> Result<(), PlanError> {
 }
 
 /// The caller's descriptor that stands for the socket.
-fn inherited<'i>(planner: &Planner<'i>, entry: &UnixSkEntry) -> Option<&'i InheritFd> {
+pub(super) fn inherited<'i>(planner: &Planner<'i>, entry: &UnixSkEntry) -> Option<&'i InheritFd> {
     let name = format!("socket:[{}]", entry.ino);
     planner
         .options
