@@ -1,9 +1,9 @@
 //! inotify and fanotify beyond rustix, and the file handles by which the kernel names what is watched.
 //!
-//! Contract relied on: `open_by_handle_at` reads `handle_bytes` bytes after the two words of a handle;
-//! the other calls take integers and one path.
+//! Contract relied on: `open_by_handle_at` reads `handle_bytes` bytes after the two words of a handle,
+//! `name_to_handle_at` writes as many there at most; the other calls take integers and one path.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -11,11 +11,13 @@ use std::path::Path;
 
 /// `MAX_HANDLE_SZ` of the kernel.
 pub const MAX_HANDLE_BYTES: usize = 128;
+/// `AT_HANDLE_FID`: a handle that need not be one that can be opened (Linux 6.5).
+const AT_HANDLE_FID: i32 = 0x200;
 /// `INOTIFY_IOC_SETNEXTWD`: `_IOW('I', 0, __s32)`.
 const INOTIFY_IOC_SETNEXTWD: u64 = 0x4004_4900;
 
 /// A file handle as `name_to_handle_at(2)` gives it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FileHandle {
     /// Chosen by the file system.
     pub kind: u32,
@@ -67,6 +69,41 @@ pub fn open_by_handle(mount: BorrowedFd<'_>, handle: &FileHandle) -> io::Result<
     let fd = check(result)?;
     // SAFETY: the descriptor is new and nobody else knows it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The handle that the kernel shows for the file `name` in `directory`, or for `directory` itself where the
+/// name is empty, and the number of the mount that it is on. Links are not followed.
+///
+/// # Errors
+/// `EOPNOTSUPP` or `EINVAL` where the file system, or a kernel before 6.5, has none; those of
+/// `name_to_handle_at(2)`.
+pub fn handle_of(directory: BorrowedFd<'_>, name: &CStr) -> io::Result<(FileHandle, i32)> {
+    let mut raw = RawHandle {
+        bytes: MAX_HANDLE_BYTES as u32,
+        kind: 0,
+        data: [0; MAX_HANDLE_BYTES],
+    };
+    let mut mount = 0_i32;
+    let flags = AT_HANDLE_FID | libc::AT_EMPTY_PATH;
+    // SAFETY: `name` is a live C string; `raw` and `mount` are live and writable, and `raw` has room for as
+    // many bytes as its first word says.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            directory.as_raw_fd(),
+            name.as_ptr(),
+            &raw mut raw,
+            &raw mut mount,
+            flags,
+        )
+    };
+    check(result)?;
+    let length = (raw.bytes as usize).min(MAX_HANDLE_BYTES);
+    let handle = FileHandle {
+        kind: raw.kind.cast_unsigned(),
+        bytes: raw.data[..length].to_vec(),
+    };
+    Ok((handle, mount))
 }
 
 /// Watches a path, following it if it is a link of `/proc/self/fd`; returns the number of the watch.

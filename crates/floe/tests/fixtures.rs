@@ -34,6 +34,21 @@ fn programs_go_on_as_they_were() {
 }
 
 #[test]
+fn programs_in_own_mount_namespaces_go_on() {
+    if !skips::is_root("programs_in_own_mount_namespaces_go_on") {
+        return;
+    }
+    let mut wrong = Vec::new();
+    for program in program::in_own_mounts() {
+        let result = Fixture::cycle(program.name, &floe(), &floe());
+        if let Err(error) = skips::or_skip(program.name, result) {
+            wrong.push(format!("{}: {error:#}", program.name));
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
 fn programs_run_on_after_a_dump_that_leaves_them() {
     if !skips::is_root("programs_run_on_after_a_dump_that_leaves_them") {
         return;

@@ -118,6 +118,11 @@ impl<'a> Collector<'a> {
         self.tree.contains(&process)
     }
 
+    /// The processes that are dumped, in no order.
+    pub fn processes(&self) -> impl Iterator<Item = HostPid> {
+        self.tree.iter().copied()
+    }
+
     /// The namespaces that the tree has of its own.
     pub fn namespaces(&self) -> &TreeNamespaces {
         &self.namespaces

@@ -19,6 +19,7 @@ use rustix::fs::OFlags;
 use super::watch::{self, Fields, Target, Watched};
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::mount::KnownMounts;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner};
 
 /// See the module.
@@ -65,9 +66,10 @@ impl FdKind for Fanotify {
                 dev: mark.s_dev,
                 ino,
             };
-            watch::find_path(watched, &mut f_handle, fd, collector)?;
+            let named = watch::find_path(watched, &mut f_handle, fd, collector)?;
+            mark.s_dev = named.dev;
             let ie = FanotifyInodeMarkEntry {
-                i_ino: ino,
+                i_ino: named.ino,
                 f_handle,
             };
             mark.ie = Some(ie);
@@ -77,7 +79,7 @@ impl FdKind for Fanotify {
             let fields = Fields::of("mnt_id", line).ok_or_else(garbled)?;
             let mark = mark_of(id, &fields, MarkType::Mount).ok_or_else(garbled)?;
             let number = fields.short("mnt_id").ok_or_else(garbled)?;
-            entry.mark.push(on_mount(mark, number, fd)?);
+            entry.mark.push(on_mount(mark, number, (fd, collector))?);
         }
         if fd.info().values("fanotify sdev").next().is_some() {
             let remedy = "remove the mark: only those on files and mounts can be saved";
@@ -110,8 +112,27 @@ fn mark_of(id: FileId, fields: &Fields<'_>, kind: MarkType) -> Option<FanotifyMa
 fn on_mount(
     mut mark: FanotifyMarkEntry,
     number: u32,
-    fd: &FdProbe<'_>,
+    (fd, collector): (&FdProbe<'_>, &mut Collector<'_>),
 ) -> Result<FanotifyMarkEntry, CollectError> {
+    let known = collector.cache(KnownMounts::default).find(number);
+    let (device, path) = match known {
+        Some(entry) => (entry.root_dev, entry.mountpoint.clone()),
+        None => {
+            let (device, path) = in_own_namespace(number, fd)?;
+            let path = String::from_utf8(path);
+            (device, path.map_err(|_| fd.garbled("the path of a mount"))?)
+        }
+    };
+    mark.s_dev = device;
+    mark.me = Some(FanotifyMountMarkEntry {
+        mnt_id: number,
+        path: Some(path),
+    });
+    Ok(mark)
+}
+
+/// The device and the point of a mount that the task sees.
+fn in_own_namespace(number: u32, fd: &FdProbe<'_>) -> Result<(u32, Vec<u8>), CollectError> {
     let proc = fd.proc();
     let mounts = parse_mountinfo(&proc.read("mountinfo")?).map_err(|error| proc.bad(error))?;
     let mount = mounts
@@ -122,13 +143,7 @@ fn on_mount(
             let remedy = "remove the mark, or dump the program that is in that namespace";
             CollectError::Unsupported(Obstacle::fd(fd.pid(), fd.fd(), what, remedy))
         })?;
-    mark.s_dev = mount.dev_major << 20 | mount.dev_minor;
-    let path = String::from_utf8(mount.point);
-    mark.me = Some(FanotifyMountMarkEntry {
-        mnt_id: number,
-        path: Some(path.map_err(|_| fd.garbled("the path of a mount"))?),
-    });
-    Ok(mark)
+    Ok((mount.dev_major << 20 | mount.dev_minor, mount.point))
 }
 
 impl FdRestore for Fanotify {
@@ -143,7 +158,8 @@ impl FdRestore for Fanotify {
             marks.push((mark, target_of(mark, planner)?));
         }
         let name = format!("make a fanotify group with {} marks", marks.len());
-        let needs = watch::needs(planner.images);
+        let targets = marks.iter().map(|(_, target)| target);
+        let needs = watch::needs(planner.images, targets);
         planner.open(entry.id, name, &needs, move |world| {
             make(world, entry, &marks)
         });
@@ -153,8 +169,9 @@ impl FdRestore for Fanotify {
 }
 
 fn target_of(mark: &FanotifyMarkEntry, planner: &Planner<'_>) -> Result<Target, PlanError> {
-    let path = mark.me.as_ref().and_then(|mount| mount.path.as_ref());
-    match (&mark.ie, path) {
+    let on_mount = mark.me.as_ref();
+    let on_mount = on_mount.and_then(|mount| Some((mount.path.as_ref()?, mount.mnt_id)));
+    match (&mark.ie, on_mount) {
         (Some(inode), _) => {
             let watched = Watched {
                 dev: mark.s_dev,
@@ -162,7 +179,10 @@ fn target_of(mark: &FanotifyMarkEntry, planner: &Planner<'_>) -> Result<Target, 
             };
             Target::of(watched, &inode.f_handle, planner.images)
         }
-        (None, Some(path)) => Ok(Target::Path(PathBuf::from("/").join(path))),
+        (None, Some((path, number))) => {
+            let path = PathBuf::from("/").join(path);
+            Ok(Target::Path(path, Some(number.cast_signed())))
+        }
         (None, None) => Err(PlanError::damaged(
             "files.img",
             format!("a mark of fanotify {:#x} is on nothing", mark.id),
@@ -171,7 +191,7 @@ fn target_of(mark: &FanotifyMarkEntry, planner: &Planner<'_>) -> Result<Target, 
 }
 
 fn make(
-    world: &World<'_>,
+    world: &mut World<'_>,
     entry: &FanotifyFileEntry,
     marks: &[(&FanotifyMarkEntry, Target)],
 ) -> Result<OwnedFd, ExecuteError> {

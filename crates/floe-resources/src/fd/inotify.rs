@@ -43,7 +43,8 @@ impl FdKind for Inotify {
         for line in fd.info().values("inotify wd") {
             let mut watch = parse(id, line).ok_or_else(|| fd.garbled("inotify"))?;
             let watched = watched(&watch);
-            watch::find_path(watched, &mut watch.f_handle, fd, collector)?;
+            let named = watch::find_path(watched, &mut watch.f_handle, fd, collector)?;
+            (watch.s_dev, watch.i_ino) = (named.dev, named.ino);
             watches.push(watch);
         }
         let entry = InotifyFileEntry {
@@ -94,7 +95,8 @@ impl FdRestore for Inotify {
         // Numbers only grow.
         watches.sort_by_key(|(watch, _)| watch.wd);
         let name = format!("make an inotify with {} watches", watches.len());
-        let needs = watch::needs(planner.images);
+        let targets = watches.iter().map(|(_, target)| target);
+        let needs = watch::needs(planner.images, targets);
         planner.open(entry.id, name, &needs, move |world| {
             let inotify = make(world, entry, &watches)?;
             // Whatever the restore itself did is none of the program's business.
@@ -110,7 +112,7 @@ impl FdRestore for Inotify {
 }
 
 fn make(
-    world: &World<'_>,
+    world: &mut World<'_>,
     entry: &InotifyFileEntry,
     watches: &[(&InotifyWdEntry, Target)],
 ) -> Result<OwnedFd, ExecuteError> {

@@ -37,6 +37,7 @@ const DELETED: &[u8] = b" (deleted)";
 const PROC_SUPER_MAGIC: i64 = 0x9fa0;
 const DEVPTS_SUPER_MAGIC: i64 = 0x1cd1;
 const NFS_SUPER_MAGIC: i64 = 0x6969;
+const OVERLAYFS_SUPER_MAGIC: i64 = 0x794c_7630;
 
 /// Numbers of the deleted files saved so far, by device and inode.
 #[derive(Default)]
@@ -74,7 +75,8 @@ pub fn reachable_name(
         return Ok(seen.3);
     }
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
-    match file_system(file)? {
+    let file_system = file_system(file)?;
+    match file_system {
         PROC_SUPER_MAGIC => return name_in_proc(id, (file, place), collector),
         DEVPTS_SUPER_MAGIC => return Ok(name.to_vec()),
         NFS_SUPER_MAGIC if is_silly_name(name) => {
@@ -105,7 +107,10 @@ pub fn reachable_name(
     }
     let is_stale =
         name.len() == file.target.len() || !matches!(at(file, place, name)?, Found::Itself);
-    if is_stale {
+    // Overlays show the number of names that a file has in its lower layer, where it is not deleted.
+    if is_stale && file_system == OVERLAYFS_SUPER_MAGIC && file.stat.st_nlink == 1 {
+        save_ghost(id, name, file, collector)?;
+    } else if is_stale {
         save_link(id, name, (file, place), collector)?;
     }
     Ok(name.to_vec())

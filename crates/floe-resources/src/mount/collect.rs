@@ -42,6 +42,19 @@ impl KnownMounts {
         self.places.get(&mount).copied()
     }
 
+    /// The mount of this number.
+    pub fn find(&self, mount: u32) -> Option<&MntEntry> {
+        let mut all = self.namespaces.values().flatten();
+        all.find(|entry| entry.mnt_id == mount)
+    }
+
+    /// The mounts of a file system, each with its namespace; `device` as the kernel keeps it.
+    pub fn of_device(&self, device: u32) -> impl Iterator<Item = (u32, &MntEntry)> {
+        let all = self.namespaces.iter();
+        let all = all.flat_map(|(id, entries)| entries.iter().map(|entry| (*id, entry)));
+        all.filter(move |(_, entry)| entry.root_dev == device)
+    }
+
     /// Whether the tree has mount namespaces of its own.
     pub fn is_empty(&self) -> bool {
         self.namespaces.is_empty()

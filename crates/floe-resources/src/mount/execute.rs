@@ -15,17 +15,19 @@ use floe_kernel::mount::{
     set_propagation,
 };
 use floe_kernel::namespace::{Home, Namespace, NsKind};
-use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
 use super::content;
+use super::deleted::{Leftover, make_deleted};
 use super::groups::{Base, Group};
 use super::model::{Content, FsKind, attributes, split_options, super_words};
 use super::overlay;
+use super::sight::Whole;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
-use crate::restore::{Attempt, ExecuteError};
+use crate::restore::{Attempt, ExecuteError, World};
 
 /// The number of the terminal that is mounted on a file.
 fn terminal(placed: &Placed) -> Option<u32> {
@@ -145,6 +147,22 @@ impl Workshop {
     /// Masters of terminals that are mounted, for whoever makes these.
     pub fn take_masters(&mut self) -> EarlyMasters {
         std::mem::take(&mut self.masters)
+    }
+
+    /// Mounts of all that is made so far of each file system.
+    pub fn wholes(&self, world: &World<'_>) -> Result<Vec<Whole>, ExecuteError> {
+        let mut all = Vec::new();
+        for (source, mount) in self.plan.tree.sources.iter().zip(&self.sources) {
+            let Some(mount) = mount else { continue };
+            let again = mount.try_clone();
+            let again = again.during("Duplicating", || source.root.clone())?;
+            all.push(Whole {
+                device: source.device,
+                root: source.root.clone(),
+                mount: world.lift(again)?,
+            });
+        }
+        Ok(all)
     }
 
     /// Lets mounts propagate to each other; none may be attached afterwards.
@@ -490,7 +508,7 @@ fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(at, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
 
-fn open_within(at: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
+pub(super) fn open_within(at: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat2(at, path, flags, Mode::empty(), WITHIN)
 }
@@ -544,53 +562,4 @@ fn new_mount_error(error: NewMountError) -> ExecuteError {
         object,
         source,
     }
-}
-
-/// A name that is there only to be copied.
-#[derive(Debug)]
-struct Leftover {
-    directory: OwnedFd,
-    name: String,
-    is_directory: bool,
-}
-
-impl Leftover {
-    fn remove(&self) -> Result<(), Errno> {
-        let flags = match self.is_directory {
-            true => AtFlags::REMOVEDIR,
-            false => AtFlags::empty(),
-        };
-        rustix::fs::unlinkat(&self.directory, self.name.as_str(), flags)
-    }
-}
-
-/// Makes what was deleted, and the directories that it was in.
-fn make_deleted(
-    source: BorrowedFd<'_>,
-    part: &str,
-    kind: FileType,
-) -> std::io::Result<(OwnedFd, Vec<Leftover>)> {
-    let mut at = source.try_clone_to_owned()?;
-    let mut made = Vec::new();
-    let names: Vec<&str> = part.split('/').collect();
-    for (index, name) in names.iter().enumerate() {
-        let is_last = index + 1 == names.len();
-        let is_directory = !is_last || kind == FileType::Directory;
-        let result = if is_directory {
-            rustix::fs::mkdirat(&at, *name, Mode::from_raw_mode(0o755))
-        } else {
-            rustix::fs::mknodat(&at, *name, kind, Mode::from_raw_mode(0o644), 0)
-        };
-        match result {
-            Ok(()) => made.push(Leftover {
-                directory: at.try_clone()?,
-                name: (*name).to_string(),
-                is_directory,
-            }),
-            Err(Errno::EXIST) if !is_last => {}
-            Err(errno) => return Err(errno.into()),
-        }
-        at = open_within(at.as_fd(), name)?;
-    }
-    Ok((at, made))
 }

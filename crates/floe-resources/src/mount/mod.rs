@@ -7,6 +7,7 @@
 
 mod collect;
 mod content;
+mod deleted;
 mod execute;
 mod groups;
 mod model;
@@ -14,10 +15,13 @@ mod overlay;
 mod place;
 mod plan;
 mod remote;
+mod sight;
 mod tree;
 mod uncover;
 
-pub use collect::collect;
+pub use collect::{KnownMounts, collect};
 pub use model::upgrade_flags;
 pub use place::{NoPlace, Place};
 pub use plan::{Writable, entered, in_place_of, needs_of_file, plan, seen_from, way_to};
+pub use sight::bring_into_sight;
+pub use tree::fs_name;

@@ -15,6 +15,7 @@ use super::execute::{Places, Plan, Workshop, content_image, has_files};
 use super::groups::plan_groups;
 use super::model::{attributes, below};
 use super::remote::mount_in_task;
+use super::sight::Wholes;
 use super::tree::{MountTree, Origin, Request, plan_tree};
 use crate::cgroup::{self, groups_made};
 use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
@@ -64,6 +65,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         let mut workshop = Workshop::open(plan, world.namespaces().home()?)?;
         workshop.make_early(&places)?;
         workshop.take_masters().keep(world)?;
+        world.state::<Wholes>().0 = workshop.wholes(world)?;
         if !late {
             return workshop.join_groups();
         }
@@ -225,7 +227,7 @@ fn enter(world: &mut World<'_>, pid: u32, id: u32) -> Result<(), ExecuteError> {
 }
 
 /// The namespace and the entry of a mount.
-fn find_mount(images: &TreeImages, number: i32) -> Option<(u32, &MntEntry)> {
+pub(super) fn find_mount(images: &TreeImages, number: i32) -> Option<(u32, &MntEntry)> {
     let number = u32::try_from(number).ok()?;
     let mut all = images.mounts.iter();
     all.find_map(|(id, entries)| {
@@ -312,7 +314,7 @@ pub fn seen_from(
     Some(join(&to.mountpoint, below(&inside, &to.root)?))
 }
 
-fn join(directory: &str, name: &str) -> String {
+pub(super) fn join(directory: &str, name: &str) -> String {
     let directory = directory.trim_end_matches('/');
     match name {
         "" if directory.is_empty() => "/".to_string(),

@@ -422,7 +422,8 @@ fn is_of_cgroups(entry: &MntEntry) -> bool {
 }
 
 /// The name of a file system that can be mounted anew.
-fn fs_name(entry: &MntEntry) -> Option<String> {
+/// The type of a mount's file system, as the kernel calls it; `None` where the images do not tell.
+pub fn fs_name(entry: &MntEntry) -> Option<String> {
     let code = Fstype::try_from(entry.fstype.cast_signed()).ok()?;
     if code == Fstype::Auto {
         return entry.fsname.clone();

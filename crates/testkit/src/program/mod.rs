@@ -23,6 +23,7 @@ mod tasks;
 mod terminal;
 mod timers;
 mod unix;
+mod watches;
 
 use std::fs::File;
 use std::io::Write;
@@ -40,6 +41,8 @@ pub struct Program {
     pub name: &'static str,
     /// Options that dump and restore need for it, by CRIU's names.
     pub options: &'static [&'static str],
+    /// Whether it runs in a mount namespace of its own.
+    own_mounts: bool,
     setup: fn(&Place) -> anyhow::Result<Check>,
 }
 
@@ -48,12 +51,20 @@ impl Program {
         Self {
             name,
             options: &[],
+            own_mounts: false,
             setup,
         }
     }
 
     const fn with(self, options: &'static [&'static str]) -> Self {
         Self { options, ..self }
+    }
+
+    const fn in_own_mounts(self) -> Self {
+        Self {
+            own_mounts: true,
+            ..self
+        }
     }
 }
 
@@ -100,6 +111,11 @@ pub fn programs() -> Vec<&'static Program> {
     .collect()
 }
 
+/// Programs in mount namespaces of their own, which CRIU restores only with a root of their own.
+pub fn in_own_mounts() -> &'static [Program] {
+    watches::PROGRAMS
+}
+
 /// The workloads of the benchmark.
 pub fn workloads() -> Vec<&'static Program> {
     bench::PROGRAMS.iter().collect()
@@ -114,8 +130,12 @@ pub fn find(name: &str) -> Option<&'static Program> {
         .chain(churn::PROGRAMS)
         .chain(rounds::NOT_DUMPED)
         .chain(bpf::REFUSED)
+        .chain(watches::PROGRAMS)
         .find(|program| program.name == name)
 }
+
+/// Set in a program that is in its own mount namespace.
+const INSIDE: &str = "TESTKIT_INSIDE";
 
 /// The `main` of `testkit-fixture`.
 pub fn main() -> ExitCode {
@@ -131,6 +151,11 @@ pub fn main() -> ExitCode {
     let place = Place {
         directory: directory.into(),
     };
+    if program.own_mounts && std::env::var_os(INSIDE).is_none() {
+        let error = sys::mounts::start_again_inside(&place.path("output"), INSIDE);
+        eprintln!("testkit-fixture: {name} in a mount namespace: {error}");
+        return ExitCode::FAILURE;
+    }
     // The program is its own session, as a daemon is; fails only if it is one already.
     let _ = rustix::process::setsid();
     sys::signal::block(&[libc::SIGUSR1]);

@@ -5,6 +5,8 @@
 
 pub mod bpf;
 pub mod memory;
+pub mod mounts;
+pub mod notify;
 pub mod signal;
 pub mod sysv;
 pub mod task;

@@ -125,19 +125,40 @@ fn open_for_all(
         let opened = mount::in_place_of(world, file.mnt_id, |world| {
             let _writable = mount::Writable::of(world.images, file.mnt_id)?;
             let open = |path: &Path| rustix::fs::open(path, *flags, Mode::empty());
-            let mounts = (first, file.mnt_id);
-            let here = ghost.to_str();
-            let here = here.and_then(|ghost| mount::seen_from(world.images, ghost, mounts));
-            let ghost = here.as_ref().map_or(ghost, Path::new);
+            let (here, names) = in_sight(world, (first, ghost), file)?;
             if is_directory(image) {
-                return open(ghost).during("Opening the deleted directory", || file.name.clone());
+                return open(&here).during("Opening the deleted directory", || file.name.clone());
             }
-            let names = TemporaryNames::watched(world.janitor());
-            open_linked(ghost, (Path::new(&file.name), &names), open)
+            let opened = open_linked(&here, (Path::new(&file.name), &names), open);
+            let removed = names.remove();
+            removed.during("Removing a second name of", || file.name.clone())?;
+            opened
         })?;
         world.state::<Opened>().0.insert(file.id, opened);
     }
     Ok(())
+}
+
+/// The name by which a file of another mount is found in the mount of `file`, in whose namespace the
+/// coordinator is: where it has none there, it is given one, which is among the names returned.
+fn in_sight(
+    world: &mut World<'_>,
+    (mount, name): (Option<i32>, &Path),
+    file: &RegFileEntry,
+) -> Result<(PathBuf, TemporaryNames), ExecuteError> {
+    let names = TemporaryNames::watched(world.janitor());
+    let Some(text) = name.to_str() else {
+        return Ok((name.to_path_buf(), names));
+    };
+    if let Some(seen) = mount::seen_from(world.images, text, (mount, file.mnt_id)) {
+        return Ok((seen.into(), names));
+    }
+    let to = (file.mnt_id, file.name.as_str());
+    let Some(given) = mount::bring_into_sight(world, (mount, text), to)? else {
+        return Ok((name.to_path_buf(), names));
+    };
+    names.adopt(Path::new(&given));
+    Ok((given.into(), names))
 }
 
 /// Opens a file under a name that it has for that moment only.
@@ -276,7 +297,40 @@ pub fn open_by_name(
     file: &RegFileEntry,
     open: impl FnOnce(&Path) -> rustix::io::Result<OwnedFd>,
 ) -> Result<OwnedFd, ExecuteError> {
+    let remap = world.images.remaps.get(&file.id);
+    if let Some(remap) = remap.filter(|remap| remap.remap_type() == RemapType::Linked) {
+        let link = link_of(world.images, remap)?;
+        remove_at_the_end(world, link)?;
+    }
     mount::in_place_of(world, file.mnt_id, |world| open_here(world, file, open))
+}
+
+/// The name that the dump has given a file, with its mount.
+fn link_of<'i>(
+    images: &'i TreeImages,
+    remap: &RemapFilePathEntry,
+) -> Result<(Option<i32>, &'i Path), ExecuteError> {
+    let link = link_name(images, remap).map_err(ExecuteError::from_plan)?;
+    let entry = images.files.get(&remap.remap_id);
+    let mount = entry.and_then(|entry| entry.reg.as_ref()?.mnt_id);
+    Ok((mount, link))
+}
+
+/// The name that the dump has given a file goes when the restore is done.
+fn remove_at_the_end(
+    world: &mut World<'_>,
+    (mount, link): (Option<i32>, &Path),
+) -> Result<(), ExecuteError> {
+    let names = TemporaryNames::default();
+    names.adopt(link);
+    match mount::way_to(world, mount)? {
+        None => world.on_success(move || names.remove_quietly()),
+        Some((home, namespace)) => world.on_success(move || match home.visit([&*namespace]) {
+            Ok(_visit) => names.remove_quietly(),
+            Err(error) => tracing::warn!(%error, "a temporary name stays"),
+        }),
+    }
+    Ok(())
 }
 
 fn open_here(
@@ -295,28 +349,11 @@ fn open_here(
                 .during("Finding the deleted", what);
         }
         Some(remap) if remap.remap_type() == RemapType::Linked => {
-            let link = link_name(images, remap).map_err(ExecuteError::from_plan)?;
-            let entry = images.files.get(&remap.remap_id);
-            let mounts = (
-                entry.and_then(|entry| entry.reg.as_ref()?.mnt_id),
-                file.mnt_id,
-            );
-            let here = link.to_str();
-            let here = here.and_then(|link| mount::seen_from(images, link, mounts));
-            let link = here.as_ref().map_or(link, Path::new);
-            let names = TemporaryNames::default();
-            names.adopt(link);
-            match mount::way_to(world, file.mnt_id)? {
-                None => world.on_success(move || names.remove_quietly()),
-                Some((home, namespace)) => {
-                    world.on_success(move || match home.visit([&*namespace]) {
-                        Ok(_visit) => names.remove_quietly(),
-                        Err(error) => tracing::warn!(%error, "a temporary name stays"),
-                    })
-                }
-            }
-            let names = TemporaryNames::watched(world.janitor());
-            return open_linked(link, (path, &names), open);
+            let link = link_of(images, remap)?;
+            let (link, names) = in_sight(world, link, file)?;
+            let opened = open_linked(&link, (path, &names), open);
+            names.remove().during("Removing a second name of", what)?;
+            return opened;
         }
         _ => {}
     }

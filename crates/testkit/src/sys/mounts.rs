@@ -1,0 +1,53 @@
+//! A mount namespace of one's own.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+
+use super::check;
+
+/// Moves the process into a copy of its mount namespace, from which nothing reaches the old one, and takes
+/// away the memory file system of all programs there: a dump would save what others have in it.
+pub fn leave() -> io::Result<()> {
+    // SAFETY: integers only.
+    check(i64::from(unsafe { libc::unshare(libc::CLONE_NEWNS) }))?;
+    mount_change(
+        "/",
+        MountPropagationFlags::REC | MountPropagationFlags::PRIVATE,
+    )?;
+    loop {
+        match unmount("/dev/shm", UnmountFlags::DETACH) {
+            Ok(()) => {}
+            Err(Errno::INVAL | Errno::NOENT) => return Ok(()),
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Begins this program again in a mount namespace of its own, with files of that only; returns where that
+/// fails. `mark` is set in its environment.
+pub fn start_again_inside(output: &Path, mark: &str) -> io::Error {
+    let start = || -> io::Result<Command> {
+        leave()?;
+        let output = File::options().append(true).open(output)?;
+        let flags = libc::CLOSE_RANGE_CLOEXEC.cast_signed();
+        // SAFETY: integers only; nothing is closed before the program is replaced.
+        check(i64::from(unsafe { libc::close_range(3, u32::MAX, flags) }))?;
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(std::env::args_os().skip(1)).env(mark, "1");
+        let nothing = File::options().read(true).open("/dev/null")?;
+        command.stdin(Stdio::from(nothing));
+        command.stdout(output.try_clone()?).stderr(output);
+        command.current_dir(std::env::current_dir()?);
+        Ok(command)
+    };
+    match start() {
+        Ok(mut command) => command.exec(),
+        Err(error) => error,
+    }
+}
