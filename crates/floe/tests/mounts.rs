@@ -164,6 +164,9 @@ mount --bind gone over; rmdir gone
 mount -t tmpfs lower ro; echo hidden >ro/file
 mount -t tmpfs -o ro,nosuid,noexec upper ro
 mount --make-unbindable ro
+mkdir keys huge
+mount -t ramfs -o mode=700 keys keys; echo secret >keys/one
+if grep -q hugetlbfs /proc/filesystems; then mount -t hugetlbfs -o pagesize=2M none huge; fi
 ";
 
 #[test]
@@ -187,6 +190,8 @@ fn many_mounts() -> anyhow::Result<()> {
     tree.restore(&[])?;
     assert_eq!(before, tree.mounts()?);
     assert_eq!(tree.read(&file)?, "content\n");
+    let key = directory.join("keys/one");
+    assert_eq!(tree.read(key.to_str().context("UTF-8")?)?, "secret\n");
     let open = fs::read_link(format!("/proc/{}/fd/5", tree.pid))?;
     assert_eq!(open.to_str(), Some(file.as_str()));
     // A mount made below the shared one reaches its slaves.

@@ -425,8 +425,7 @@ fn save_content(
     namespace: &TreeNamespace,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
-    let kind = entry.fstype().and_then(FsKind::of_code);
-    let Some(kind) = kind.filter(|kind| kind.content != Content::Given) else {
+    let Some(kind) = FsKind::of_entry(entry).filter(|kind| kind.content != Content::Given) else {
         return Ok(());
     };
     let known = collector.cache(KnownMounts::default);

@@ -79,7 +79,7 @@ const fn fs(name: &'static str, code: Fstype, content: Content) -> FsKind {
 }
 
 /// Every file system that can be mounted anew.
-pub const FS_KINDS: [FsKind; 16] = [
+pub const FS_KINDS: [FsKind; 18] = [
     fs("proc", Fstype::Proc, Content::Given),
     fs("sysfs", Fstype::Sysfs, Content::Given),
     fs("devtmpfs", Fstype::Devtmpfs, Content::Given),
@@ -96,6 +96,9 @@ pub const FS_KINDS: [FsKind; 16] = [
     fs("cgroup2", Fstype::Cgroup2, Content::Given),
     fs("mqueue", Fstype::Mqueue, Content::Nothing),
     fs("overlay", Fstype::Overlayfs, Content::Given),
+    // CRIU has no number for these, but mounts by name what an image says so of.
+    fs("hugetlbfs", Fstype::Auto, Content::Nothing),
+    fs("ramfs", Fstype::Auto, Content::Files),
 ];
 
 impl FsKind {
@@ -105,9 +108,12 @@ impl FsKind {
         FS_KINDS.into_iter().find(|kind| kind.name == base)
     }
 
-    /// The file system of this number.
-    pub fn of_code(code: Fstype) -> Option<FsKind> {
-        FS_KINDS.into_iter().find(|kind| kind.code == code)
+    /// The file system of a mount in images.
+    pub fn of_entry(entry: &MntEntry) -> Option<FsKind> {
+        match Fstype::try_from(entry.fstype.cast_signed()).ok()? {
+            Fstype::Auto => FsKind::of_name(entry.fsname.as_deref()?),
+            code => FS_KINDS.into_iter().find(|kind| kind.code == code),
+        }
     }
 }
 
@@ -125,6 +131,7 @@ pub fn entry_of(mount: &Mount) -> Result<MntEntry, &'static str> {
     let code = FsKind::of_name(&name).map_or(Fstype::Unsupported, |kind| kind.code);
     Ok(MntEntry {
         fstype: code as u32,
+        fsname: (code == Fstype::Auto).then_some(name),
         mnt_id: mount.id.cast_unsigned(),
         root_dev: kernel_device(mount.dev_major, mount.dev_minor),
         parent_mnt_id: mount.parent.cast_unsigned(),

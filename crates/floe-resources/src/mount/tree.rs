@@ -428,7 +428,7 @@ pub fn fs_name(entry: &MntEntry) -> Option<String> {
     if code == Fstype::Auto {
         return entry.fsname.clone();
     }
-    FsKind::of_code(code).map(|kind| kind.name.to_string())
+    FsKind::of_entry(entry).map(|kind| kind.name.to_string())
 }
 
 /// The value of `--external mnt[KEY]:VALUE` or `--ext-mount-map KEY:VALUE`.
