@@ -29,6 +29,9 @@ pub enum External {
     Macvlan { inner: String, outer: String },
     /// `netdev[NAME]:ORIGINAL`.
     NetDevice { name: String, original: String },
+    /// `apparmor:LABEL` or `selinux:LABEL`: LXC says here once more what it says by `--lsm-profile`; it means
+    /// nothing.
+    LsmLabel(String),
 }
 
 /// Why a value of `--external`, `--inherit-fd` or `--ext-mount-map` is not one.
@@ -57,6 +60,9 @@ pub enum ExternalError {
 impl External {
     /// Reads one value of `--external`.
     pub fn parse(text: &str) -> Result<Self, ExternalError> {
+        if text.starts_with("apparmor:") || text.starts_with("selinux:") {
+            return Ok(Self::LsmLabel(text.into()));
+        }
         let (kind, rest) = text
             .split_once('[')
             .ok_or_else(|| ExternalError::Shape(text.into()))?;
@@ -245,6 +251,10 @@ mod tests {
                     key: "/data".into(),
                     value: "store".into(),
                 },
+            ),
+            (
+                "apparmor:unconfined",
+                External::LsmLabel("apparmor:unconfined".into()),
             ),
             (
                 "mnt[]",
