@@ -15,10 +15,10 @@ use floe_image::dir::PARENT_LINK;
 use floe_image::frames::FramedReader;
 use floe_image::manifest::DumpKind;
 use floe_image::{ImageDir, ImageStore, PagesReader};
-use rustix::fs::MemfdFlags;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
+use crate::held::Scratch;
 use crate::stream::Stream;
 
 /// Name of the index.
@@ -33,8 +33,8 @@ pub const IMAGES: &str = "checkpoint/";
 pub const INDEX_FORMAT: u32 = 1;
 /// Largest index, in bytes.
 pub const MAX_INDEX: u64 = 128 << 20;
-/// Largest file other than pages that is read from an archive, in bytes: it is held in memory.
-const MAX_SMALL: u64 = 8 << 30;
+/// Largest file other than pages that is read from an archive, in bytes: it is copied to be read.
+const MAX_SMALL: u64 = 1 << 40;
 /// Bytes of a tar header, and what members are padded to.
 pub const BLOCK: u64 = 512;
 
@@ -152,22 +152,17 @@ pub struct Archive {
     path: PathBuf,
     frames: Arc<FramedReader>,
     index: Index,
+    scratch: Scratch,
 }
 
 impl Archive {
-    /// Opens an archive; `-` is standard input. What comes through a pipe is held in memory, compressed
-    /// as it is.
+    /// Opens an archive that can be read at any place.
     pub fn open(path: &Path) -> Result<Archive, ArchiveError> {
-        let opened = match open_input(path) {
-            Ok(Input::File(file)) => Ok(file),
-            Ok(Input::Pipe(pipe)) => hold(pipe),
-            Err(error) => Err(error),
-        };
-        let file = opened.map_err(|source| ArchiveError::Read {
+        let opened = File::open(path).map_err(|source| ArchiveError::Read {
             path: path.to_path_buf(),
             source,
-        })?;
-        Archive::from_file(file, path)
+        });
+        Archive::from_file(opened?, path)
     }
 
     /// Reads table and index of a file that can be read at any place.
@@ -192,6 +187,7 @@ impl Archive {
             path: path.to_path_buf(),
             frames: Arc::new(frames),
             index,
+            scratch: Scratch::open(),
         })
     }
 
@@ -237,19 +233,6 @@ fn open_input(path: &Path) -> io::Result<Input> {
     } else {
         Input::Pipe(file)
     })
-}
-
-fn hold(mut pipe: File) -> io::Result<File> {
-    let mut held = memory_file("floe-archive")?;
-    io::copy(&mut pipe, &mut held)?;
-    Ok(held)
-}
-
-pub(crate) fn memory_file(name: &str) -> io::Result<File> {
-    Ok(File::from(rustix::fs::memfd_create(
-        name,
-        MemfdFlags::CLOEXEC,
-    )?))
 }
 
 /// Reads a head or an index; the format first, as a newer one may lack what this one must have.
@@ -377,9 +360,13 @@ pub fn open_set(paths: &[PathBuf]) -> Result<ImageDir, ArchiveError> {
     Ok(images.expect("a set is never empty"))
 }
 
-/// The images of one archive, whatever they are, to be read at any place.
+/// The images of one archive, whatever they are, to be looked at; `-` is standard input. What comes through a
+/// pipe is read to its end first: its checksums are compared, and its pages are not kept.
 pub fn open_images(path: &Path) -> Result<ImageDir, ArchiveError> {
-    Ok(Archive::open(path)?.into_images(None))
+    match Part::open(path)? {
+        Part::File(archive) => Ok(archive.into_images(None)),
+        Part::Stream(stream) => stream.scan(),
+    }
 }
 
 /// The archives that the newest one needs, oldest first.
@@ -438,10 +425,10 @@ impl ImageStore for ArchivedImages {
         if matches!(ImageKind::of_file_name(name), Some((ImageKind::Pages, _))) {
             return Err(io::Error::other("pages are read where they are"));
         }
-        let mut file = memory_file("floe-image")?;
         if member.size > MAX_SMALL {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
+        let mut file = self.archive.scratch.file(member.size)?;
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; (256 << 10).min(member.size as usize)];
         let mut done = 0;

@@ -8,6 +8,8 @@ mod chain;
 pub mod check;
 pub mod compress;
 mod early;
+mod frame_stream;
+mod held;
 pub mod merged;
 pub mod pack;
 pub mod rounds;

@@ -4,19 +4,17 @@
 //! first page comes. Pages that are asked for out of their order are kept, compressed, until they are
 //! read. What the index at the end says is checked when all was read, before the tasks run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::io::{self, Read, Write};
-use std::os::fd::AsRawFd;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use floe_image::manifest::MANIFEST_NAME;
 use floe_image::{ImageDir, ImageStore, PagesReader, PassingPages};
 
-use crate::archive::{
-    ArchiveError, Early, Head, Index, check_base, check_head, memory_file, parse,
-};
+use crate::archive::{ArchiveError, Early, Head, Index, check_base, check_head, parse};
+use crate::held::HeldFiles;
 use crate::tar_reader::{Piece, TarReader};
 use crate::unpack::{UnpackError, UnpackLimits};
 
@@ -30,7 +28,7 @@ const KEPT_LEVEL: i32 = 1;
 pub struct Stream {
     path: PathBuf,
     head: Head,
-    images: BTreeMap<String, File>,
+    images: HeldFiles,
     pages: Arc<Mutex<Passing>>,
 }
 
@@ -41,7 +39,7 @@ impl Stream {
             path: path.to_path_buf(),
             what: with_cause(&error),
         };
-        let mut tar = TarReader::new(source, LIMITS).map_err(damaged)?;
+        let mut tar = TarReader::new(source, LIMITS);
         let Piece::Head(text) = tar.next_piece().map_err(damaged)? else {
             return Err(damaged(UnpackError::Missing {
                 name: crate::archive::HEAD_NAME.into(),
@@ -58,6 +56,7 @@ impl Stream {
             last: None,
             found: BTreeMap::new(),
             index: None,
+            ended: false,
         };
         let images = pages.images(&head).map_err(|source| ArchiveError::Read {
             path: path.to_path_buf(),
@@ -79,6 +78,29 @@ impl Stream {
     /// What it is called in messages.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Reads to the end and compares everything with the index; the images, whose pages are not kept.
+    pub fn scan(mut self) -> Result<ImageDir, ArchiveError> {
+        let failed = |path: &Path| {
+            let path = path.to_path_buf();
+            move |source| ArchiveError::Read { path, source }
+        };
+        let mut pages = lock(&self.pages);
+        pages.pass(&mut self.images).map_err(failed(&self.path))?;
+        pages
+            .check(&self.head, &self.path)
+            .map_err(failed(&self.path))?;
+        let found = std::mem::take(&mut pages.found);
+        let early = Arc::new(std::mem::take(&mut pages.early));
+        drop(pages);
+        let images = ScannedImages {
+            images: self.images,
+            pages: self.head.pages.keys().cloned().collect(),
+            found,
+            early,
+        };
+        Ok(ImageDir::from_store(Arc::new(images), self.path))
     }
 
     /// The images, with those that they build on.
@@ -122,12 +144,13 @@ struct Kept {
 /// A file on its way.
 struct Open {
     name: String,
+    size: u64,
     offset: u64,
     hasher: blake3::Hasher,
 }
 
 /// Copies of pages that came first.
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct EarlyPages {
     places: Vec<Early>,
     bytes: Vec<u8>,
@@ -136,7 +159,9 @@ struct EarlyPages {
 impl EarlyPages {
     /// Fills the buffer if all of it is here.
     fn read(&self, name: &str, buffer: &mut [u8], offset: u64) -> bool {
-        let end = offset + buffer.len() as u64;
+        let Some(end) = offset.checked_add(buffer.len() as u64) else {
+            return false;
+        };
         let found = self.places.iter().find(|place| {
             place.file == name && place.offset <= offset && end <= place.offset + place.len
         });
@@ -170,6 +195,7 @@ struct Passing {
     /// Size and hash of what has passed.
     found: BTreeMap<String, (u64, blake3::Hash)>,
     index: Option<Vec<u8>>,
+    ended: bool,
 }
 
 impl std::fmt::Debug for Passing {
@@ -182,7 +208,7 @@ impl std::fmt::Debug for Passing {
 
 impl Passing {
     /// Reads all images before the first page.
-    fn images(&mut self, head: &Head) -> io::Result<BTreeMap<String, File>> {
+    fn images(&mut self, head: &Head) -> io::Result<HeldFiles> {
         let bound = |place: &Early| place.offset.checked_add(place.len).is_some();
         if !head.early.iter().all(bound) {
             return Err(invalid(UnpackError::Checksum {
@@ -190,22 +216,18 @@ impl Passing {
             }));
         }
         self.early.places = head.early.clone();
-        let mut images = BTreeMap::new();
-        let mut file = None;
+        let mut images = HeldFiles::new();
         loop {
             match self.advance()? {
-                Some(Advance::Begun(name)) => {
+                Some(Advance::Begun(name, size)) => {
                     if head.pages.contains_key(&name) || name == MANIFEST_NAME {
                         return Ok(images);
                     }
-                    let made = memory_file("floe-image")?;
-                    file = Some(made.try_clone()?);
-                    images.insert(name, made);
+                    images.begin(name, size)?;
                 }
                 Some(Advance::Part) => {
-                    let part = self.part.take().map(|part| part.bytes);
-                    if let (Some(file), Some(bytes)) = (&mut file, part) {
-                        file.write_all(&bytes)?;
+                    if let Some(part) = self.part.take() {
+                        images.append(&part.bytes)?;
                     }
                 }
                 None => return Ok(images),
@@ -213,11 +235,38 @@ impl Passing {
         }
     }
 
+    /// Reads the rest: pages are hashed and left, the manifest is added to the images.
+    fn pass(&mut self, images: &mut HeldFiles) -> io::Result<()> {
+        let mut size = self.open.as_ref().map_or(0, |open| open.size);
+        loop {
+            let manifest = self.open.as_ref().filter(|open| open.name == MANIFEST_NAME);
+            if let Some(open) = manifest.filter(|open| open.offset == 0) {
+                if size > floe_image::manifest::MAX_MANIFEST {
+                    return Err(io::ErrorKind::FileTooLarge.into());
+                }
+                images.begin(open.name.clone(), size)?;
+            }
+            match self.advance()? {
+                Some(Advance::Begun(_, begun)) => size = begun,
+                Some(Advance::Part) => {
+                    let part = self.part.take();
+                    if let Some(part) = part.filter(|part| part.place.0 == MANIFEST_NAME) {
+                        images.append(&part.bytes)?;
+                    }
+                }
+                None => return Ok(()),
+            }
+        }
+    }
+
     /// Reads one piece; nothing at the end.
     fn advance(&mut self) -> io::Result<Option<Advance>> {
+        if self.ended {
+            return Ok(None);
+        }
         loop {
             match self.tar.next_piece().map_err(invalid)? {
-                Piece::Begin { name, .. } => {
+                Piece::Begin { name, size } => {
                     self.close();
                     if self.found.contains_key(&name) {
                         let what = "which is there twice";
@@ -225,10 +274,11 @@ impl Passing {
                     }
                     self.open = Some(Open {
                         name: name.clone(),
+                        size,
                         offset: 0,
                         hasher: blake3::Hasher::new(),
                     });
-                    return Ok(Some(Advance::Begun(name)));
+                    return Ok(Some(Advance::Begun(name, size)));
                 }
                 Piece::Content(bytes) => {
                     let open = self.open.as_mut().expect("content follows a beginning");
@@ -249,6 +299,7 @@ impl Passing {
                 Piece::Index(text) => self.index = Some(text),
                 Piece::End => {
                     self.close();
+                    self.ended = true;
                     return Ok(None);
                 }
             }
@@ -350,7 +401,7 @@ impl Passing {
 }
 
 enum Advance {
-    Begun(String),
+    Begun(String, u64),
     Part,
 }
 
@@ -390,15 +441,11 @@ fn lock(pages: &Mutex<Passing>) -> MutexGuard<'_, Passing> {
 impl ImageStore for StreamedImages {
     fn names(&self) -> Vec<String> {
         let pages = self.stream.head.pages.keys();
-        self.stream.images.keys().chain(pages).cloned().collect()
+        self.stream.images.names().chain(pages).cloned().collect()
     }
 
     fn open(&self, name: &str) -> io::Result<Option<File>> {
-        let Some(file) = self.stream.images.get(name) else {
-            return Ok(None);
-        };
-        // Opened anew, as a duplicate would share its place.
-        File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map(Some)
+        self.stream.images.open(name)
     }
 
     fn pages(&self, name: &str) -> io::Result<Option<PagesReader>> {
@@ -415,7 +462,7 @@ impl ImageStore for StreamedImages {
     fn size(&self, name: &str) -> Option<u64> {
         match self.stream.head.pages.get(name) {
             Some(size) => Some(*size),
-            None => Some(self.stream.images.get(name)?.metadata().ok()?.len()),
+            None => self.stream.images.size(name),
         }
     }
 
@@ -448,5 +495,83 @@ impl PassingPages for PassingFile {
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         lock(&self.pages).read(&self.name, buffer, offset)
+    }
+
+    fn known_hash(&self) -> Option<blake3::Hash> {
+        None
+    }
+}
+
+/// The images of a stream that was read to its end.
+#[derive(Debug)]
+struct ScannedImages {
+    images: HeldFiles,
+    pages: BTreeSet<String>,
+    found: BTreeMap<String, (u64, blake3::Hash)>,
+    early: Arc<EarlyPages>,
+}
+
+impl ImageStore for ScannedImages {
+    fn names(&self) -> Vec<String> {
+        self.found.keys().cloned().collect()
+    }
+
+    fn open(&self, name: &str) -> io::Result<Option<File>> {
+        self.images.open(name)
+    }
+
+    fn pages(&self, name: &str) -> io::Result<Option<PagesReader>> {
+        let found = self.found.get(name).filter(|_| self.pages.contains(name));
+        let Some((size, hash)) = found else {
+            return Ok(self.open(name)?.map(PagesReader::Plain));
+        };
+        Ok(Some(PagesReader::Passing(Arc::new(PassedFile {
+            name: name.to_owned(),
+            size: *size,
+            hash: *hash,
+            early: self.early.clone(),
+        }))))
+    }
+
+    fn size(&self, name: &str) -> Option<u64> {
+        Some(self.found.get(name)?.0)
+    }
+
+    fn parent(&self) -> Option<ImageDir> {
+        None
+    }
+
+    fn passes_by(&self) -> bool {
+        true
+    }
+
+    fn check_rest(&self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A file of pages that has passed: what is left are its hash and the pages that came first.
+#[derive(Debug)]
+struct PassedFile {
+    name: String,
+    size: u64,
+    hash: blake3::Hash,
+    early: Arc<EarlyPages>,
+}
+
+impl PassingPages for PassedFile {
+    fn size(&self) -> u64 {
+        self.size
+    }
+
+    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        match self.early.read(&self.name, buffer, offset) {
+            true => Ok(()),
+            false => Err(io::Error::other("the pages of a stream are not kept")),
+        }
+    }
+
+    fn known_hash(&self) -> Option<blake3::Hash> {
+        Some(self.hash)
     }
 }

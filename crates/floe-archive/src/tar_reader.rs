@@ -1,8 +1,9 @@
 //! Taking the tar of an archive apart as it comes: trusts nothing in it.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, Read};
 
 use crate::archive::{BLOCK, EARLY_NAME, HEAD_NAME, IMAGES, INDEX_NAME, MAX_INDEX, is_plain_name};
+use crate::frame_stream::FrameStream;
 use crate::unpack::{EARLIER, UnpackError, UnpackLimits};
 
 /// Bytes that are given at once.
@@ -31,7 +32,7 @@ pub enum Piece {
 
 /// The members of an archive in a stream.
 pub struct TarReader<R: Read> {
-    source: zstd::stream::read::Decoder<'static, BufReader<R>>,
+    source: FrameStream<R>,
     limits: UnpackLimits,
     bytes: u64,
     count: usize,
@@ -42,17 +43,15 @@ pub struct TarReader<R: Read> {
 
 impl<R: Read> TarReader<R> {
     /// Reads compressed content from `source`.
-    pub fn new(source: R, limits: UnpackLimits) -> Result<TarReader<R>, UnpackError> {
-        let source = BufReader::with_capacity(PART, source);
-        let source = zstd::stream::read::Decoder::with_buffer(source);
-        Ok(TarReader {
-            source: source.map_err(UnpackError::Decode)?,
+    pub fn new(source: R, limits: UnpackLimits) -> TarReader<R> {
+        TarReader {
+            source: FrameStream::new(source),
             limits,
             bytes: 0,
             count: 0,
             left: 0,
             padding: 0,
-        })
+        }
     }
 
     /// The next piece; after [`Piece::End`] there is none.

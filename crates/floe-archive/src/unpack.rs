@@ -79,10 +79,16 @@ pub fn unpack_set(
     into: &Path,
     limits: UnpackLimits,
 ) -> Result<UnpackReport, UnpackError> {
-    if let [path] = paths
-        && path == Path::new("-")
-    {
-        return unpack(io::stdin().lock(), into, limits);
+    if let [path] = paths {
+        if path == Path::new("-") {
+            return unpack(io::stdin().lock(), into, limits);
+        }
+        // What comes through a pipe can be read once.
+        if !path.is_file()
+            && let Ok(pipe) = File::open(path)
+        {
+            return unpack(pipe, into, limits);
+        }
     }
     let parts = paths.iter().map(|path| Archive::open(path).map(Part::File));
     let ordered = order_set(parts.collect::<Result<_, _>>()?)?;
@@ -184,7 +190,7 @@ fn decode(
     sender: &SyncSender<Piece>,
     limits: UnpackLimits,
 ) -> Result<Vec<u8>, UnpackError> {
-    let mut tar = TarReader::new(source, limits)?;
+    let mut tar = TarReader::new(source, limits);
     let mut index = None;
     loop {
         match tar.next_piece()? {

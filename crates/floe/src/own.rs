@@ -60,7 +60,8 @@ pub fn refuse_incomplete(dir: &ImageDir) -> Result<(), Failure> {
 /// Opens a directory of images or an archive; `-` is an archive on standard input.
 pub fn open_images(path: &Path) -> Result<ImageDir, Failure> {
     let bad = |error: anyhow::Error| Failure::new(Exit::BadImage, error);
-    if path != Path::new("-") && !path.is_file() {
+    let is_other = std::fs::metadata(path).map_or(true, |found| found.is_dir());
+    if path != Path::new("-") && is_other {
         return ImageDir::open(path).map_err(|error| bad(error.into()));
     }
     floe_archive::archive::open_images(path).map_err(|error| bad(error.into()))

@@ -4,8 +4,10 @@
 use std::fs::File;
 use std::io::{Cursor, Read};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use testkit::{Engine, Fixture};
+use testkit::sys::task::reap;
+use testkit::{Engine, Fixture, process};
 
 /// Most memory that a restore of a program of 64 MiB may take, in bytes.
 const MOST: u64 = 32 << 20;
@@ -134,4 +136,49 @@ fn a_stream_that_is_cut_or_damaged_leaves_no_task() {
     writer.join().expect("all was read");
     fixture.check().expect("as it was");
     fixture.kill().expect("ours");
+}
+
+#[test]
+fn verify_and_inspect_read_a_stream_in_little_memory() {
+    if !is_root() {
+        return;
+    }
+    let (fixture, archive) = archived("memory-large");
+    let ask = |command: &str, path: &Path| {
+        let printed = fixture.images().join("printed");
+        let mut floe = std::process::Command::new(env!("CARGO_BIN_EXE_floe"));
+        floe.args([command, path.to_str().expect("plain")])
+            .stdout(File::create(&printed).expect("created"));
+        let pid = floe.spawn().expect("the binary runs").id() as i32;
+        process::wait_readable(&[&process::watch(pid).expect("ours")], deadline())
+            .expect("watched");
+        let (memory, status) = reap(pid).expect("ours").expect("it ends");
+        let name = path.display().to_string();
+        let text = std::fs::read_to_string(printed).expect("written");
+        (status, memory, text.replace(&name, "ARCHIVE"))
+    };
+    for command in ["verify", "inspect"] {
+        let (pipe, writer) = piped(fixture.images(), File::open(&archive).expect("packed"));
+        let (status, memory, text) = ask(command, &pipe);
+        writer.join().expect("all was read");
+        assert_eq!(status, 0, "{text}");
+        assert!(memory < MOST, "{command}: {memory} bytes");
+        // Only the time that hashing took is another one.
+        let told = |text: &str| {
+            let lines = text.lines().filter(|line| !line.contains("GiB/s"));
+            lines.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(told(&text), told(&ask(command, &archive).2), "{command}");
+    }
+    // In the file, as the memory of this process counts for its children (getrusage(2)).
+    let file = File::options().write(true).open(&archive).expect("packed");
+    let middle = file.metadata().expect("a file").len() / 2;
+    std::os::unix::fs::FileExt::write_all_at(&file, b"other", middle).expect("written");
+    let (pipe, writer) = piped(fixture.images(), File::open(&archive).expect("packed"));
+    assert_ne!(ask("verify", &pipe).0, 0, "a damaged one");
+    writer.join().expect("it ends");
+}
+
+fn deadline() -> Instant {
+    Instant::now() + Duration::from_secs(60)
 }
