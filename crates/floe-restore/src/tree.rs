@@ -218,7 +218,7 @@ fn add_session_helpers(
             order.insert(found.map_or(order.len(), |at| at + 1), helper);
         }
         nodes.get_mut(&pid).expect("it was found there").parent = Some(helper);
-        sort_parents_first(nodes, order);
+        sort_parents_first(nodes, order)?;
     }
 }
 
@@ -262,7 +262,8 @@ fn add_group_helpers(
     Ok(())
 }
 
-fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) {
+/// Fails where helpers that the sessions need would descend from each other.
+fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) -> Result<(), PlanError> {
     let mut sorted = Vec::with_capacity(order.len());
     let mut done = BTreeSet::new();
     while sorted.len() < order.len() {
@@ -277,12 +278,15 @@ fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) {
                 sorted.push(*pid);
             }
         }
-        assert!(
-            sorted.len() > before,
-            "every task has a parent in the tree, so there is always one to place"
-        );
+        if sorted.len() == before {
+            let left = order.iter().find(|pid| !done.contains(pid));
+            let left = left.copied().unwrap_or_default();
+            let what = format!("no parent of task {left} can have given it its session");
+            return Err(PlanError::damaged("pstree.img", what));
+        }
     }
     *order = sorted;
+    Ok(())
 }
 
 /// Where a task ends up.

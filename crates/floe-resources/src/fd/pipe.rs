@@ -13,6 +13,7 @@ use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, PipeDataEntry, PipeEntry};
 use floe_kernel::namespace::own_fd_path;
 use rustix::fs::OFlags;
+use rustix::io::Errno;
 use rustix::pipe::SpliceFlags;
 
 use super::{FdKind, file_entry};
@@ -241,14 +242,29 @@ pub(super) fn fill(into: BorrowedFd<'_>, data: Queued, pipe_id: u32) -> Result<(
     if let Some(size) = size.filter(|size| *size > 0) {
         rustix::pipe::fcntl_setpipe_size(into, size as usize).during("Sizing pipe", what)?;
     }
+    // Nobody reads yet: what does not fit would be waited for without end.
+    let flags = rustix::fs::fcntl_getfl(into).during("Asking for the flags of pipe", what)?;
+    set_flags_of(into, flags | OFlags::NONBLOCK, pipe_id)?;
     for (_, bytes) in data {
         let mut rest = &bytes[..];
         while !rest.is_empty() {
-            let done = rustix::io::write(into, rest).during("Filling pipe", what)?;
+            let done = match rustix::io::write(into, rest) {
+                Err(Errno::AGAIN) => {
+                    let what = format!("pipe {pipe_id:#x} has more bytes than it has room for");
+                    let damaged = PlanError::damaged("pipes-data.img or fifo-data.img", what);
+                    return Err(ExecuteError::from_plan(damaged));
+                }
+                done => done.during("Filling pipe", what)?,
+            };
             rest = &rest[done..];
         }
     }
-    Ok(())
+    set_flags_of(into, flags, pipe_id)
+}
+
+fn set_flags_of(pipe: BorrowedFd<'_>, flags: OFlags, pipe_id: u32) -> Result<(), ExecuteError> {
+    let what = || format!("{pipe_id:#x}");
+    rustix::fs::fcntl_setfl(pipe, flags).during("Setting the flags of pipe", what)
 }
 
 #[cfg(test)]

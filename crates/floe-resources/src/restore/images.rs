@@ -104,6 +104,9 @@ pub struct TreeImages {
     named: BTreeMap<u32, Vec<u32>>,
 }
 
+/// No kernel has pids above it (`PID_MAX_LIMIT`).
+const MAX_PID: u32 = 1 << 22;
+
 impl TreeImages {
     /// Reads and decodes the images of a directory.
     pub fn load(path: &Path) -> Result<Self, PlanError> {
@@ -125,6 +128,10 @@ impl TreeImages {
         for mut file in dir.read_files()? {
             // The name of a tun file is an entry with the same number.
             if let Some(earlier) = files.remove(&file.id) {
+                if earlier.tunf.is_none() && file.tunf.is_none() {
+                    let what = format!("file {:#x} is there twice", file.id);
+                    return Err(PlanError::damaged("files.img", what));
+                }
                 file.reg = file.reg.or(earlier.reg);
                 if let Some(tun) = earlier.tunf {
                     (file.tunf, file.r#type) = (Some(tun), earlier.r#type);
@@ -208,12 +215,17 @@ impl TreeImages {
                 ));
             }
             for tid in std::iter::once(pid).chain(task.threads.keys().copied()) {
-                if tid == 0 || tid > i32::MAX as u32 || !seen.insert(tid) {
+                if tid == 0 || tid > MAX_PID || !seen.insert(tid) {
                     return Err(PlanError::damaged(
                         "pstree.img",
                         format!("id {tid} of task {pid} is taken or no pid at all"),
                     ));
                 }
+            }
+            let leaders = [("group", task.entry.pgid), ("session", task.entry.sid)];
+            if let Some((what, id)) = leaders.iter().find(|(_, id)| *id > MAX_PID) {
+                let text = format!("the {what} {id} of task {pid} is no pid at all");
+                return Err(PlanError::damaged("pstree.img", text));
             }
             task.state()?;
         }

@@ -69,7 +69,7 @@ fn plan(tasks: &BTreeMap<u32, Place>) -> Result<Vec<Birth>, PlanError> {
     };
     let mut nodes: BTreeMap<u32, Node> = tasks.iter().map(node).collect();
     let mut order: Vec<u32> = tasks.keys().copied().collect();
-    sort_parents_first(&nodes, &mut order);
+    sort_parents_first(&nodes, &mut order)?;
     let outside = BTreeSet::from([0]);
     add_session_helpers(&mut nodes, &mut order, 10_000, &outside)?;
     Ok(births(&nodes, &order, &outside))

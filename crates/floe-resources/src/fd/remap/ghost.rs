@@ -232,6 +232,6 @@ fn set_metadata(path: &Path, entry: &GhostFileEntry, owners: &OwnerMap) -> Resul
 fn timespec(time: &Timeval) -> Timespec {
     Timespec {
         tv_sec: time.tv_sec as i64,
-        tv_nsec: (time.tv_usec * 1000) as i64,
+        tv_nsec: time.tv_usec.min(999_999) as i64 * 1000,
     }
 }
