@@ -179,6 +179,15 @@ pub enum FreezeError {
         "The main thread of task {pid} has ended while others run: this cannot be checkpointed"
     )]
     LeaderEnded { pid: HostPid },
+    /// Its filter would be in the way of our calls.
+    #[error(
+        "Task {pid} has a system call filter, which only root without one may suspend: run Floe as root, \
+         in a container with --security-opt seccomp=unconfined"
+    )]
+    Filtered { pid: HostPid },
+    /// We may not trace it.
+    #[error("Task {pid} may not be traced: run Floe as root, or with CAP_SYS_PTRACE")]
+    Denied { pid: HostPid },
     /// The kernel refused.
     #[error("Stopping task {pid}")]
     Stop {

@@ -361,6 +361,8 @@ fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing,
         (b'X', _) => Ok(Seizing::Gone),
         (b'Z', _) => Ok(Seizing::Zombie),
         (_, Some(tracer)) => Err(FreezeError::Traced { pid: tid, tracer }),
-        _ => Err(FreezeError::Stop { pid: tid, source }),
+        _ if source.errno() != Some(libc::EPERM) => Err(FreezeError::Stop { pid: tid, source }),
+        _ if status.seccomp != 0 => Err(FreezeError::Filtered { pid: tid }),
+        _ => Err(FreezeError::Denied { pid: tid }),
     }
 }

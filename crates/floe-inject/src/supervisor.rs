@@ -372,9 +372,7 @@ fn close_userfaultfds(thread: &mut Stopped, gate: u64) {
 fn take_over(tid: HostPid) -> Result<Seized, InjectError> {
     let deadline = Instant::now() + TAKE_OVER_DEADLINE;
     loop {
-        let thread = Seized::new(tid, options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP)
-            .or_else(|_| Seized::new(tid, options::TRACE_SYSGOOD));
-        match thread {
+        match Seized::new(tid, options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP) {
             Ok(thread) => return thread.interrupt().map(|()| thread),
             Err(error) if Instant::now() > deadline || error.errno() == Some(libc::ESRCH) => {
                 return Err(error);

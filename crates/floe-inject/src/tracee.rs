@@ -1,11 +1,13 @@
 //! Traced threads as types: [`Seized`] runs, [`Stopped`] does not.
 
 use std::cell::Cell;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
+use floe_kernel::proc::{ProcDir, parse_status};
 use floe_kernel::ptrace::{self, EVENT_STOP, Regs, WaitStatus};
 
 use crate::error::{InjectError, OnTask};
@@ -33,10 +35,35 @@ enum OnDrop {
     Kill,
 }
 
+fn is_refused(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
+}
+
+fn is_filtered(pid: HostPid) -> bool {
+    let filtered = |proc: ProcDir| {
+        let text = proc.read("status").ok()?;
+        Some(parse_status(&text).ok()?.seccomp != 0)
+    };
+    ProcDir::open(pid).ok().and_then(filtered).unwrap_or(true)
+}
+
+fn seize_unsuspended(pid: HostPid, options: u32) -> io::Result<()> {
+    ptrace::seize(pid, options & !ptrace::options::SUSPEND_SECCOMP)
+}
+
 impl Seized {
     /// Becomes the tracer of a thread; `options` are those of [`ptrace::options`].
+    ///
+    /// System call filters are suspended only for one who has CAP_SYS_ADMIN and no filter himself: without
+    /// that, a thread is seized when it has none.
     pub fn new(pid: HostPid, options: u32) -> Result<Self, InjectError> {
-        ptrace::seize(pid, options).on(pid, "seize")?;
+        match ptrace::seize(pid, options) {
+            Err(error) if is_refused(&error) && !is_filtered(pid) => {
+                seize_unsuspended(pid, options)
+            }
+            other => other,
+        }
+        .on(pid, "seize")?;
         Ok(Self {
             pid,
             on_drop: OnDrop::Release,
@@ -51,11 +78,17 @@ impl Seized {
         }
     }
 
-    /// Becomes the tracer of a puppet: dropped before its release, it is killed.
+    /// Becomes the tracer of a puppet: dropped before its release, it is killed. The filter that it may have
+    /// is ours too, so it allows our calls.
     pub(crate) fn puppet(pid: HostPid, options: u32) -> Result<Self, InjectError> {
+        match ptrace::seize(pid, options) {
+            Err(error) if is_refused(&error) => seize_unsuspended(pid, options),
+            other => other,
+        }
+        .on(pid, "seize")?;
         Ok(Self {
+            pid,
             on_drop: OnDrop::Kill,
-            ..Self::new(pid, options)?
         })
     }
 

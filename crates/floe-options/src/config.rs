@@ -40,12 +40,21 @@ impl ConfigSources {
             .into_iter()
             .flatten()
         {
-            apply_file(file, MayBeAbsent::Yes, settings)?;
+            // `$HOME` may still be that of the user who became another one.
+            let foreign = Some(file) == self.user.as_ref() && is_closed(file);
+            if !foreign {
+                apply_file(file, MayBeAbsent::Yes, settings)?;
+            }
         }
         self.explicit
             .as_deref()
             .map_or(Ok(()), |file| apply_file(file, MayBeAbsent::No, settings))
     }
+}
+
+fn is_closed(file: &Path) -> bool {
+    let denied = std::io::ErrorKind::PermissionDenied;
+    std::fs::metadata(file).is_err_and(|error| error.kind() == denied)
 }
 
 /// Whether a file that is not there is an error.

@@ -7,7 +7,7 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::parse_status;
 use floe_kernel::thread::{Scheduling, scheduling};
 
-use super::credentials::Credentials;
+use super::credentials::{CAP_SYS_ADMIN, Credentials};
 use super::rlimits::{Limit, own_limits};
 
 /// State that a new task inherits, so that what is right already needs no call.
@@ -23,6 +23,8 @@ pub struct Birth {
     pub loginuid: Option<u32>,
     /// The security module's label of the task, empty without one.
     pub label: String,
+    /// Whether system call filters of a puppet can be suspended: its tracer has CAP_SYS_ADMIN and no filter.
+    pub suspends_filters: bool,
 }
 
 impl Birth {
@@ -35,9 +37,11 @@ impl Birth {
         // Without a security module the file is there, and cannot be read.
         let label = fs::read_to_string("/proc/thread-self/attr/current").unwrap_or_default();
         let loginuid = fs::read_to_string("/proc/thread-self/loginuid");
+        let credentials = Credentials::from_status(&status, securebits);
         Ok(Birth {
+            suspends_filters: credentials.has(CAP_SYS_ADMIN) && status.seccomp == 0,
             loginuid: loginuid.ok().and_then(|text| text.trim().parse().ok()),
-            credentials: Credentials::from_status(&status, securebits),
+            credentials,
             limits: own_limits(),
             scheduling: scheduling(HostPid(0))?,
             label: label.trim_end_matches(['\0', '\n']).to_string(),

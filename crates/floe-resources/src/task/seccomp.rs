@@ -129,6 +129,11 @@ pub fn plan(
 ) -> Result<(), PlanError> {
     let thread = thread_core(core, context)?;
     let mode = thread.seccomp_mode.unwrap_or(0);
+    if mode != 0 && !context.birth.suspends_filters {
+        let remedy = "run Floe as root and under no filter itself (in a container: --security-opt \
+                      seccomp=unconfined), so that it can suspend the filter while it works in the task";
+        return Err(context.unsupported("the system call filter", remedy));
+    }
     match SeccompMode::try_from(mode) {
         Ok(SeccompMode::Disabled) => return Ok(()),
         Ok(SeccompMode::Strict) => {

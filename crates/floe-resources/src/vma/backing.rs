@@ -84,11 +84,15 @@ impl Backing {
         collector: &mut Collector<'_>,
     ) -> Result<Self, CollectError> {
         let name = format!("map_files/{}", mapping.map_files_name());
-        let file = PathFile::new(
-            proc.pid(),
-            "a mapping",
-            proc.open_file(&name, OFlags::PATH)?,
-        )?;
+        let file = match proc.open_file(&name, OFlags::PATH) {
+            Err(ProcError::Read { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
+                let remedy = "run Floe as root, or with CAP_CHECKPOINT_RESTORE: without that the kernel \
+                              does not show what is mapped";
+                return Err(refuse(proc.pid(), mapping, remedy));
+            }
+            other => other?,
+        };
+        let file = PathFile::new(proc.pid(), "a mapping", file)?;
         let kind = FileType::from_raw_mode(file.stat().st_mode);
         let rdev = file.stat().st_rdev;
         let is_dev_zero = kind == FileType::CharacterDevice
