@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::held::Scratch;
-use crate::stream::Stream;
+use crate::stream::{Opened, Stream};
 
 /// Name of the index.
 pub const INDEX_NAME: &str = "floe-archive.json";
@@ -29,8 +29,10 @@ pub const HEAD_NAME: &str = "floe-head.json";
 pub const EARLY_NAME: &str = "floe-early.img";
 /// Directory of the images in the archive.
 pub const IMAGES: &str = "checkpoint/";
-/// Version of the index that is written, and the newest that is read.
+/// Version of the index of an archive whose images come before its pages.
 pub const INDEX_FORMAT: u32 = 1;
+/// Version of one whose pages come first, and whose head is in the index only; the newest that is read.
+pub const INDEX_FORMAT_LATE: u32 = 2;
 /// Largest index, in bytes.
 pub const MAX_INDEX: u64 = 128 << 20;
 /// Largest file other than pages that is read from an archive, in bytes: it is copied to be read.
@@ -123,7 +125,7 @@ pub enum ArchiveError {
     #[error("{} is no whole archive of Floe: {what}", path.display())]
     Damaged { path: PathBuf, what: String },
     /// It is newer than this program.
-    #[error("{} has format {format}; this version of Floe knows formats up to {INDEX_FORMAT}: use a newer one", path.display())]
+    #[error("{} has format {format}; this version of Floe knows formats up to {INDEX_FORMAT_LATE}: use a newer one", path.display())]
     Format { path: PathBuf, format: u32 },
     /// A generation is in none of the archives.
     #[error("Generation {generation} is missing: {} builds on it, and none of the archives given has it ({have}). \
@@ -247,7 +249,7 @@ pub(crate) fn parse<T: DeserializeOwned>(text: &[u8], path: &Path) -> Result<T, 
         what: format!("its index is damaged: {error}"),
     };
     let Versioned { format } = serde_json::from_slice(text).map_err(damaged)?;
-    if format > INDEX_FORMAT {
+    if format > INDEX_FORMAT_LATE {
         return Err(ArchiveError::Format { path, format });
     }
     serde_json::from_slice(text).map_err(damaged)
@@ -314,7 +316,10 @@ impl Part {
         })?;
         match input {
             Input::File(file) => Archive::from_file(file, path).map(Part::File),
-            Input::Pipe(pipe) => Stream::open(Box::new(pipe), path).map(Part::Stream),
+            Input::Pipe(pipe) => match Stream::open(Box::new(pipe), path)? {
+                Opened::Stream(stream) => Ok(Part::Stream(*stream)),
+                Opened::Late(file) => Archive::from_file(file, path).map(Part::File),
+            },
         }
     }
 

@@ -163,7 +163,7 @@ fn births(dir: &ImageDir) -> Result<Vec<u64>, ImageError> {
 }
 
 /// Images and statistics are taken; memory is merged, links and other directories are left.
-fn is_taken(dir: &ImageDir, name: &str) -> bool {
+pub(crate) fn is_taken(dir: &ImageDir, name: &str) -> bool {
     if [PARENT_LINK, MANIFEST_NAME].contains(&name) {
         return false;
     }

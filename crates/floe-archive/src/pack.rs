@@ -1,13 +1,16 @@
 //! Packing a chain into one archive, in a stream.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use floe_image::catalogue::ImageKind;
 use floe_image::frames::{Codec, FRAME_BYTES, FrameWriter};
 use floe_image::manifest::{MANIFEST_NAME, Manifest, ManifestFile};
 use floe_image::{ImageDir, ImageError};
+use rustix::fs::FallocateFlags;
 
 use crate::ChainError;
 use crate::archive::{
@@ -68,13 +71,31 @@ pub fn pack(
     out: impl Write,
     options: &PackOptions,
 ) -> Result<PackReport, PackError> {
+    pack_all(newest, out, options, None)
+}
+
+/// Packs the chain of `newest`, and gives back the room of each page below the directory `within` as soon as
+/// it is packed: the chain is of no use afterwards, nor when packing fails.
+pub fn pack_consuming(
+    newest: &ImageDir,
+    out: impl Write,
+    options: &PackOptions,
+    within: &Path,
+) -> Result<PackReport, PackError> {
+    pack_all(newest, out, options, Some(within.to_path_buf()))
+}
+
+fn pack_all(
+    newest: &ImageDir,
+    out: impl Write,
+    options: &PackOptions,
+    consume: Option<PathBuf>,
+) -> Result<PackReport, PackError> {
     let merged = Merged::read(newest, options.since)?;
     let frames = FrameWriter::new(out, Codec::Zstd(options.level), options.threads);
-    let mut packer = Packer {
-        frames: frames.map_err(PackError::Write)?,
-        members: BTreeMap::new(),
-        modified: since_epoch(merged.created()),
-    };
+    let frames = frames.map_err(PackError::Write)?;
+    let mut packer = Packer::new(frames, since_epoch(merged.created()));
+    packer.consume = consume;
     let mut head = head(&merged, options.since)?;
     let copies = early::collect(&merged, &mut head.early)?;
     packer.head(&head)?;
@@ -91,7 +112,7 @@ pub fn pack(
     let manifest = packer.manifest(&merged, options.since);
     packer.bytes(MANIFEST_NAME, manifest.as_bytes())?;
     let content = packer.members.values().map(|member| member.size).sum();
-    let written = packer.finish(head)?;
+    let (_, written) = packer.finish(head)?;
     Ok(PackReport {
         generations: (merged.first, merged.last),
         content,
@@ -99,7 +120,7 @@ pub fn pack(
     })
 }
 
-fn since_epoch(time: SystemTime) -> u64 {
+pub(crate) fn since_epoch(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH)
         .map_or(0, |since| since.as_secs())
 }
@@ -135,13 +156,26 @@ fn head(merged: &Merged, since: Option<u32>) -> Result<Head, PackError> {
     })
 }
 
-struct Packer<W: Write> {
-    frames: FrameWriter<W>,
-    members: BTreeMap<String, Member>,
+/// Writes the members of an archive.
+pub(crate) struct Packer<W: Write> {
+    pub(crate) frames: FrameWriter<W>,
+    pub(crate) members: BTreeMap<String, Member>,
     modified: u64,
+    /// Pages below this directory are given back.
+    consume: Option<PathBuf>,
 }
 
 impl<W: Write> Packer<W> {
+    /// The members will have been changed at `modified`, in seconds since 1970.
+    pub(crate) fn new(frames: FrameWriter<W>, modified: u64) -> Packer<W> {
+        Packer {
+            frames,
+            members: BTreeMap::new(),
+            modified,
+            consume: None,
+        }
+    }
+
     fn header(&mut self, name: &str, size: u64) -> Result<u64, PackError> {
         let header = header(name, size, self.modified).map_err(PackError::Write)?;
         self.frames
@@ -151,7 +185,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// Ends a member: padding, and its row in the index.
-    fn end(&mut self, name: &str, member: Member) -> Result<(), PackError> {
+    pub(crate) fn end(&mut self, name: &str, member: Member) -> Result<(), PackError> {
         self.pad(member.size)?;
         self.members.insert(name.to_owned(), member);
         Ok(())
@@ -170,13 +204,13 @@ impl<W: Write> Packer<W> {
     }
 
     /// A member that is no image.
-    fn unlisted(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
+    pub(crate) fn unlisted(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
         self.header(name, content.len() as u64)?;
         self.frames.write_all(content).map_err(PackError::Write)?;
         self.pad(content.len() as u64)
     }
 
-    fn bytes(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
+    pub(crate) fn bytes(&mut self, name: &str, content: &[u8]) -> Result<(), PackError> {
         let size = content.len() as u64;
         let offset = self.header(&format!("{IMAGES}{name}"), size)?;
         self.frames.write_all(content).map_err(PackError::Write)?;
@@ -191,7 +225,7 @@ impl<W: Write> Packer<W> {
         )
     }
 
-    fn file(&mut self, dir: &ImageDir, name: &str) -> Result<(), PackError> {
+    pub(crate) fn file(&mut self, dir: &ImageDir, name: &str) -> Result<(), PackError> {
         let failed = |source| PackError::Read {
             name: name.to_owned(),
             source,
@@ -227,12 +261,18 @@ impl<W: Write> Packer<W> {
         )
     }
 
-    /// The pages of an address space; they begin a frame, so that a reader decodes nothing in vain.
+    /// Begins a file of pages; they begin a frame, so that a reader decodes nothing in vain.
+    pub(crate) fn begin_pages(&mut self, name: &str, size: u64) -> Result<u64, PackError> {
+        let offset = self.header(&format!("{IMAGES}{name}"), size)?;
+        self.frames.cut().map_err(PackError::Write)?;
+        Ok(offset)
+    }
+
+    /// The pages of an address space.
     fn pages(&mut self, space: &MergedPages) -> Result<(), PackError> {
         let name = ImageKind::Pages.file_name(space.pages_id.into());
         let size = space.stored_bytes();
-        let offset = self.header(&format!("{IMAGES}{name}"), size)?;
-        self.frames.cut().map_err(PackError::Write)?;
+        let offset = self.begin_pages(&name, size)?;
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; FRAME_BYTES];
         let mut opened = None;
@@ -253,6 +293,7 @@ impl<W: Write> Packer<W> {
                 self.frames.write_all(part).map_err(PackError::Write)?;
                 done += part.len() as u64;
             }
+            self.give_back(space.index.path(run.file), (run.offset, run.len))?;
         }
         let blake3 = hasher.finalize().to_hex().to_string();
         self.end(
@@ -263,6 +304,22 @@ impl<W: Write> Packer<W> {
                 offset,
             },
         )
+    }
+
+    /// Punches out what was packed; file systems that cannot are left alone.
+    fn give_back(&self, path: PathBuf, (offset, len): (u64, u64)) -> Result<(), PackError> {
+        let within = self.consume.as_ref();
+        if within.is_none_or(|within| !path.starts_with(within)) {
+            return Ok(());
+        }
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        let file = File::options().write(true).open(&path);
+        let file = file.map_err(|source| PackError::Read {
+            name: path.display().to_string(),
+            source,
+        })?;
+        let _ = rustix::fs::fallocate(&file, flags, offset, len);
+        Ok(())
     }
 
     /// The manifest of the merged checkpoint.
@@ -280,7 +337,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// The index and the end of the tar, in a frame of their own.
-    fn finish(mut self, head: Head) -> Result<u64, PackError> {
+    pub(crate) fn finish(mut self, head: Head) -> Result<(W, u64), PackError> {
         let index = Index {
             head,
             members: self.members,
@@ -295,8 +352,7 @@ impl<W: Write> Packer<W> {
             0,
         );
         self.frames.write_frame(&last).map_err(PackError::Write)?;
-        let (_, written) = self.frames.finish().map_err(PackError::Write)?;
-        Ok(written)
+        self.frames.finish().map_err(PackError::Write)
     }
 }
 

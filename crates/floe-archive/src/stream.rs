@@ -4,7 +4,7 @@
 //! first page comes. Pages that are asked for out of their order are kept, compressed, until they are
 //! read. What the index at the end says is checked when all was read, before the tasks run.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -15,6 +15,8 @@ use floe_image::{ImageDir, ImageStore, PagesReader, PassingPages};
 
 use crate::archive::{ArchiveError, Early, Head, Index, check_base, check_head, parse};
 use crate::held::HeldFiles;
+use crate::recorder::Recorder;
+use crate::scanned::ScannedImages;
 use crate::tar_reader::{Piece, TarReader};
 use crate::unpack::{UnpackError, UnpackLimits};
 
@@ -22,6 +24,22 @@ use crate::unpack::{UnpackError, UnpackLimits};
 const LIMITS: UnpackLimits = UnpackLimits { bytes: 64 << 40 };
 /// Pages that wait are compressed at this level of zstd.
 const KEPT_LEVEL: i32 = 1;
+
+/// What the beginning of a stream tells.
+pub enum Opened {
+    /// Images come before pages.
+    Stream(Box<Stream>),
+    /// Pages come first: all of it, to be read at any place.
+    Late(File),
+}
+
+/// The part of a head that tells where the whole head is.
+#[derive(serde::Deserialize)]
+struct PagesFirst {
+    /// In the index only.
+    #[serde(default)]
+    late: bool,
+}
 
 /// An archive in a pipe, read up to its first page.
 #[derive(Debug)]
@@ -33,8 +51,10 @@ pub struct Stream {
 }
 
 impl Stream {
-    /// Reads the images; `path` is for messages only.
-    pub fn open(source: Box<dyn Read + Send>, path: &Path) -> Result<Stream, ArchiveError> {
+    /// Reads the images; `path` is for messages only. An archive whose pages come first is kept whole in a
+    /// file without a name.
+    pub fn open(source: Box<dyn Read + Send>, path: &Path) -> Result<Opened, ArchiveError> {
+        let (source, recorded) = Recorder::new(source);
         let damaged = |error: UnpackError| ArchiveError::Damaged {
             path: path.to_path_buf(),
             what: with_cause(&error),
@@ -45,6 +65,15 @@ impl Stream {
                 name: crate::archive::HEAD_NAME.into(),
             }));
         };
+        let failed = |source| ArchiveError::Read {
+            path: path.to_path_buf(),
+            source,
+        };
+        if parse::<PagesFirst>(&text, path)?.late {
+            drop(tar);
+            return recorded.keep_all().map(Opened::Late).map_err(failed);
+        }
+        recorded.stop();
         let head: Head = parse(&text, path)?;
         check_head(&head, path)?;
         let mut pages = Passing {
@@ -58,16 +87,13 @@ impl Stream {
             index: None,
             ended: false,
         };
-        let images = pages.images(&head).map_err(|source| ArchiveError::Read {
-            path: path.to_path_buf(),
-            source,
-        })?;
-        Ok(Stream {
+        let images = pages.images(&head).map_err(failed)?;
+        Ok(Opened::Stream(Box::new(Stream {
             path: path.to_path_buf(),
             head,
             images,
             pages: Arc::new(Mutex::new(pages)),
-        })
+        })))
     }
 
     /// What it holds.
@@ -151,14 +177,14 @@ struct Open {
 
 /// Copies of pages that came first.
 #[derive(Debug, Default)]
-struct EarlyPages {
+pub(crate) struct EarlyPages {
     places: Vec<Early>,
     bytes: Vec<u8>,
 }
 
 impl EarlyPages {
     /// Fills the buffer if all of it is here.
-    fn read(&self, name: &str, buffer: &mut [u8], offset: u64) -> bool {
+    pub(crate) fn read(&self, name: &str, buffer: &mut [u8], offset: u64) -> bool {
         let Some(end) = offset.checked_add(buffer.len() as u64) else {
             return false;
         };
@@ -185,7 +211,7 @@ impl EarlyPages {
 }
 
 struct Passing {
-    tar: TarReader<Box<dyn Read + Send>>,
+    tar: TarReader<Recorder>,
     early: EarlyPages,
     open: Option<Open>,
     part: Option<Part>,
@@ -499,79 +525,5 @@ impl PassingPages for PassingFile {
 
     fn known_hash(&self) -> Option<blake3::Hash> {
         None
-    }
-}
-
-/// The images of a stream that was read to its end.
-#[derive(Debug)]
-struct ScannedImages {
-    images: HeldFiles,
-    pages: BTreeSet<String>,
-    found: BTreeMap<String, (u64, blake3::Hash)>,
-    early: Arc<EarlyPages>,
-}
-
-impl ImageStore for ScannedImages {
-    fn names(&self) -> Vec<String> {
-        self.found.keys().cloned().collect()
-    }
-
-    fn open(&self, name: &str) -> io::Result<Option<File>> {
-        self.images.open(name)
-    }
-
-    fn pages(&self, name: &str) -> io::Result<Option<PagesReader>> {
-        let found = self.found.get(name).filter(|_| self.pages.contains(name));
-        let Some((size, hash)) = found else {
-            return Ok(self.open(name)?.map(PagesReader::Plain));
-        };
-        Ok(Some(PagesReader::Passing(Arc::new(PassedFile {
-            name: name.to_owned(),
-            size: *size,
-            hash: *hash,
-            early: self.early.clone(),
-        }))))
-    }
-
-    fn size(&self, name: &str) -> Option<u64> {
-        Some(self.found.get(name)?.0)
-    }
-
-    fn parent(&self) -> Option<ImageDir> {
-        None
-    }
-
-    fn passes_by(&self) -> bool {
-        true
-    }
-
-    fn check_rest(&self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-/// A file of pages that has passed: what is left are its hash and the pages that came first.
-#[derive(Debug)]
-struct PassedFile {
-    name: String,
-    size: u64,
-    hash: blake3::Hash,
-    early: Arc<EarlyPages>,
-}
-
-impl PassingPages for PassedFile {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        match self.early.read(&self.name, buffer, offset) {
-            true => Ok(()),
-            false => Err(io::Error::other("the pages of a stream are not kept")),
-        }
-    }
-
-    fn known_hash(&self) -> Option<blake3::Hash> {
-        Some(self.hash)
     }
 }

@@ -51,6 +51,9 @@ pub enum DumpError {
     /// A userfaultfd could not be made in a task.
     #[error("Making a userfaultfd in a task")]
     Uffd(#[source] io::Error),
+    /// What was dumped could not be made a whole.
+    #[error("Writing the archive; the tree runs on")]
+    Seal(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The keeper of the tree's userfaultfds could not be used.
     #[error(transparent)]
     Keeper(#[from] KeeperError),

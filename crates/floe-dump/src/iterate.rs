@@ -14,6 +14,7 @@ use floe_options::{AfterDump, DumpOptions, IterateOptions, Place};
 
 use crate::error::DumpError;
 use crate::report::DumpReport;
+use crate::{Destination, Seal};
 
 /// Where the rounds are, in the images directory.
 const GENERATIONS: &str = "generations";
@@ -70,9 +71,10 @@ pub struct IterateReport {
     pub reason: StopReason,
 }
 
-/// Dumps the tree in rounds as `limits` say; `show` is told of each.
+/// Dumps the tree in rounds as `limits` say; `show` is told of each. The rounds go into the directory, and
+/// `seal` may make something else of all of it.
 pub fn dump_in_rounds(
-    options: &DumpOptions,
+    (options, seal): (&DumpOptions, Option<&Seal<'_>>),
     limits: IterateOptions,
     (features, watch): (&KernelFeatures, Option<&Watch>),
     show: &mut dyn FnMut(&RoundReport),
@@ -100,8 +102,9 @@ pub fn dump_in_rounds(
     if last.after == AfterDump::Kill {
         last.track_mem = false;
     }
+    let destination = Destination { store: None, seal };
     Ok(IterateReport {
-        dump: crate::dump(&last, features, watch)?,
+        dump: crate::dump_to(&destination, &last, features, watch)?,
         rounds: progress.rounds,
         reason,
     })

@@ -37,7 +37,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
-use floe_memory::punch_replaced;
+use floe_memory::{PageStore, punch_replaced};
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::make_room_for_descriptors;
@@ -61,11 +61,34 @@ use memory::MemoryDump;
 use task::{Draft, Shared};
 use track::{Round, Tracking};
 
+/// What becomes of a dump beside the images in its directory.
+#[derive(Clone, Default)]
+pub struct Destination<'a> {
+    /// Takes the pages; without it they go to files of the directory.
+    pub store: Option<Arc<dyn PageStore>>,
+    /// Makes a whole of what is there. If it fails, so does the dump, and the tree runs on.
+    pub seal: Option<&'a Seal<'a>>,
+}
+
+/// See [`Destination::seal`].
+pub type Seal<'a> =
+    dyn Fn() -> Result<(), Box<dyn std::error::Error + Send + std::marker::Sync>> + 'a;
+
 /// Checkpoints the tree `options.tree` into `options.place`.
+pub fn dump(
+    options: &DumpOptions,
+    features: &KernelFeatures,
+    watch: Option<&Watch>,
+) -> Result<DumpReport, DumpError> {
+    dump_to(&Destination::default(), options, features, watch)
+}
+
+/// Checkpoints the tree `options.tree` to `destination`, its images into `options.place`.
 ///
 /// Must be called from a thread that stays: it becomes the tracer of every task in the tree. With a
 /// `watch`, the tasks are put right even when this process is killed.
-pub fn dump(
+pub fn dump_to(
+    destination: &Destination<'_>,
     options: &DumpOptions,
     features: &KernelFeatures,
     watch: Option<&Watch>,
@@ -79,18 +102,7 @@ pub fn dump(
         durability(&options.place.images_dir),
     )?;
     write::write_cpu(&writer, options)?;
-    let mut memory = match track(options, features, root)? {
-        Some(tracking) => {
-            tracking.lineage().write_link(&writer)?;
-            MemoryDump::incremental(&writer, tracking)
-        }
-        None if options.page_server.is_some() => MemoryDump::new(&writer),
-        None => MemoryDump::prepare(&writer, root)?,
-    };
-    memory.use_server(options)?;
-    if reserve::has_big_tasks(root) {
-        memory.mappings = MappingReader::prepare();
-    }
+    let mut memory = begin_memory(destination, &writer, options, features)?;
     prepare(&writer, options);
     let mut report = DumpReport::default();
     let stopping = Instant::now();
@@ -119,11 +131,16 @@ pub fn dump(
         release::resume(tree)?;
         report.frozen = stopping.elapsed();
         report.image_bytes = finish(&writer, &mut memory, &run_id)?;
+        destination.make_whole()?;
     } else {
         report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         fault::point();
         // What comes now is the end of the tasks, or not theirs to notice.
         report.frozen = stopping.elapsed();
+        destination.make_whole()?;
+        if watch.is_some_and(Watch::is_cancelled) {
+            return Err(DumpError::Cancelled);
+        }
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
         let network = network.persist(&run_id)?;
@@ -143,6 +160,39 @@ pub fn dump(
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;
     Ok(report)
+}
+
+impl Destination<'_> {
+    fn make_whole(&self) -> Result<(), DumpError> {
+        self.seal
+            .map_or(Ok(()), |seal| seal().map_err(DumpError::Seal))
+    }
+}
+
+/// What copies memory, and where to.
+fn begin_memory<'a>(
+    destination: &Destination<'_>,
+    writer: &'a ImageWriter,
+    options: &DumpOptions,
+    features: &KernelFeatures,
+) -> Result<MemoryDump<'a>, DumpError> {
+    let root = HostPid(options.tree.get());
+    let mut memory = match track(options, features, root)? {
+        Some(tracking) => {
+            tracking.lineage().write_link(writer)?;
+            MemoryDump::incremental(writer, tracking)
+        }
+        None if options.page_server.is_some() || destination.store.is_some() => {
+            MemoryDump::new(writer)
+        }
+        None => MemoryDump::prepare(writer, root)?,
+    };
+    memory.use_server(options)?;
+    memory.store = destination.store.clone();
+    if reserve::has_big_tasks(root) {
+        memory.mappings = MappingReader::prepare();
+    }
+    Ok(memory)
 }
 
 /// Begins what takes long and needs nothing but a stopped tree.

@@ -10,8 +10,8 @@ use floe_image::{ImageKind, ImageWriter};
 use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
-    Area, FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PagemapBuilder,
-    Selection, TaskPages, data_runs, difference, intersection,
+    Area, FilePages, ForcedTaskPages, PagePump, PageRun, PageScanner, PageSource, PageStore,
+    PagemapBuilder, Selection, TaskPages, data_runs, difference, intersection,
 };
 use floe_options::DumpOptions;
 use floe_resources::CollectError;
@@ -49,8 +49,9 @@ pub struct MemoryDump<'a> {
     pump: PagePump,
     pages_id: u32,
     reserved: Reserved,
-    /// Where pages go instead of to files.
+    /// Where pages go instead of to files: a page server, or an archive.
     pub server: Option<PageSender>,
+    pub store: Option<Arc<dyn PageStore>>,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
     /// Holds back copies of running tasks.
@@ -95,6 +96,7 @@ impl<'a> MemoryDump<'a> {
             pages_id: reserved.last_id(),
             reserved,
             server: None,
+            store: None,
             tracking: None,
             pace: None,
             comparing: Duration::ZERO,
@@ -163,7 +165,7 @@ impl<'a> MemoryDump<'a> {
     }
 
     fn finish_task(&mut self, builder: PagemapOut) -> Result<(), DumpError> {
-        let stats = builder.finish(self.writer, self.server.as_mut())?;
+        let stats = builder.finish(self.writer, &mut self.pump, self.server.as_mut())?;
         self.counts.pages_written += stats.pages;
         self.counts.pages_in_parent += stats.in_parent;
         Ok(())
@@ -262,7 +264,7 @@ impl<'a> MemoryDump<'a> {
         }
         self.send_paced(&mut builder, &source, &changed)?;
         self.counts.shared_scanned += segment.size.div_ceil(PAGE_SIZE);
-        let stats = builder.finish(self.writer, self.server.as_mut())?;
+        let stats = builder.finish(self.writer, &mut self.pump, self.server.as_mut())?;
         self.counts.shared_written += stats.pages;
         self.counts.shared_in_parent += stats.in_parent;
         Ok(())
@@ -287,6 +289,9 @@ impl<'a> MemoryDump<'a> {
             return Ok(PagemapOut::to_server(target));
         }
         self.pages_id += 1;
+        if let Some(store) = &self.store {
+            return Ok(PagemapOut::to_store(target, self.pages_id, store.clone()));
+        }
         let (kind, id) = target.image();
         let builder = PagemapBuilder::create(self.writer, kind, id, self.pages_id)?;
         Ok(PagemapOut::Files(builder))

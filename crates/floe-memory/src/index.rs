@@ -30,7 +30,8 @@ pub struct PagemapBuilder {
     id: u64,
     pages_id: u32,
     sink: Arc<dyn PageSink>,
-    file: Arc<File>,
+    /// None where the pages go elsewhere.
+    file: Option<Arc<File>>,
     offset: u64,
     runs: PresentPages,
     in_parent: Vec<PageRun>,
@@ -52,11 +53,19 @@ impl PagemapBuilder {
     pub fn with_file(kind: ImageKind, id: u64, (pages_id, file): (u32, File)) -> Self {
         let file = Arc::new(file);
         PagemapBuilder {
+            file: Some(file.clone()),
+            ..Self::with_sink(kind, id, (pages_id, file))
+        }
+    }
+
+    /// As [`PagemapBuilder::create`], with pages that go to no file of the directory.
+    pub fn with_sink(kind: ImageKind, id: u64, (pages_id, sink): (u32, Arc<dyn PageSink>)) -> Self {
+        PagemapBuilder {
             kind,
             id,
             pages_id,
-            sink: file.clone(),
-            file,
+            sink,
+            file: None,
             offset: 0,
             runs: Vec::new(),
             in_parent: Vec::new(),
@@ -66,10 +75,12 @@ impl PagemapBuilder {
     /// Hashes pages while they are copied, instead of reading them again when all is written: that takes
     /// less time in all, but some of it while the tasks stand still.
     pub fn hash_now(&mut self, writer: &ImageWriter) {
-        self.sink = Arc::new(HashedFile {
-            file: self.file.clone(),
-            hashes: writer.hash_pieces(ImageKind::Pages, u64::from(self.pages_id)),
-        });
+        if let Some(file) = &self.file {
+            self.sink = Arc::new(HashedFile {
+                file: file.clone(),
+                hashes: writer.hash_pieces(ImageKind::Pages, u64::from(self.pages_id)),
+            });
+        }
     }
 
     /// Queues pages, which must come in the order of their addresses.
@@ -116,16 +127,19 @@ impl PagemapBuilder {
 
     /// Gives back room that turned out to be too much.
     fn cut_off(&self, writer: &ImageWriter) -> Result<(), WriteError> {
+        let Some(file) = &self.file else {
+            return Ok(());
+        };
         let path = || {
             writer
                 .path()
                 .join(ImageKind::Pages.file_name(u64::from(self.pages_id)))
         };
-        let too_long = self.file.metadata().map(|found| found.len() > self.offset);
+        let too_long = file.metadata().map(|found| found.len() > self.offset);
         too_long
             .and_then(|too_long| {
                 if too_long {
-                    self.file.set_len(self.offset)
+                    file.set_len(self.offset)
                 } else {
                     Ok(())
                 }

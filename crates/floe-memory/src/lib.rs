@@ -17,7 +17,7 @@ mod tracker;
 pub use copy_out::{CopyOutError, copy_segment};
 pub use dedup::{DedupError, punch_chain, punch_replaced};
 pub use index::{PagemapBuilder, PagemapStats, PresentPages};
-pub use pump::{Copied, CopyError, PagePump, PageSink};
+pub use pump::{Copied, CopyError, PagePump, PageSink, PageStore};
 pub use resolve::{IndexError, PageIndex, StoredRun};
 pub use runs::{difference, intersection, normalised, page_count, push_run};
 pub use select::{PageRun, PageScanner, ScanError, Selection, data_runs};

@@ -22,12 +22,22 @@ const BATCH_BYTES: u64 = PIECE_BYTES;
 pub trait PageSink: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes` at `offset`.
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+    /// A part could not be read and will not come: who waits for it need not any more.
+    fn give_up(&self);
+}
+
+/// Takes the pages of a dump, which then lie in no file of its directory.
+pub trait PageStore: Send + Sync + std::fmt::Debug {
+    /// The place of `pages-ID`, of which `bytes` will come, behind those that began before.
+    fn begin(&self, pages_id: u32, bytes: u64) -> Arc<dyn PageSink>;
 }
 
 impl PageSink for File {
     fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         self.write_all_at(bytes, offset)
     }
+
+    fn give_up(&self) {}
 }
 
 /// A file whose bytes are hashed while they are in the cache.
@@ -42,6 +52,8 @@ impl PageSink for HashedFile {
         self.hashes.note(offset, bytes);
         self.file.write_all_at(bytes, offset)
     }
+
+    fn give_up(&self) {}
 }
 
 /// Copying pages failed.
@@ -261,6 +273,9 @@ fn work(shared: &Shared) {
         state.running += 1;
         drop(state);
         let result = copy(&batch, &mut buffer[..batch.bytes as usize]);
+        if result.is_err() {
+            batch.sink.give_up();
+        }
         state = shared.lock();
         state.running -= 1;
         match result {

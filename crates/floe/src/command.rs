@@ -7,6 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
+use floe_dump::{Destination, Seal};
 use floe_inject::{EngineEnd, Split, Watch};
 use floe_kernel::features::KernelFeatures;
 use floe_options::command::Command;
@@ -353,32 +354,42 @@ fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
 fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<Exit, Failure> {
     let mut options = settings.dump_options(scripts(settings)?)?;
     let codec = settings.compress.as_deref();
+    let in_rounds = command == Command::Dump && settings.iterate;
     let archive = settings
         .archive
         .as_deref()
-        .map(|file| OnTheWay::begin(file, codec, &mut options.place))
+        .map(|file| OnTheWay::begin(file, codec, (&mut options.place, in_rounds)))
         .transpose()?;
     let features = KernelFeatures::probe();
+    let seal_archive = || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let sealed = archive.as_ref().map_or(Ok(()), OnTheWay::seal);
+        sealed.map_err(|failure| failure.error.into())
+    };
+    let seal: Option<&Seal<'_>> = archive.is_some().then_some(&seal_archive);
     let dumped = match command {
-        Command::Dump if settings.iterate => {
+        Command::Dump if in_rounds => {
             let environment = (&features, watch);
-            engine::dump_in_rounds(&options, settings.rounds, environment, &engine::say)
+            let rounds = settings.rounds;
+            engine::dump_in_rounds((&options, seal), rounds, environment, &engine::say)
         }
         Command::PreDump => engine::pre_dump(&options, &features, watch),
-        _ => engine::dump(&options, &features, watch),
+        _ => {
+            let store = archive.as_ref().and_then(OnTheWay::store);
+            let destination = Destination { store, seal };
+            engine::dump_to(&destination, &options, (&features, watch))
+        }
     };
     if dumped.is_ok() && settings.display_stats {
         show_statistics(&options.place.work_dir)?;
     }
-    match (archive, dumped, codec) {
-        (Some(archive), Ok(()), _) => archive.finish()?,
-        (Some(archive), Err(failure), _) => {
-            archive.give_up();
-            return Err(failure);
+    match (archive, codec) {
+        (Some(archive), _) => archive.give_up(),
+        (None, Some(codec)) if dumped.is_ok() => {
+            engine::compress(&options.place.images_dir, codec)?;
         }
-        (None, Ok(()), Some(codec)) => engine::compress(&options.place.images_dir, codec)?,
-        (None, dumped, _) => dumped?,
+        _ => {}
     }
+    dumped?;
     tracing::info!("Dumping finished successfully");
     Ok(Exit::Done)
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use floe_dump::{DumpError, DumpReport, FreezeError, RoundReport};
+use floe_dump::{Destination, DumpError, DumpReport, FreezeError, RoundReport, Seal};
 use floe_image::ImageDir;
 use floe_image::frames::Codec;
 use floe_inject::Watch;
@@ -22,7 +22,16 @@ pub fn dump(
     features: &KernelFeatures,
     watch: &Watch,
 ) -> Result<(), Failure> {
-    match floe_dump::dump(options, features, Some(watch)) {
+    dump_to(&Destination::default(), options, (features, watch))
+}
+
+/// Dumps a tree into an archive.
+pub fn dump_to(
+    destination: &Destination<'_>,
+    options: &DumpOptions,
+    (features, watch): (&KernelFeatures, &Watch),
+) -> Result<(), Failure> {
+    match floe_dump::dump_to(destination, options, features, Some(watch)) {
         Ok(report) => {
             log_report(&report);
             Ok(())
@@ -48,14 +57,14 @@ pub fn pre_dump(
 
 /// Dumps a tree in rounds, with a line to `say` for each.
 pub fn dump_in_rounds(
-    options: &DumpOptions,
+    (options, seal): (&DumpOptions, Option<&Seal<'_>>),
     rounds: IterateOptions,
     (features, watch): (&KernelFeatures, &Watch),
     say: &dyn Fn(&str),
 ) -> Result<(), Failure> {
     let mut show = |round: &RoundReport| say(&round_line(round));
     let environment = (features, Some(watch));
-    match floe_dump::dump_in_rounds(options, rounds, environment, &mut show) {
+    match floe_dump::dump_in_rounds((options, seal), rounds, environment, &mut show) {
         Ok(report) => {
             say(&format!(
                 "stopped after {} rounds: {}\n",

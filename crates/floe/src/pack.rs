@@ -3,13 +3,18 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::DirBuilderExt;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Parser;
-use floe_archive::pack::{PackError, PackOptions, PackReport, pack};
+use floe_archive::Chain;
+use floe_archive::direct::DirectArchive;
+use floe_archive::pack::{PackError, PackOptions, PackReport, pack, pack_consuming};
 use floe_image::ImageDir;
+use floe_memory::{PageStore, punch_chain};
 use floe_options::Place;
 
 use crate::exit::{Exit, Failure};
@@ -53,42 +58,20 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         level: line.level,
         threads: line.threads.unwrap_or_else(own::processors),
     };
-    write(&dir, &line.output, &options)?;
+    let pack = |out: &mut dyn Write| pack(&dir, out, &options).map_err(failure);
+    write(&pack, &line.output)?;
     Ok(Exit::Done)
 }
 
-/// Packs to a file, or `-`, and says so.
-fn write(dir: &ImageDir, output: &Path, options: &PackOptions) -> Result<(), Failure> {
-    // A pipe or a device is written to as it is.
-    let is_other = std::fs::metadata(output).is_ok_and(|found| !found.is_file());
-    let report = if output == Path::new("-") {
-        pack(dir, io::stdout().lock(), options).map_err(failure)?
-    } else if is_other {
-        let opened = File::options().write(true).open(output);
-        let file = opened.with_context(|| format!("opening {}", output.display()))?;
-        pack(dir, file, options).map_err(failure)?
-    } else {
-        to_file(dir, output, options)?
-    };
-    let (first, last) = report.generations;
-    let text = format!(
-        "{}: generations {first} to {last}, {} from {}\n",
-        output.display(),
-        own::size(report.written),
-        own::size(report.content)
-    );
-    // Standard output may be the archive.
-    let _ = io::stderr().write_all(text.as_bytes());
-    Ok(())
-}
-
-/// A directory for the images of `dump --archive`, until the archive is whole.
+/// `dump --archive`: a directory for the images until the archive is whole.
 ///
-/// Compressing takes longer than copying, and a tree that stands still should not wait for it.
+/// The pages of a dump without a parent go into the archive as they are copied. Those of rounds lie in the
+/// directory until they are packed.
 pub struct OnTheWay {
     directory: PathBuf,
     archive: PathBuf,
-    level: i32,
+    options: PackOptions,
+    direct: Option<Arc<DirectArchive<File>>>,
 }
 
 impl OnTheWay {
@@ -96,90 +79,183 @@ impl OnTheWay {
     pub fn begin(
         archive: &Path,
         codec: Option<&str>,
-        place: &mut Place,
+        (place, in_rounds): (&mut Place, bool),
     ) -> Result<OnTheWay, Failure> {
         let parent = archive.parent().filter(|parent| *parent != Path::new(""));
         if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
-            return Err(
-                anyhow::anyhow!("--archive: there is no directory {}", parent.display()).into(),
-            );
+            return Err(anyhow::anyhow!(
+                "--archive: there is no directory {}: make it first",
+                parent.display()
+            )
+            .into());
         }
         let level = codec.and_then(|codec| codec.strip_prefix("zstd:"));
         let level = level.and_then(|level| level.parse().ok());
-        let name = format!(".floe-archive-{}", std::process::id());
-        let directory = place.images_dir.join(name);
-        let made = std::fs::DirBuilder::new().mode(0o700).create(&directory);
+        let mut on_the_way = OnTheWay {
+            directory: place
+                .images_dir
+                .join(format!(".floe-archive-{}", std::process::id())),
+            archive: archive.to_path_buf(),
+            options: PackOptions {
+                since: None,
+                level: level.unwrap_or(LEVEL),
+                threads: own::processors(),
+            },
+            direct: None,
+        };
+        let directory = &on_the_way.directory;
+        let made = std::fs::DirBuilder::new().mode(0o700).create(directory);
         made.with_context(|| format!("making {}", directory.display()))?;
+        if place.prev_images_dir.is_none() && !in_rounds {
+            match on_the_way.begin_direct() {
+                Ok(direct) => on_the_way.direct = Some(Arc::new(direct)),
+                Err(failure) => {
+                    on_the_way.give_up();
+                    return Err(failure);
+                }
+            }
+        }
         if let Some(previous) = &mut place.prev_images_dir {
             *previous = place.images_dir.join(&*previous);
         }
         if place.work_dir == place.images_dir {
-            place.work_dir = directory.clone();
+            place.work_dir = on_the_way.directory.clone();
         }
-        place.images_dir = directory.clone();
-        Ok(OnTheWay {
-            directory,
-            archive: archive.to_path_buf(),
-            level: level.unwrap_or(LEVEL),
-        })
+        place.images_dir = on_the_way.directory.clone();
+        Ok(on_the_way)
     }
 
-    /// The dump is whole: packs it. If that fails the directory stays, as the tree may be gone.
-    pub fn finish(self) -> Result<(), Failure> {
-        let options = PackOptions {
-            since: None,
-            level: self.level,
-            threads: own::processors(),
+    fn begin_direct(&self) -> Result<DirectArchive<File>, Failure> {
+        let output = Output::open(&self.archive)?;
+        let file = output.file.try_clone().context("copying a descriptor")?;
+        let path = self.archive.clone();
+        let keep = Box::new(move |file: File, report: PackReport| {
+            drop(file);
+            output.keep(&path)?;
+            say(&path, &report);
+            Ok(())
+        });
+        let (images, threads) = (self.directory.clone(), self.options.threads);
+        DirectArchive::begin(file, images, (self.options.level, threads), keep).map_err(failure)
+    }
+
+    /// Takes pages as they are copied; `None` where they go to the directory.
+    pub fn store(&self) -> Option<Arc<dyn PageStore>> {
+        let direct = self.direct.clone();
+        direct.map(|direct| direct as Arc<dyn PageStore>)
+    }
+
+    /// The dump is whole, and its tree is still there: makes the archive of it.
+    pub fn seal(&self) -> Result<(), Failure> {
+        if let Some(direct) = &self.direct {
+            return direct.seal().map_err(failure);
+        }
+        let dir = ImageDir::open(&self.directory);
+        let dir = dir.map_err(|error| Failure::new(Exit::BadImage, error))?;
+        give_back_replaced(&dir, &self.directory)?;
+        let pack = |out: &mut dyn Write| {
+            pack_consuming(&dir, out, &self.options, &self.directory).map_err(failure)
         };
-        let opened = ImageDir::open(&self.directory);
-        let packed = opened
-            .map_err(|error| Failure::new(Exit::BadImage, error))
-            .and_then(|dir| write(&dir, &self.archive, &options));
-        packed.map_err(|failure| {
-            let kept = format!(
-                "the dump is whole in {}: `floe pack` it to another place, or restore from there",
-                self.directory.display()
-            );
-            Failure::new(failure.exit, failure.error.context(kept))
-        })?;
-        self.give_up();
-        Ok(())
+        write(&pack, &self.archive)
     }
 
-    /// Removes the directory.
+    /// Removes the directory: nothing in it is needed.
     pub fn give_up(self) {
-        // What is left of it has no manifest, or is a whole dump that does not harm.
+        // What is left of it has no manifest, or is in the archive.
         let _ = std::fs::remove_dir_all(&self.directory);
     }
 }
 
-/// Writes beside the archive and renames, so that no half of one bears its name.
-fn to_file(dir: &ImageDir, path: &Path, options: &PackOptions) -> Result<PackReport, Failure> {
-    let shown = path.display();
-    let mut name = path
-        .file_name()
-        .context("the archive needs a name")?
-        .to_os_string();
-    name.push(".part");
-    let part = path.with_file_name(name);
-    let file = File::create(&part).with_context(|| format!("creating {}", part.display()))?;
-    let packed = pack(dir, BufWriter::new(&file), options).map_err(failure);
-    let saved = packed.and_then(|report| {
-        file.sync_all()
-            .with_context(|| format!("syncing {shown}"))?;
-        std::fs::rename(&part, path).with_context(|| format!("renaming to {shown}"))?;
-        let parent = path.parent().filter(|parent| *parent != Path::new(""));
-        let directory = File::open(parent.unwrap_or(Path::new(".")));
-        directory
-            .and_then(|directory| directory.sync_all())
-            .with_context(|| format!("syncing the directory of {shown}"))?;
-        Ok(report)
-    });
-    if saved.is_err() {
-        // It may be in the way of the next try, no more.
-        let _ = std::fs::remove_file(&part);
+/// Gives back the room of pages that later rounds replace; what the rounds build on is not ours.
+fn give_back_replaced(dir: &ImageDir, directory: &Path) -> Result<(), Failure> {
+    let chain = Chain::open(dir).map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let mut generations = chain.generations().iter();
+    if generations.all(|generation| generation.dir.path().starts_with(directory)) {
+        let given = punch_chain(dir).map_err(|error| Failure::new(Exit::Failed, error))?;
+        tracing::info!(bytes = given.0, "gave back room of replaced pages");
     }
-    saved
+    Ok(())
+}
+
+/// Where an archive goes: a file that gets its name when it is whole, or whatever is there.
+struct Output {
+    file: File,
+    /// The file's name until then.
+    part: Option<PathBuf>,
+}
+
+impl Output {
+    fn open(path: &Path) -> Result<Output, Failure> {
+        if path == Path::new("-") {
+            let fd = io::stdout().as_fd().try_clone_to_owned();
+            let file = File::from(fd.context("copying standard output")?);
+            return Ok(Output { file, part: None });
+        }
+        // A pipe or a device is written to as it is.
+        if std::fs::metadata(path).is_ok_and(|found| !found.is_file()) {
+            let opened = File::options().write(true).open(path);
+            let file = opened.with_context(|| format!("opening {}", path.display()))?;
+            return Ok(Output { file, part: None });
+        }
+        let mut name = path
+            .file_name()
+            .context("the archive needs a name")?
+            .to_os_string();
+        name.push(".part");
+        let part = path.with_file_name(name);
+        let mut options = File::options();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&part);
+        let file = file.with_context(|| format!("creating {}", part.display()))?;
+        let part = Some(part);
+        Ok(Output { file, part })
+    }
+
+    /// The archive is whole: it gets its name, to last.
+    fn keep(mut self, path: &Path) -> io::Result<()> {
+        let Some(part) = &self.part else {
+            return Ok(());
+        };
+        self.file.sync_all()?;
+        std::fs::rename(part, path)?;
+        self.part = None;
+        let parent = path.parent().filter(|parent| *parent != Path::new(""));
+        File::open(parent.unwrap_or(Path::new(".")))?.sync_all()
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        if let Some(part) = &self.part {
+            // It may be in the way of the next try, no more.
+            let _ = std::fs::remove_file(part);
+        }
+    }
+}
+
+/// Packs to a file, or `-`, and says so; no half of an archive bears its name.
+fn write(
+    pack: &dyn Fn(&mut dyn Write) -> Result<PackReport, Failure>,
+    path: &Path,
+) -> Result<(), Failure> {
+    let output = Output::open(path)?;
+    let report = pack(&mut BufWriter::new(&output.file))?;
+    let kept = output.keep(path);
+    kept.with_context(|| format!("keeping {}", path.display()))?;
+    say(path, &report);
+    Ok(())
+}
+
+fn say(path: &Path, report: &PackReport) {
+    let (first, last) = report.generations;
+    let text = format!(
+        "{}: generations {first} to {last}, {} from {}\n",
+        path.display(),
+        own::size(report.written),
+        own::size(report.content)
+    );
+    // Standard output may be the archive.
+    let _ = io::stderr().write_all(text.as_bytes());
 }
 
 fn failure(error: PackError) -> Failure {

@@ -97,7 +97,12 @@ impl Program {
         match kind {
             Command::Dump if settings.iterate => {
                 let say = |line: &str| tracing::info!("{}", line.trim_end());
-                engine::dump_in_rounds(&options, settings.rounds, (&features, watch), &say)?;
+                engine::dump_in_rounds(
+                    (&options, None),
+                    settings.rounds,
+                    (&features, watch),
+                    &say,
+                )?;
             }
             Command::Dump => engine::dump(&options, &features, watch)?,
             _ => engine::pre_dump(&options, &features, watch)?,

@@ -104,7 +104,9 @@ fn chains(root: &Path) -> u64 {
     }
     let line = "--track-mem --leave-running -D 3 --prev-images-dir ../2";
     run(root, &format!("dump -t {pid} {line}"));
-    let line = "--leave-running --iterate=1 --archive direct.tar.zst";
+    let line = "--leave-running --iterate=1 --archive iterated.tar.zst";
+    run(root, &format!("dump -t {pid} {line}"));
+    let line = "--leave-running --archive direct.tar.zst";
     run(root, &format!("dump -t {pid} {line}"));
     run(root, &format!("dump -t {pid} -D rounds --iterate=2"));
     reap();
@@ -131,10 +133,13 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
     copy_compressed(&root.join("squashed"), &root.join("compressed"));
     run(root, "unpack whole.tar.zst -C unpacked");
     run(root, "unpack second base first -C all");
+    run(root, "unpack direct.tar.zst -C direct");
     for path in [
         "whole.tar.zst",
         "rounds.tar.zst",
+        "iterated.tar.zst",
         "direct.tar.zst",
+        "direct",
         "3",
         "rounds",
         "squashed",
@@ -155,7 +160,9 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         "-D rounds",
         "-i whole.tar.zst",
         "-i rounds.tar.zst",
+        "-i iterated.tar.zst",
         "-i direct.tar.zst",
+        "-D direct",
         "-i second -i base -i first",
         "-D squashed",
         "-D unpacked",
@@ -176,7 +183,9 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
         );
         end(root);
     }
-    restore_from_standard_input(root, first);
+    for archive in ["whole.tar.zst", "direct.tar.zst"] {
+        restore_from_standard_input(root, archive, first);
+    }
     // Pages that are given back make no other generation of it.
     run(root, "dedup --no-default-config -D 3");
     run(root, "verify 3");
@@ -188,7 +197,7 @@ fn a_chain_and_all_that_is_made_of_it_restore_to_the_same_program() {
 }
 
 #[test]
-fn an_archive_that_cannot_be_written_leaves_the_dump() {
+fn an_archive_that_cannot_be_written_leaves_the_program_and_nothing_else() {
     if !rustix::process::geteuid().is_root() {
         eprintln!("skipped: not root");
         return;
@@ -197,25 +206,27 @@ fn an_archive_that_cannot_be_written_leaves_the_dump() {
     testkit::process::adopt_orphans().expect("allowed to everybody");
     let root = tempfile::tempdir().expect("a directory");
     let root = root.path();
-    let counter = Counter::start(root);
-    beyond(root, 1);
-    let line = format!("dump -t {} --archive /dev/full", counter.0.id());
-    let output = floe(root, &line).output().expect("the binary runs");
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(1), "{text}");
-    assert!(text.contains("the dump is whole in"), "{text}");
-    reap();
-    let kept = std::fs::read_dir(root).expect("there").flatten();
-    let mut kept = kept.filter(|entry| {
-        entry
-            .file_name()
-            .as_encoded_bytes()
-            .starts_with(b".floe-archive")
-    });
-    let kept = kept.next().expect("kept").path();
-    assert!(kept.join("floe.json").is_file());
+    let mut counter = Counter::start(root);
+    let mut reached = beyond(root, 1);
+    for mode in ["", "--iterate=1", "--leave-running"] {
+        let pid = counter.0.id();
+        let line = format!("dump -t {pid} {mode} --archive /dev/full");
+        let output = floe(root, &line).output().expect("the binary runs");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{mode}: {text}");
+        assert!(text.contains("No space left"), "{mode}: {text}");
+        reached = beyond(root, reached + 2);
+        let left = std::fs::read_dir(root).expect("there").flatten();
+        let left = left.map(|entry| entry.file_name().to_string_lossy().into_owned());
+        let left: Vec<_> = left.filter(|name| name.contains("archive")).collect();
+        assert!(left.is_empty(), "{mode}: {left:?}");
+    }
+    assert!(
+        counter.0.try_wait().expect("ours").is_none(),
+        "it was ended"
+    );
     drop(counter);
-    run(root, &format!("verify {}", kept.display()));
+    reap();
 }
 
 /// A copy with compressed pages.
@@ -226,9 +237,9 @@ fn copy_compressed(from: &Path, to: &Path) {
 }
 
 /// By a pipe, which cannot be read twice.
-fn restore_from_standard_input(root: &Path, first: u64) {
+fn restore_from_standard_input(root: &Path, archive: &str, first: u64) {
     let mut cat = Command::new("cat");
-    let archive = File::open(root.join("whole.tar.zst")).expect("packed");
+    let archive = File::open(root.join(archive)).expect("packed");
     let mut cat = cat
         .stdin(archive)
         .stdout(Stdio::piped())
