@@ -1,20 +1,32 @@
 //! Files of a file system in memory, as a compressed archive (`tmpfs-dev-N.tar.gz.img`).
 //!
-//! Saved:    directories, regular files without their holes, links, fifos, device nodes; owner, mode, time of
-//!           change, extended attributes.
+//! Saved:    directories, regular files without their holes, links, fifos, device nodes, names of sockets;
+//!           owner, mode, time of change, extended attributes.
 //! Rebuilt:  unpacked below the root of the new file system, and nowhere else.
-//! Not kept: sockets; they are bound again. Times of access.
+//! Not kept: times of access, flags of chattr(1).
 
 mod pack;
 mod records;
 mod unpack;
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 pub use pack::pack;
 pub use unpack::unpack;
 
+use floe_kernel::namespace::own_fd_path;
 use rustix::fs::ResolveFlags;
+
+/// The record that tells the type of a file that archives have no type for, as star(1) writes it. Others
+/// make an empty file of it.
+const FILE_TYPE: &str = "SCHILY.filetype";
+const SOCKET: &[u8] = b"socket";
+
+/// A name in an open directory, for calls that take a path only.
+fn path_at(directory: &OwnedFd, name: &[u8]) -> Vec<u8> {
+    [own_fd_path(directory).as_bytes(), b"/", name].concat()
+}
 
 /// Bytes copied at once.
 const CHUNK: usize = 1 << 20;

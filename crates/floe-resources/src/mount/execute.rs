@@ -24,6 +24,7 @@ use super::deleted::{Leftover, make_deleted};
 use super::groups::{Base, Group};
 use super::model::{Content, FsKind, attributes, split_options, super_words};
 use super::overlay;
+use super::overlay_index;
 use super::sight::Whole;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
@@ -318,7 +319,14 @@ impl Workshop {
     fn new_fs(&self, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
         let entry = &fs.entry;
         let what = || format!("{} for {}", fs.name, entry.mountpoint);
-        let mounted = mount::new_mount(&fs.name, &new_fs_options(fs)).map_err(|error| {
+        let mut mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
+        if let Err(NewMountError::Call(_, error)) = &mounted
+            && error.raw_os_error() == Some(libc::ESTALE)
+            && overlay_index::rebuild(&entry.options).is_ok()
+        {
+            mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
+        }
+        let mounted = mounted.map_err(|error| {
             let (action, source) = describe(error);
             ExecuteError::Failed {
                 action: "Mounting",
@@ -538,6 +546,7 @@ fn fs_options(options: &str) -> Vec<FsOption> {
     let words = split_options(options).into_iter();
     words
         .filter(|word| word != "seclabel")
+        .map(|word| overlay::decoded(&word))
         .flat_map(|word| match word.split_once('=') {
             Some((key, value)) => overlay::option(key, value),
             None => vec![FsOption::Flag(word)],

@@ -12,6 +12,7 @@ mod execute;
 mod groups;
 mod model;
 mod overlay;
+mod overlay_index;
 mod place;
 mod plan;
 mod remote;

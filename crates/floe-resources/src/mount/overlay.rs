@@ -14,7 +14,7 @@ const SINGLE: [&str; 4] = ["upperdir", "workdir", "lowerdir+", "datadir+"];
 pub fn directories(options: &str) -> Vec<String> {
     let mut all = Vec::new();
     for word in split_options(options) {
-        match word.split_once('=') {
+        match decoded(&word).split_once('=') {
             Some(("lowerdir", list)) => {
                 all.extend(lower(list).into_iter().map(|(_, path)| path));
             }
@@ -60,6 +60,20 @@ fn lower(list: &str) -> Vec<(&'static str, String)> {
     all
 }
 
+/// An option whose characters that mean something in mountinfo are shown in octal (`\054`).
+pub fn decoded(word: &str) -> String {
+    let mut plain = Vec::new();
+    let mut rest = word.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let digits = tail.get(..3).filter(|_| *first == b'\\');
+        let number = digits.and_then(|digits| std::str::from_utf8(digits).ok());
+        let number = number.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        plain.push(number.unwrap_or(*first));
+        rest = if number.is_some() { &tail[3..] } else { tail };
+    }
+    String::from_utf8(plain).unwrap_or_else(|_| word.to_string())
+}
+
 fn unescaped(text: &str) -> String {
     let mut plain = String::new();
     let mut chars = text.chars();
@@ -93,6 +107,14 @@ mod tests {
     fn all_directories_are_found() {
         let options = "redirect_dir=on,lowerdir=/l1:/l2,upperdir=/u,workdir=/w,lowerdir+=/x:y";
         assert_eq!(directories(options), ["/l1", "/l2", "/u", "/w", "/x:y"]);
+    }
+
+    #[test]
+    fn what_is_shown_in_octal_is_decoded() {
+        assert_eq!(decoded(r"upperdir=/a\134\054b\040c"), r"upperdir=/a\,b c");
+        assert_eq!(decoded(r"x\8\"), r"x\8\");
+        let shown = r"lowerdir=/a\134\054b:/c\134:d,upperdir=/u\040v";
+        assert_eq!(directories(shown), ["/a,b", "/c:d", "/u v"]);
     }
 
     #[test]

@@ -309,7 +309,9 @@ impl Sources<'_> {
                 });
             };
             let known = self.known.iter_mut().find(|source| {
-                source.device == entry.root_dev && matches!(source.origin, Origin::New(_))
+                source.device == entry.root_dev
+                    && matches!(source.origin, Origin::New(_))
+                    && !is_other_name(source, entry)
             });
             match known {
                 Some(source) if source.root.len() > entry.root.len() => {
@@ -400,7 +402,7 @@ impl Sources<'_> {
             .enumerate()
             .filter(|(_, source)| fits(source));
         found
-            .min_by_key(|(_, source)| source.root.len())
+            .min_by_key(|(_, source)| (source.root.len(), is_other_name(source, &mount.entry)))
             .map(|(index, _)| index)
     }
 
@@ -414,6 +416,26 @@ impl Sources<'_> {
             remedy: "dump again with --external mnt[POINT]:NAME",
         })
     }
+}
+
+/// File systems that are the same one however often they are mounted: each mount may call it differently.
+const ONCE: [&str; 8] = [
+    "sysfs",
+    "devtmpfs",
+    "mqueue",
+    "cgroup",
+    "cgroup2",
+    "debugfs",
+    "tracefs",
+    "securityfs",
+];
+
+/// Whether a mount of such a file system calls it by another name than a source does.
+fn is_other_name(source: &Source, entry: &MntEntry) -> bool {
+    let Origin::New(fs) = &source.origin else {
+        return false;
+    };
+    ONCE.contains(&fs.name.as_str()) && fs.entry.source != entry.source
 }
 
 fn is_of_cgroups(entry: &MntEntry) -> bool {

@@ -12,7 +12,7 @@ use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 use tar::{Builder, EntryType, Header};
 
-use super::{CHUNK, ContentError, INSIDE, failed};
+use super::{CHUNK, ContentError, FILE_TYPE, INSIDE, SOCKET, failed};
 
 /// Unit of `st_blocks`, in bytes.
 const BLOCK: i64 = 512;
@@ -105,22 +105,30 @@ impl<W: Write> Packer<'_, W> {
             FileType::Fifo => EntryType::Fifo,
             FileType::CharacterDevice => EntryType::Char,
             FileType::BlockDevice => EntryType::Block,
-            // A socket is made by whoever binds it.
+            // Archives have no type for them, but a record that says it.
+            FileType::Socket => EntryType::Regular,
             _ => return Ok(()),
         };
+        let is_socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
         if stat.st_nlink > 1 {
             self.linked.insert(stat.st_ino, path.to_vec());
         }
+        let mut attributes = match kind {
+            EntryType::Regular if !is_socket => return self.regular(path, stat),
+            _ => attributes_at(directory, name)?,
+        };
         match kind {
-            EntryType::Regular => self.regular(path, stat),
             EntryType::Symlink => {
                 let target = rustix::fs::readlinkat(directory, name, Vec::new())
                     .map_err(failed("Reading the link", path))?;
-                self.entry(path, stat, kind, Vec::new(), target.as_bytes())?;
+                self.entry(path, stat, kind, attributes, target.as_bytes())?;
                 self.data(path, io::empty())
             }
             _ => {
-                self.entry(path, stat, kind, Vec::new(), b"")?;
+                if is_socket {
+                    attributes.push((FILE_TYPE.to_string(), SOCKET.to_vec()));
+                }
+                self.entry(path, stat, kind, attributes, b"")?;
                 self.data(path, io::empty())
             }
         }
@@ -333,10 +341,29 @@ fn extents(file: &File, size: u64) -> io::Result<Vec<Extent>> {
 /// A record before a header.
 type Attribute = (String, Vec<u8>);
 
-/// Extended attributes, as records.
+/// Extended attributes of an open file, as records.
 fn attributes(file: &OwnedFd) -> Result<Vec<Attribute>, ContentError> {
+    records_of(
+        |names| rustix::fs::flistxattr(file.as_fd(), names),
+        |name, value| rustix::fs::fgetxattr(file.as_fd(), name, value),
+    )
+}
+
+/// As [`attributes`], of what cannot be opened: links, devices, sockets.
+fn attributes_at(directory: &OwnedFd, name: &[u8]) -> Result<Vec<Attribute>, ContentError> {
+    let path = super::path_at(directory, name);
+    records_of(
+        |names| rustix::fs::llistxattr(&path, names),
+        |name, value| rustix::fs::lgetxattr(&path, name, value),
+    )
+}
+
+fn records_of(
+    list: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
+    get: impl Fn(&str, &mut [u8]) -> Result<usize, Errno>,
+) -> Result<Vec<Attribute>, ContentError> {
     let mut names = vec![0; 1 << 16];
-    let length = match rustix::fs::flistxattr(file.as_fd(), &mut names[..]) {
+    let length = match list(&mut names) {
         Ok(length) => length,
         Err(Errno::OPNOTSUPP) => 0,
         Err(errno) => return Err(failed("Listing attributes of", b"a file")(errno)),
@@ -350,8 +377,7 @@ fn attributes(file: &OwnedFd) -> Result<Vec<Attribute>, ContentError> {
             continue;
         };
         let mut value = vec![0; 1 << 16];
-        let size = rustix::fs::fgetxattr(file.as_fd(), text, &mut value[..])
-            .map_err(failed("Reading an attribute of", name))?;
+        let size = get(text, &mut value).map_err(failed("Reading an attribute of", name))?;
         value.truncate(size);
         found.push((format!("SCHILY.xattr.{text}"), value));
     }

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use tar::{Archive, Entry, EntryType};
 
 use super::records::{self, RecordReader, Records};
-use super::{CHUNK, ContentError, INSIDE, failed};
+use super::{CHUNK, ContentError, FILE_TYPE, INSIDE, SOCKET, failed};
 
 /// Owner, mode and time of a file.
 #[derive(Clone, Debug)]
@@ -22,6 +22,7 @@ struct Metadata {
     mode: Mode,
     changed: Timespec,
     attributes: Vec<(String, Vec<u8>)>,
+    is_socket: bool,
 }
 
 /// Makes all files of `image` below `root`, which is empty so far.
@@ -78,6 +79,7 @@ fn metadata(
 ) -> Result<Metadata, ContentError> {
     let read = || -> io::Result<Metadata> {
         let mut attributes = Vec::new();
+        let mut is_socket = false;
         let mut changed = Timespec {
             tv_sec: entry.header().mtime()?.cast_signed(),
             tv_nsec: 0,
@@ -88,6 +90,8 @@ fn metadata(
             };
             if let Some(name) = key.strip_prefix("SCHILY.xattr.") {
                 attributes.push((name.to_string(), value.to_vec()));
+            } else if key == FILE_TYPE {
+                is_socket = value == SOCKET;
             } else if key == "mtime" {
                 let text = std::str::from_utf8(value);
                 changed = text.ok().and_then(timespec).unwrap_or(changed);
@@ -103,6 +107,7 @@ fn metadata(
             mode: Mode::from_raw_mode(header.mode()? & 0o7777),
             changed,
             attributes,
+            is_socket,
         })
     };
     read().map_err(failed("Reading the entry of", path))
@@ -158,7 +163,7 @@ fn make_file(
     let header = entry.header();
     let node = |kind| {
         let device = match kind {
-            FileType::Fifo => None,
+            FileType::Fifo | FileType::Socket => None,
             _ => header.device_major()?.zip(header.device_minor()?),
         };
         let device = device.map_or(0, |(major, minor)| rustix::fs::makedev(major, minor));
@@ -184,6 +189,9 @@ fn make_file(
         EntryType::Fifo => node(FileType::Fifo).map_err(failed("Making", path))?,
         EntryType::Char => node(FileType::CharacterDevice).map_err(failed("Making", path))?,
         EntryType::Block => node(FileType::BlockDevice).map_err(failed("Making", path))?,
+        EntryType::Regular if metadata.is_socket => {
+            node(FileType::Socket).map_err(failed("Making", path))?;
+        }
         EntryType::Regular | EntryType::Continuous | EntryType::GNUSparse => {
             return make_regular((&directory, name), path, entry, metadata);
         }
@@ -210,9 +218,11 @@ fn make_regular(
     set_metadata(&OwnedFd::from(file), metadata).map_err(failed("Setting mode and owner of", path))
 }
 
-/// Copies content; whole pieces of zeros stay holes.
+/// Copies content; whole pages of zeros stay holes.
 fn copy(content: &mut impl Read, file: &mut File) -> io::Result<()> {
     const PIECE: usize = 1 << 16;
+    const PAGE: usize = 1 << 12;
+    let is_hole = |page: &[u8]| page.iter().all(|byte| *byte == 0);
     let mut buffer = vec![0; PIECE];
     let mut size = 0;
     loop {
@@ -226,11 +236,16 @@ fn copy(content: &mut impl Read, file: &mut File) -> io::Result<()> {
         if filled == 0 {
             break;
         }
-        let piece = &buffer[..filled];
-        if piece.iter().all(|byte| *byte == 0) {
-            file.seek(SeekFrom::Current(filled as i64))?;
-        } else {
-            file.write_all(piece)?;
+        let pages = buffer[..filled].chunks(PAGE).map(is_hole);
+        let pages: Vec<bool> = pages.collect();
+        let mut at = 0;
+        for same in pages.chunk_by(|one, other| one == other) {
+            let end = filled.min(at + same.len() * PAGE);
+            match same[0] {
+                true => drop(file.seek(SeekFrom::Current((end - at) as i64))?),
+                false => file.write_all(&buffer[at..end])?,
+            }
+            at = end;
         }
         size += filled as u64;
     }
@@ -252,13 +267,9 @@ fn set_metadata(file: &OwnedFd, metadata: &Metadata) -> Result<(), Errno> {
     let (uid, gid) = (Uid::from_raw(metadata.uid), Gid::from_raw(metadata.gid));
     rustix::fs::fchown(file, Some(uid), Some(gid))?;
     rustix::fs::fchmod(file, metadata.mode)?;
-    for (name, value) in &metadata.attributes {
-        match rustix::fs::fsetxattr(file.as_fd(), name.as_str(), value, XattrFlags::empty()) {
-            // Labels of a security module that is not active here.
-            Err(Errno::OPNOTSUPP) if name.starts_with("security.") => {}
-            other => other?,
-        }
-    }
+    set_attributes(metadata, |name, value| {
+        rustix::fs::fsetxattr(file.as_fd(), name, value, XattrFlags::empty())
+    })?;
     rustix::fs::futimens(file, &times(metadata))
 }
 
@@ -270,5 +281,23 @@ fn set_metadata_at(directory: &OwnedFd, name: &[u8], metadata: &Metadata) -> Res
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
         rustix::fs::chmodat(directory, name, metadata.mode, AtFlags::empty())?;
     }
+    let path = super::path_at(directory, name);
+    set_attributes(metadata, |name, value| {
+        rustix::fs::lsetxattr(&path, name, value, XattrFlags::empty())
+    })?;
     rustix::fs::utimensat(directory, name, &times(metadata), here)
+}
+
+fn set_attributes(
+    metadata: &Metadata,
+    set: impl Fn(&str, &[u8]) -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    for (name, value) in &metadata.attributes {
+        match set(name, value) {
+            // Labels of a security module that is not active here.
+            Err(Errno::OPNOTSUPP) if name.starts_with("security.") => {}
+            other => other?,
+        }
+    }
+    Ok(())
 }
