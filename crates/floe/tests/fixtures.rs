@@ -63,22 +63,32 @@ fn programs_run_on_after_a_dump_that_leaves_them() {
     }
 }
 
-#[test]
-fn a_bpf_map_of_another_type_is_refused_by_name() {
-    let name = "a_bpf_map_of_another_type_is_refused_by_name";
-    if !skips::is_root(name) {
+/// The dump of a program names what is in its way, and the program runs on.
+fn is_refused(test: &str, program: &str, named: &str) {
+    if !skips::is_root(test) {
         return;
     }
     let refused = || {
-        let mut fixture = Fixture::start("bpf-map-lru")?;
+        let mut fixture = Fixture::start(program)?;
         let refused = fixture.try_dump(&floe(), &[], &[])?;
         anyhow::ensure!(!refused.status.success(), "the dump succeeds");
         let cause = refused.cause();
-        let named = cause.contains("\"floe_hash\" of type lru_hash");
-        anyhow::ensure!(named, "{cause}");
+        anyhow::ensure!(cause.contains(named), "{cause}");
         fixture.check()
     };
-    skips::or_skip("bpf-map-lru", refused()).unwrap_or_else(|error| panic!("{error:#}"));
+    skips::or_skip(program, refused()).unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
+fn a_bpf_map_of_another_type_is_refused_by_name() {
+    let test = "a_bpf_map_of_another_type_is_refused_by_name";
+    is_refused(test, "bpf-map-lru", "\"floe_hash\" of type lru_hash");
+}
+
+#[test]
+fn a_mount_with_mapped_ids_is_refused_by_name() {
+    let test = "a_mount_with_mapped_ids_is_refused_by_name";
+    is_refused(test, "mount-of-mapped-ids", "with mapped ids");
 }
 
 #[test]

@@ -162,3 +162,8 @@ pub fn readable_before(fd: impl AsFd, deadline: Instant) -> io::Result<bool> {
     let owned = fd.as_fd().try_clone_to_owned()?;
     Ok(wait_readable(&[&owned], deadline)?.is_some())
 }
+
+/// The most memory that any child that has ended, or a child of one, ever had resident, in bytes.
+pub fn peak_of_children() -> std::io::Result<usize> {
+    crate::sys::task::peak_of_children()
+}

@@ -1,6 +1,7 @@
 //! Trees with mount namespaces of their own. Needs root and util-linux; says `skipped` without.
 
 mod kinds;
+mod options;
 mod tree;
 
 use std::fs;
@@ -221,4 +222,32 @@ fn overlays() -> anyhow::Result<()> {
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
     ensure!(said.contains("layer-3"), "{said}");
     Ok(())
+}
+
+/// Most of it is the same again and again, which compresses fast.
+const LARGE: &str = "
+while umount /dev/shm 2>/dev/null; do :; done
+mkdir $DIR/t; mount -t tmpfs memory $DIR/t; cd $DIR/t
+for i in 1 2 3 4; do yes $i | head -c 50M >file-$i; done
+head -c 2M /dev/urandom >random; md5sum * >sums; cd /
+";
+
+/// More than this none of our processes may ever hold.
+const BOUND: usize = 96 << 20;
+
+#[test]
+fn large_content_takes_little_memory() {
+    skips::as_root("large_content_takes_little_memory", || {
+        let mut tree = Tree::start(&format!("{LARGE}{SLEEP}"))?;
+        tree.dump(&[])?;
+        let images = fs::read_dir(tree.images())?;
+        let sizes = images.map(|entry| Ok(entry?.metadata()?.len()));
+        let stored = sizes.sum::<std::io::Result<u64>>()?;
+        tree.restore(&[])?;
+        let check = tree.inside(&["sh", "-c", "cd $DIR/t && md5sum --quiet -c sums"])?;
+        expect_success(&check)?;
+        let peak = testkit::process::peak_of_children()?;
+        ensure!(peak < BOUND, "{peak} bytes of memory, {stored} of images");
+        Ok(())
+    });
 }

@@ -16,6 +16,7 @@ mod inet;
 mod ipc;
 mod locks;
 mod memory;
+mod mounted;
 mod pipes;
 mod rounds;
 mod signals;
@@ -112,8 +113,8 @@ pub fn programs() -> Vec<&'static Program> {
 }
 
 /// Programs in mount namespaces of their own, which CRIU restores only with a root of their own.
-pub fn in_own_mounts() -> &'static [Program] {
-    watches::PROGRAMS
+pub fn in_own_mounts() -> impl Iterator<Item = &'static Program> {
+    watches::PROGRAMS.iter().chain(mounted::PROGRAMS)
 }
 
 /// The workloads of the benchmark.
@@ -130,7 +131,8 @@ pub fn find(name: &str) -> Option<&'static Program> {
         .chain(churn::PROGRAMS)
         .chain(rounds::NOT_DUMPED)
         .chain(bpf::REFUSED)
-        .chain(watches::PROGRAMS)
+        .chain(in_own_mounts())
+        .chain(mounted::REFUSED)
         .find(|program| program.name == name)
 }
 

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -50,4 +51,28 @@ pub fn start_again_inside(output: &Path, mark: &str) -> io::Error {
         Ok(mut command) => command.exec(),
         Err(error) => error,
     }
+}
+
+/// Mounts a copy of `from` at `point`, with the ids of its files mapped as in the user namespace `users`.
+pub fn map_ids(from: &Path, users: &File, point: &Path) -> io::Result<()> {
+    use rustix::mount::{MoveMountFlags, OpenTreeFlags, move_mount, open_tree};
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let copy = open_tree(rustix::fs::CWD, from, flags)?;
+    /// `MOUNT_ATTR_IDMAP`.
+    const IDMAP: u64 = 0x10_0000;
+    // `struct mount_attr`: set, clear, propagation, descriptor of a user namespace.
+    let attr = [IDMAP, 0, 0, users.as_raw_fd() as u64];
+    // SAFETY: the path is a string with its end, `attr` is live and has the size that is given.
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            copy.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            attr.as_ptr(),
+            size_of_val(&attr),
+        )
+    })?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(copy.as_fd(), "", rustix::fs::CWD, point, flags)?)
 }

@@ -278,3 +278,14 @@ pub fn signal_fd(signals: &[i32]) -> io::Result<std::os::fd::OwnedFd> {
     // SAFETY: the descriptor is new and nobody else's.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+
+/// The most memory that any child that was waited for, or a child of one, ever had resident, in bytes.
+pub fn peak_of_children() -> std::io::Result<usize> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel writes a whole `rusage` where the pointer leads, which has room for one.
+    let result = unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, usage.as_mut_ptr()) };
+    super::check(i64::from(result))?;
+    // SAFETY: it was all zeros before, which is a valid value, and the kernel has filled it.
+    let usage = unsafe { usage.assume_init() };
+    Ok(usage.ru_maxrss as usize * 1024)
+}

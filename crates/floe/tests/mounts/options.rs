@@ -1,0 +1,167 @@
+//! What the command is told about mounts: those from outside, those to be left out. Each test is a script in
+//! a mount namespace of its own, which is the host of the tree that it starts.
+
+use std::fs;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+use testkit::{process, skips};
+
+/// The words of the scripts.
+const WORDS: &str = r#"
+mount --make-rprivate /
+while umount /dev/shm 2>/dev/null; do :; done
+mkdir $DIR/images; cd $DIR
+# start PROPAGATION SCRIPT: the first process of new namespaces runs SCRIPT in $DIR, then sleeps.
+start() {
+    unshare --fork --pid --mount --mount-proc --propagation $1 setsid bash -ec "$2
+touch $DIR/ready; exec </dev/null >/dev/null 2>&1 10<&-; cd /; exec sleep 1001" &
+    U=$!
+    until [ -e ready ]; do kill -0 $U; sleep 0.01; done
+    P=$(cat /proc/$U/task/$U/children); P=${P% }
+    until [ "$(cat /proc/$P/comm)" = sleep ]; do sleep 0.01; done
+}
+dump() { $FLOE dump -t $P -D images "$@"; wait $U || :; }
+refused() { if $FLOE dump -t $P -D images "$@" 2>said; then echo "no refusal"; exit 1; fi; }
+says() { grep -q -- "$1" said || { cat said; exit 1; }; }
+restore() { $FLOE restore -d --pidfile $DIR/pid -D images "$@"; P=$(cat pid); }
+inside() { nsenter -t $P -m -p "$@"; }
+trap '[ -z "$P" ] || kill -9 $P 2>/dev/null' EXIT
+"#;
+
+fn runs(name: &str, script: &str) {
+    if !skips::is_root(name) {
+        return;
+    }
+    let run = || -> anyhow::Result<()> {
+        process::adopt_orphans()?;
+        let directory = tempfile::tempdir()?;
+        let output = Command::new("unshare")
+            .args(["--mount", "bash", "-ec"])
+            .arg(format!("{WORDS}{script}"))
+            .env("DIR", directory.path())
+            .env("FLOE", env!("CARGO_BIN_EXE_floe"))
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(directory.path().join("errors"))?)
+            .output()?;
+        let errors = fs::read_to_string(directory.path().join("errors")).context("errors")?;
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        ensure!(output.status.success(), "{said}{errors}");
+        Ok(())
+    };
+    run().unwrap_or_else(|error| panic!("{error:#}"));
+}
+
+#[test]
+fn masters_outside_are_found_by_themselves() {
+    runs(
+        "masters_outside_are_found_by_themselves",
+        r#"
+mkdir ext; mount -t tmpfs ext ext; mount --make-shared ext; mkdir ext/sub ext/late; echo kept >ext/file
+start slave "true"
+refused; says "ext"
+dump --external 'mnt[]:m'
+refused_restore() { if $FLOE restore -d -D images 2>said; then exit 1; fi; }
+refused_restore; says "mnt\[\]"
+restore --external 'mnt[]:m'
+inside cat $DIR/ext/file
+mount -t tmpfs new ext/sub; echo seen >ext/sub/f
+[ "$(inside cat $DIR/ext/sub/f)" = seen ]
+inside mount -t tmpfs own $DIR/ext/late
+! mountpoint -q ext/late
+"#,
+    );
+}
+
+#[test]
+fn groups_may_be_shared_with_the_outside() {
+    runs(
+        "groups_may_be_shared_with_the_outside",
+        r#"
+mkdir ext; mount -t tmpfs ext ext; mount --make-shared ext; mkdir ext/sub ext/late
+start unchanged "true"
+dump --ext-mount-map auto --enable-external-sharing --enable-external-masters
+restore --ext-mount-map auto --enable-external-sharing --enable-external-masters
+mount -t tmpfs new ext/sub; echo seen >ext/sub/f
+[ "$(inside cat $DIR/ext/sub/f)" = seen ]
+inside mount -t tmpfs own $DIR/ext/late
+mountpoint -q ext/late
+"#,
+    );
+}
+
+#[test]
+fn external_mounts_are_named_both_ways() {
+    runs(
+        "external_mounts_are_named_both_ways",
+        r#"
+mkdir one two other; mount -t tmpfs one one; echo first >one/f; mount -t tmpfs two two; echo second >two/f
+echo third >other/f
+start private "true"
+dump --ext-mount-map $DIR/one:FIRST --external mnt[$DIR/two]:SECOND
+! zcat images/tmpfs-dev-*.gz.img | grep -q first
+restore --mntns-compat-mode --ext-mount-map FIRST:$DIR/two --external mnt[SECOND]:$DIR/other
+[ "$(inside cat $DIR/one/f)" = second ]
+[ "$(inside cat $DIR/two/f)" = third ]
+"#,
+    );
+}
+
+#[test]
+fn mounts_are_skipped_with_what_is_on_them() {
+    runs(
+        "mounts_are_skipped_with_what_is_on_them",
+        r#"
+mkdir a b
+start private "mount -t tmpfs a a; mkdir a/in; mount -t tmpfs in a/in; mount -t tmpfs b b; touch b/f"
+dump --skip-mnt $DIR/a
+restore
+! inside mountpoint -q $DIR/a
+inside test -e $DIR/b/f
+"#,
+    );
+}
+
+#[test]
+fn other_file_systems_are_enabled_by_name() {
+    runs(
+        "other_file_systems_are_enabled_by_name",
+        r#"
+mkdir a
+start private "mount -t ramfs r a"
+refused; says "--external mnt"
+dump --enable-fs ramfs
+restore
+inside grep -q "$DIR/a .* ramfs" /proc/self/mountinfo
+inside touch $DIR/a/f
+"#,
+    );
+}
+
+#[test]
+fn automounters_are_refused_by_name() {
+    runs(
+        "automounters_are_refused_by_name",
+        r#"
+mkdir a
+if ! start private "exec 5> >(exec sleep 1002); mount -t autofs -o fd=5,pgrp=1,minproto=5,maxproto=5,direct none a" ; then
+    exit 0; fi
+refused; says "autofs"; says "unmount it"
+kill -0 $P
+"#,
+    );
+}
+
+#[test]
+fn file_systems_of_programs_are_refused_by_name() {
+    runs(
+        "file_systems_of_programs_are_refused_by_name",
+        r#"
+mkdir a; [ -e /dev/fuse ] || exit 0
+start private "exec 5<>/dev/fuse; mount -i -t fuse -o fd=5,rootmode=40000,user_id=0,group_id=0 prog a || exec 5<&-; exec 5<&-"
+grep -q fuse /proc/$P/mountinfo || exit 0
+refused; says "fuse"; says "--external mnt"
+kill -0 $P
+"#,
+    );
+}

@@ -1,0 +1,169 @@
+//! File systems that are mounted in a program's own mount namespace, beyond what mount(8) can ask for.
+
+use std::fs;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+
+use anyhow::{Context, ensure};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, mount, move_mount,
+};
+use rustix::pty;
+
+use super::watches::memory;
+use super::{Check, Place, Program};
+
+pub const PROGRAMS: &[Program] = &[
+    Program::new("overlay-many-layers", many_layers).in_own_mounts(),
+    Program::new("overlay-data-layers", data_layers).in_own_mounts(),
+    Program::new("devpts-instance", terminals).in_own_mounts(),
+];
+
+/// Programs that cannot be dumped.
+pub const REFUSED: &[Program] = &[Program::new("mount-of-mapped-ids", mapped_ids).in_own_mounts()];
+
+/// A mount whose owners are mapped.
+fn mapped_ids(place: &Place) -> anyhow::Result<Check> {
+    let from = place.path("from");
+    memory(&from)?;
+    let mut helper = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "sleep", "60"])
+        .spawn()?;
+    let map = format!("/proc/{}/uid_map", helper.id());
+    let ours = fs::read_to_string("/proc/self/uid_map")?;
+    let is_made = |map: &str| !map.trim().is_empty() && map != ours;
+    while !is_made(&fs::read_to_string(&map)?) {
+        std::thread::sleep(std::time::Duration::from_millis(2));
+    }
+    let users = fs::File::open(format!("/proc/{}/ns/user", helper.id()))?;
+    let point = place.path("mapped");
+    fs::create_dir(&point)?;
+    let mapped = crate::sys::mounts::map_ids(&from, &users, &point);
+    helper.kill()?;
+    helper.wait()?;
+    mapped?;
+    fs::write(from.join("file"), "x")?;
+    Ok(Box::new(move || {
+        fs::read(point.join("file"))?;
+        Ok(())
+    }))
+}
+
+/// Mounts an overlay with layers that are given one by one.
+fn overlay(options: &[(&str, &str)], point: &std::path::Path) -> anyhow::Result<()> {
+    let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (key, value) in options {
+        let set = fsconfig_set_string(context.as_fd(), *key, *value);
+        set.with_context(|| format!("{key}={value}"))?;
+    }
+    fsconfig_create(context.as_fd()).context("making the overlay")?;
+    let flags = FsMountFlags::FSMOUNT_CLOEXEC;
+    let made = fsmount(context.as_fd(), flags, MountAttrFlags::empty())?;
+    fs::create_dir(point)?;
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    Ok(move_mount(made.as_fd(), "", CWD, point, flags)?)
+}
+
+/// Forty layers, whose names are longer than all options of mount(2) together may be, with commas and colons.
+fn many_layers(place: &Place) -> anyhow::Result<Check> {
+    let layers = place.path("layers");
+    memory(&layers)?;
+    let mut names = Vec::new();
+    for number in 0..40 {
+        let layer = layers.join(format!("{number},:{}", "n".repeat(180)));
+        fs::create_dir(&layer)?;
+        fs::write(layer.join(number.to_string()), number.to_string())?;
+        names.push(layer.to_str().context("UTF-8")?.to_string());
+    }
+    let mut options: Vec<(&str, &str)> = Vec::new();
+    options.extend(names.iter().map(|name| ("lowerdir+", name.as_str())));
+    let point = place.path("merged");
+    overlay(&options, &point)?;
+    Ok(Box::new(move || {
+        for number in 0..40 {
+            let text = fs::read_to_string(point.join(number.to_string()))?;
+            ensure!(text == number.to_string(), "layer {number} has {text:?}");
+        }
+        Ok(())
+    }))
+}
+
+/// Files whose data are in a layer that shows no names.
+fn data_layers(place: &Place) -> anyhow::Result<Check> {
+    let layers = place.path("layers");
+    memory(&layers)?;
+    for name in ["lower", "data"] {
+        fs::create_dir(layers.join(name))?;
+    }
+    fs::write(layers.join("data/0123"), "the data")?;
+    let file = layers.join("lower/file");
+    fs::write(&file, "")?;
+    fs::File::options().write(true).open(&file)?.set_len(8)?;
+    let flags = rustix::fs::XattrFlags::empty();
+    rustix::fs::setxattr(&file, "trusted.overlay.metacopy", b"", flags)?;
+    rustix::fs::setxattr(&file, "trusted.overlay.redirect", b"/0123", flags)?;
+    let path = |name: &str| Ok(layers.join(name).to_str().context("UTF-8")?.to_string());
+    let (lower, data): (anyhow::Result<String>, _) = (path("lower"), path("data"));
+    let (lower, data) = (lower?, data?);
+    let point = place.path("merged");
+    let options = [
+        ("metacopy", "on"),
+        ("lowerdir+", lower.as_str()),
+        ("datadir+", data.as_str()),
+    ];
+    overlay(&options, &point)?;
+    Ok(Box::new(move || {
+        let text = fs::read_to_string(point.join("file"))?;
+        ensure!(text == "the data", "{text:?}");
+        ensure!(!point.join("0123").exists(), "the layer of data is seen");
+        Ok(())
+    }))
+}
+
+/// Two terminals of an instance of devpts, one with its slave open and input that waits.
+fn terminals(place: &Place) -> anyhow::Result<Check> {
+    let point = place.path("pts");
+    fs::create_dir(&point)?;
+    let options = c"newinstance,ptmxmode=0666,mode=0620,gid=5";
+    mount("floe", &point, "devpts", MountFlags::empty(), options)?;
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let master = || -> anyhow::Result<OwnedFd> {
+        let master = rustix::fs::open(point.join("ptmx"), flags, Mode::empty())?;
+        pty::unlockpt(&master)?;
+        Ok(master)
+    };
+    let (alone, pair) = (master()?, master()?);
+    let slave_path: PathBuf = point.join("1");
+    let slave = rustix::fs::open(&slave_path, flags, Mode::empty())?;
+    let mut settings = rustix::termios::tcgetattr(&slave)?;
+    settings.make_raw();
+    rustix::termios::tcsetattr(&slave, rustix::termios::OptionalActions::Now, &settings)?;
+    Ok(Box::new(move || {
+        for (index, master) in [&alone, &pair].into_iter().enumerate() {
+            let name = pty::ptsname(master, Vec::new())?;
+            let expected = format!("/dev/pts/{index}");
+            ensure!(
+                name.to_str() == Ok(&*expected),
+                "{name:?} is not {expected}"
+            );
+        }
+        rustix::io::write(&pair, b"in")?;
+        let mut text = [0; 8];
+        let length = fs::File::from(slave.try_clone()?).read(&mut text)?;
+        ensure!(&text[..length] == b"in", "{:?}", &text[..length]);
+        let shown = fs::read_link(format!(
+            "/proc/self/fd/{}",
+            std::os::fd::AsRawFd::as_raw_fd(&slave)
+        ))?;
+        ensure!(shown == slave_path, "{} is open", shown.display());
+        let mut names: Vec<_> = fs::read_dir(&point)?
+            .map(|entry| Ok(entry?.file_name()))
+            .collect::<std::io::Result<_>>()?;
+        names.sort();
+        ensure!(names == ["0", "1", "ptmx"], "{names:?}");
+        Ok(())
+    }))
+}
