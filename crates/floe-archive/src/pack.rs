@@ -19,6 +19,9 @@ use crate::archive::{
 use crate::early;
 use crate::merged::{MergeError, Merged, MergedPages};
 
+/// Pages are given back in pieces of so many bytes.
+const GIVEN_BACK: u64 = 8 << 20;
+
 /// How to pack.
 #[derive(Clone, Copy, Debug)]
 pub struct PackOptions {
@@ -281,7 +284,7 @@ impl<W: Write> Packer<W> {
                 opened = Some((run.file, space.index.open(run.file)?));
             }
             let (_, pages) = opened.as_ref().expect("opened above");
-            let mut done = 0;
+            let (mut done, mut given) = (0, 0);
             while done < run.len {
                 let part = &mut buffer[..(run.len - done).min(FRAME_BYTES as u64) as usize];
                 let read = pages.read_exact_at(part, run.offset + done);
@@ -292,8 +295,12 @@ impl<W: Write> Packer<W> {
                 hasher.update(part);
                 self.frames.write_all(part).map_err(PackError::Write)?;
                 done += part.len() as u64;
+                if done - given >= GIVEN_BACK || done == run.len {
+                    let packed = (run.offset + given, done - given);
+                    self.give_back(space.index.path(run.file), packed)?;
+                    given = done;
+                }
             }
-            self.give_back(space.index.path(run.file), (run.offset, run.len))?;
         }
         let blake3 = hasher.finalize().to_hex().to_string();
         self.end(

@@ -20,7 +20,7 @@ use std::os::unix::fs::FileExt;
 use floe_kernel::namespace::own_fd_path;
 use floe_kernel::shared_anonymous::SharedAnonymous;
 use floe_plan::Handle;
-use rustix::fs::{Gid, MemfdFlags, SealFlags, Uid};
+use rustix::fs::{MemfdFlags, SealFlags};
 
 use super::regular::NamedFile;
 use super::{FdKind, FdRestore, file_entry, payload};
@@ -296,9 +296,9 @@ fn make(world: &World<'_>, inode: &MemfdInodeEntry) -> Result<OwnedFd, ExecuteEr
     };
     let file = fill(world, inode, file)?;
     let owners = &world.images.owners;
-    let uid = Uid::from_raw(owners.uid_outside(inode.uid));
-    let gid = Gid::from_raw(owners.gid_outside(inode.gid));
-    rustix::fs::fchown(&file, Some(uid), Some(gid)).during("Setting the owner of memfd", what)?;
+    let uid = owners.uid(inode.uid);
+    let gid = owners.gid(inode.gid);
+    rustix::fs::fchown(&file, uid, gid).during("Setting the owner of memfd", what)?;
     if let Some(mode) = inode.mode {
         let mode = Mode::from_raw_mode(mode);
         rustix::fs::fchmod(&file, mode).during("Setting the mode of memfd", what)?;

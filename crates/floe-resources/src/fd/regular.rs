@@ -270,10 +270,16 @@ pub(crate) fn open(
     entry: &RegFileEntry,
     flags: OFlags,
 ) -> Result<OwnedFd, ExecuteError> {
+    // What is there now may be a fifo, for whose other end an open would wait.
+    let waits = !flags.intersects(OFlags::PATH | OFlags::NONBLOCK);
     let file = remap::open_by_name(world, entry, |path| {
-        rustix::fs::open(path, flags, Mode::empty())
+        rustix::fs::open(path, flags | OFlags::NONBLOCK, Mode::empty())
     })?;
     check(world, entry, &file, Path::new(&entry.name))?;
+    if waits {
+        rustix::fs::fcntl_setfl(&file, flags)
+            .during("Setting the flags of", || entry.name.clone())?;
+    }
     if !flags.contains(OFlags::PATH) {
         set_offset(file.as_fd(), entry.pos)?;
     }
@@ -295,7 +301,12 @@ fn check(
             found,
         })
     };
-    let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    let is_path = entry.flags & OFlags::PATH.bits() != 0;
+    if kind == FileType::Fifo && !is_path {
+        return changed("its type", "a file".into(), "a fifo".into());
+    }
+    let regular = kind == FileType::RegularFile;
     if let Some(size) = entry
         .size
         .filter(|size| regular && *size != stat.st_size as u64)

@@ -8,6 +8,7 @@
 use floe_image::ImageKind;
 use floe_image::messages::{UidGidExtent, UsernsEntry};
 use floe_kernel::proc::{ProcDir, ProcError};
+use rustix::process::{Gid, Uid};
 
 use super::TreeNamespace;
 use crate::collect::{CollectError, Collector};
@@ -69,6 +70,18 @@ impl OwnerMap {
         self.maps
             .as_ref()
             .map_or(gid, |maps| outside(&maps.gid_map, gid))
+    }
+
+    /// A user of the images as the owner of a file; `None` for -1, which is nobody: such a file stays ours.
+    pub fn uid(&self, uid: u32) -> Option<Uid> {
+        let uid = self.uid_outside(uid);
+        (uid != u32::MAX).then(|| Uid::from_raw(uid))
+    }
+
+    /// A group of the images as that of a file; `None` for -1.
+    pub fn gid(&self, gid: u32) -> Option<Gid> {
+        let gid = self.gid_outside(gid);
+        (gid != u32::MAX).then(|| Gid::from_raw(gid))
     }
 
     /// The user and group that tasks of a new namespace begin with: its root, or else its first ones.

@@ -9,9 +9,7 @@ use floe_image::ImageKind;
 use floe_image::dir::GhostImage;
 use floe_image::messages::{GhostChunkEntry, GhostFileEntry, Timeval};
 use floe_image::writer::EntryStream;
-use rustix::fs::{
-    AtFlags, CWD, FileType, Gid, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps, Uid,
-};
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, SeekFrom, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
 
 use super::names::TemporaryNames;
@@ -213,9 +211,9 @@ fn write_content(path: &Path, image: &GhostImage) -> Result<(), ExecuteError> {
 }
 
 fn set_metadata(path: &Path, entry: &GhostFileEntry, owners: &OwnerMap) -> Result<(), Errno> {
-    let uid = Uid::from_raw(owners.uid_outside(entry.uid));
-    let gid = Gid::from_raw(owners.gid_outside(entry.gid));
-    rustix::fs::chownat(CWD, path, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+    let uid = owners.uid(entry.uid);
+    let gid = owners.gid(entry.gid);
+    rustix::fs::chownat(CWD, path, uid, gid, AtFlags::SYMLINK_NOFOLLOW)?;
     if FileType::from_raw_mode(entry.mode) != FileType::Symlink {
         rustix::fs::chmod(path, Mode::from_raw_mode(entry.mode))?;
     }

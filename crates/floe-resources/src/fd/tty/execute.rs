@@ -11,7 +11,7 @@ use floe_kernel::namespace::own_proc_path;
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::tty::{self, Switch};
 use floe_options::{Action, HookEvent, RestoreOptions};
-use rustix::fs::{Gid, Mode, OFlags, Uid};
+use rustix::fs::{Mode, OFlags};
 
 use super::early::{EarlyMasters, numbered_master};
 use super::plan::{End, Pair};
@@ -97,9 +97,9 @@ fn open_slave(
     };
     let slave = slave.during("Opening", what)?;
     if let (Some(uid), Some(gid)) = (end.info.uid, end.info.gid) {
-        let uid = Uid::from_raw(owners.uid_outside(uid));
-        let gid = Gid::from_raw(owners.gid_outside(gid));
-        rustix::fs::fchown(&slave, Some(uid), Some(gid)).during("Setting the owner of", what)?;
+        let uid = owners.uid(uid);
+        let gid = owners.gid(gid);
+        rustix::fs::fchown(&slave, uid, gid).during("Setting the owner of", what)?;
     }
     if let Some(mode) = end.mode {
         rustix::fs::fchmod(&slave, Mode::from_raw_mode(mode))

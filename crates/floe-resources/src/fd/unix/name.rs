@@ -10,7 +10,6 @@ use floe_kernel::janitor::NameKind;
 use floe_kernel::namespace::own_fd_path;
 use floe_kernel::socket::{bind, bound_file};
 use rustix::fs::{AtFlags, CWD, FileType, Mode};
-use rustix::process::{Gid, Uid};
 
 use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, World};
@@ -110,10 +109,7 @@ fn set_permissions(
     };
     let what = || format!("of {}", shown(&entry.name));
     let file = bound_file(socket).during("Opening the file", what)?;
-    let owner = (
-        Some(Uid::from_raw(owners.uid_outside(permissions.uid))),
-        Some(Gid::from_raw(owners.gid_outside(permissions.gid))),
-    );
+    let owner = (owners.uid(permissions.uid), owners.gid(permissions.gid));
     rustix::fs::chownat(&file, "", owner.0, owner.1, AtFlags::EMPTY_PATH)
         .during("Setting the owner", what)?;
     let mode = Mode::from_raw_mode(permissions.mode & 0o7777);

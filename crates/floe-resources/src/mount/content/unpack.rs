@@ -262,10 +262,19 @@ fn times(metadata: &Metadata) -> Timestamps {
     }
 }
 
+/// Nobody (-1) leaves a file to us.
+fn owner(metadata: &Metadata) -> (Option<Uid>, Option<Gid>) {
+    let known = |id: u32| (id != u32::MAX).then_some(id);
+    (
+        known(metadata.uid).map(Uid::from_raw),
+        known(metadata.gid).map(Gid::from_raw),
+    )
+}
+
 /// The owner first: changing it takes away the bits that make a program run as its owner.
 fn set_metadata(file: &OwnedFd, metadata: &Metadata) -> Result<(), Errno> {
-    let (uid, gid) = (Uid::from_raw(metadata.uid), Gid::from_raw(metadata.gid));
-    rustix::fs::fchown(file, Some(uid), Some(gid))?;
+    let (uid, gid) = owner(metadata);
+    rustix::fs::fchown(file, uid, gid)?;
     rustix::fs::fchmod(file, metadata.mode)?;
     set_attributes(metadata, |name, value| {
         rustix::fs::fsetxattr(file.as_fd(), name, value, XattrFlags::empty())
@@ -274,9 +283,9 @@ fn set_metadata(file: &OwnedFd, metadata: &Metadata) -> Result<(), Errno> {
 }
 
 fn set_metadata_at(directory: &OwnedFd, name: &[u8], metadata: &Metadata) -> Result<(), Errno> {
-    let (uid, gid) = (Uid::from_raw(metadata.uid), Gid::from_raw(metadata.gid));
+    let (uid, gid) = owner(metadata);
     let here = AtFlags::SYMLINK_NOFOLLOW;
-    rustix::fs::chownat(directory, name, Some(uid), Some(gid), here)?;
+    rustix::fs::chownat(directory, name, uid, gid, here)?;
     let stat = rustix::fs::statat(directory, name, here)?;
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
         rustix::fs::chmodat(directory, name, metadata.mode, AtFlags::empty())?;
