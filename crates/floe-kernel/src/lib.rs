@@ -16,6 +16,7 @@ pub mod inherited;
 pub mod janitor;
 pub mod kcmp;
 pub mod mount;
+pub mod mqueue;
 pub mod namespace;
 pub mod netlink;
 pub mod nftables;

@@ -19,7 +19,14 @@ fn programs_go_on_as_they_were() {
         return;
     }
     let mut wrong = Vec::new();
+    let only = std::env::var("FLOE_PROGRAM").ok();
     for program in program::programs() {
+        if only
+            .as_ref()
+            .is_some_and(|only| !program.name.contains(only.as_str()))
+        {
+            continue;
+        }
         let known = KNOWN.iter().find(|(name, _)| *name == program.name);
         let result = Fixture::cycle(program.name, &floe(), &floe());
         match (skips::or_skip(program.name, result), known) {
@@ -89,6 +96,13 @@ fn a_bpf_map_of_another_type_is_refused_by_name() {
 fn a_mount_with_mapped_ids_is_refused_by_name() {
     let test = "a_mount_with_mapped_ids_is_refused_by_name";
     is_refused(test, "mount-of-mapped-ids", "with mapped ids");
+}
+
+#[test]
+fn a_notification_by_a_thread_is_refused_by_name() {
+    let test = "a_notification_by_a_thread_is_refused_by_name";
+    let named = "the notification of queue /thread by a thread";
+    is_refused(test, "posix-queue-by-thread", named);
 }
 
 #[test]

@@ -25,6 +25,7 @@ pub mod netlink;
 pub mod packet;
 pub mod pidfd;
 pub mod pipe;
+mod queue;
 pub mod regular;
 pub mod remap;
 pub mod signalfd;
@@ -76,6 +77,7 @@ pub const FD_KINDS: &[&dyn FdKind] = &[
     &tun::TunFile,
     &device::Device,
     &tty::Tty,
+    &queue::PosixQueue,
     &regular::RegularFile,
 ];
 
@@ -124,8 +126,9 @@ pub const RESTORE_KINDS: &[&dyn FdRestore] = &[
 pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
     remap::plan_names(planner)?;
+    let queues = queue::Queues::plan(planner)?;
     for file in images.files.values() {
-        if inherit::plan_inherited(file, planner) {
+        if inherit::plan_inherited(file, planner) || queues.plan_descriptor(file, planner)? {
             continue;
         }
         let kind = FdTypes::try_from(file.r#type)

@@ -1,4 +1,4 @@
-//! The content of an IPC namespace: System V objects, settings.
+//! The content of an IPC namespace: System V objects, POSIX queues, settings.
 //!
 //! Saved:    the settings of the namespace, all segments, sets of semaphores and message queues with
 //!           their content; of the host's namespace only the segments that the tree has attached.
@@ -7,6 +7,7 @@
 //!           which the kernel does not tell.
 
 mod msg;
+pub mod posix;
 mod sem;
 mod settings;
 pub mod shm;
@@ -33,6 +34,7 @@ pub fn collect(
     let settings = settings::collect()?;
     let (segments, sets, queues) = (shm::collect()?, sem::collect()?, msg::collect(&owners)?);
     drop(visit);
+    posix::begin(collector);
     let image = u64::from(namespace.id);
     collector
         .side(ImageKind::IpcVar, image)?
@@ -47,6 +49,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let mut objects = shm::plan_namespace(id, planner)?;
     objects.push(sem::plan(id, planner)?);
     objects.push(msg::plan(id, planner)?);
+    objects.push(posix::plan(id, planner)?);
     settings::plan(id, planner, &objects)
 }
 
@@ -81,6 +84,15 @@ fn describe(owner: &IpcOwner, owners: &OwnerMap) -> IpcDescEntry {
 fn failed(action: &str, id: i32) -> impl FnOnce(io::Error) -> CollectError {
     let action = format!("{action} {id}");
     move |source| CollectError::System { action, source }
+}
+
+/// The same, of one that has a name.
+fn failed_on<E: Into<io::Error>>(action: &str, name: &str) -> impl FnOnce(E) -> CollectError {
+    let action = format!("{action} /{name}");
+    move |source| CollectError::System {
+        action,
+        source: source.into(),
+    }
 }
 
 /// Bytes that follow an entry, with zeros up to a multiple of `unit`.

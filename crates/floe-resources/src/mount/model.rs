@@ -94,7 +94,7 @@ pub const FS_KINDS: [FsKind; 18] = [
     fs("tracefs", Fstype::Tracefs, Content::Given),
     fs("cgroup", Fstype::Cgroup, Content::Given),
     fs("cgroup2", Fstype::Cgroup2, Content::Given),
-    fs("mqueue", Fstype::Mqueue, Content::Nothing),
+    fs("mqueue", Fstype::Mqueue, Content::Given),
     fs("overlay", Fstype::Overlayfs, Content::Given),
     // CRIU has no number for these, but mounts by name what an image says so of.
     fs("hugetlbfs", Fstype::Auto, Content::Nothing),

@@ -18,6 +18,7 @@ mod locks;
 mod memory;
 mod mounted;
 mod pipes;
+mod queues;
 mod rounds;
 mod signals;
 mod tasks;
@@ -104,6 +105,7 @@ pub fn programs() -> Vec<&'static Program> {
         terminal::PROGRAMS,
         locks::PROGRAMS,
         ipc::PROGRAMS,
+        queues::PROGRAMS,
         blocked::PROGRAMS,
         rounds::PROGRAMS,
     ]
@@ -133,6 +135,7 @@ pub fn find(name: &str) -> Option<&'static Program> {
         .chain(bpf::REFUSED)
         .chain(in_own_mounts())
         .chain(mounted::REFUSED)
+        .chain(queues::REFUSED)
         .find(|program| program.name == name)
 }
 

@@ -6,6 +6,7 @@
 pub mod bpf;
 pub mod memory;
 pub mod mounts;
+pub mod mqueue;
 pub mod notify;
 pub mod signal;
 pub mod sysv;
