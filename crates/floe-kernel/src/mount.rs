@@ -164,12 +164,17 @@ pub fn mount_of_context(
         set.map_err(|errno| NewMountError::Option(option.clone(), errno.into()))?;
     }
     rustix::mount::fsconfig_create(context).map_err(failed("fsconfig"))?;
+    mount_of_created(context)
+}
+
+/// As [`mount_of_context`], of a file system that is made already.
+pub fn mount_of_created(context: BorrowedFd<'_>) -> Result<OwnedFd, NewMountError> {
     rustix::mount::fsmount(
         context,
         FsMountFlags::FSMOUNT_CLOEXEC,
         MountAttrFlags::empty(),
     )
-    .map_err(failed("fsmount"))
+    .map_err(|errno| NewMountError::Call("fsmount", errno.into()))
 }
 
 /// Why [`new_mount`] failed.

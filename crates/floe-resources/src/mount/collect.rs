@@ -15,6 +15,7 @@ use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::content;
+use super::formats;
 use super::groups::plan_groups;
 use super::model::{
     AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
@@ -402,6 +403,28 @@ fn given_content(entries: &[MntEntry], of_root: bool) -> Vec<u32> {
     given.map(|entry| entry.root_dev).collect()
 }
 
+/// Saves the formats of a file system of the tree's own.
+fn save_formats(
+    entry: &MntEntry,
+    all: &[MntEntry],
+    namespace: &TreeNamespace,
+    collector: &mut Collector<'_>,
+) -> Result<(), CollectError> {
+    let own = own_mounts(collector)?;
+    let is_ours = own
+        .iter()
+        .any(|mount| kernel_device(mount.dev_major, mount.dev_minor) == entry.root_dev);
+    let known = collector.cache(KnownMounts::default);
+    if is_ours || entry.root != "/" || !known.saved.insert(entry.root_dev) {
+        return Ok(());
+    }
+    let copy = pristine(entry, all, namespace, collector)?;
+    for format in formats::collect(copy.as_fd(), &entry.mountpoint)? {
+        collector.append_side(ImageKind::BinfmtMisc, &format)?;
+    }
+    Ok(())
+}
+
 fn save_contents(
     id: u32,
     entries: &[MntEntry],
@@ -425,6 +448,9 @@ fn save_content(
     namespace: &TreeNamespace,
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
+    if entry.fstype() == Some(Fstype::BinfmtMisc) {
+        return save_formats(entry, all, namespace, collector);
+    }
     let Some(kind) = FsKind::of_entry(entry).filter(|kind| kind.content != Content::Given) else {
         return Ok(());
     };
@@ -524,6 +550,7 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
         root_namespace,
         own_pids: true,
         own_cgroups: true,
+        own_users: true,
         options: &floe_options::MountOptions::default(),
         external: &external,
     });

@@ -21,6 +21,7 @@ use rustix::mount::UnmountFlags;
 
 use super::content;
 use super::deleted::{Leftover, make_deleted};
+use super::formats;
 use super::groups::{Base, Group};
 use super::model::{Content, FsKind, attributes, split_options, super_words};
 use super::overlay;
@@ -116,7 +117,25 @@ impl Workshop {
             self.enter_root(*id, namespace)?;
         }
         self.attach_all(places, false)?;
-        self.make_layered(places)
+        self.make_layered(places)?;
+        self.register_formats(places, false)
+    }
+
+    fn register_formats(&self, places: &Places, late: bool) -> Result<(), ExecuteError> {
+        for placed in &self.plan.tree.mounts {
+            let source = &self.plan.tree.sources[placed.source];
+            let (Origin::New(fs), Some(root)) = (&source.origin, &self.sources[placed.source])
+            else {
+                continue;
+            };
+            if fs.name == formats::NAME && source.late == late {
+                let entries = formats::decode(&self.plan.images, fs.entry.root_dev);
+                let entries = entries.map_err(ExecuteError::from_plan)?;
+                let _visit = self.visit_tree(placed.namespace, places)?;
+                formats::register(root, &entries)?;
+            }
+        }
+        Ok(())
     }
 
     /// File systems that only a task of the tree can mount, by their number.
@@ -142,7 +161,8 @@ impl Workshop {
         }
         drop(visit);
         self.make(places, true)?;
-        self.attach_all(places, true)
+        self.attach_all(places, true)?;
+        self.register_formats(places, true)
     }
 
     /// Masters of terminals that are mounted, for whoever makes these.

@@ -210,6 +210,7 @@ mod tests {
             root_namespace: 1,
             own_pids: false,
             own_cgroups: false,
+            own_users: false,
             options: &MountOptions::default(),
             external: &[],
         })?;

@@ -9,6 +9,7 @@ mod collect;
 mod content;
 mod deleted;
 mod execute;
+mod formats;
 mod groups;
 mod model;
 mod overlay;

@@ -12,6 +12,7 @@ use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
 use super::execute::{Places, Plan, Workshop, content_image, has_files};
+use super::formats;
 use super::groups::plan_groups;
 use super::model::{attributes, below};
 use super::remote::mount_in_task;
@@ -146,6 +147,7 @@ fn tree(images: &TreeImages, root: u32, planner: &Planner<'_>) -> Result<MountTr
         root_namespace: root,
         own_pids: has(NsKind::Pid),
         own_cgroups: has(NsKind::Cgroup),
+        own_users: has(NsKind::User),
         options: &planner.options.mounts,
         external: &planner.options.external,
     })
@@ -157,6 +159,9 @@ fn check_content(images: &TreeImages, tree: &MountTree) -> Result<(), PlanError>
         let Origin::New(fs) = &source.origin else {
             continue;
         };
+        if fs.name == formats::NAME {
+            formats::decode(&images.dir, fs.entry.root_dev)?;
+        }
         if has_files(fs) {
             let (kind, id) = content_image(&images.dir, fs.entry.root_dev, fs.entry.mnt_id);
             if !images.dir.has(kind, id) {
@@ -283,6 +288,7 @@ pub fn needs_of_file(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
         let late = match Fstype::try_from(entry.fstype.cast_signed()) {
             Ok(Fstype::Proc) => own(NsKind::Pid),
             Ok(Fstype::Cgroup | Fstype::Cgroup2) => own(NsKind::Cgroup),
+            Ok(Fstype::BinfmtMisc) => own(NsKind::User),
             _ => false,
         };
         if late {

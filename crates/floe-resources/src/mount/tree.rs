@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use floe_image::messages::{Fstype, MntEntry};
 use floe_options::{External, MountOptions};
 
+use super::formats;
 use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below};
 use crate::restore::PlanError;
 
@@ -24,6 +25,8 @@ pub struct Request<'a> {
     pub own_pids: bool,
     /// Whether the tree has a cgroup namespace of its own, below whose root it sees nothing.
     pub own_cgroups: bool,
+    /// Whether the tree has a user namespace of its own, which has formats of programs of its own.
+    pub own_users: bool,
     pub options: &'a MountOptions,
     pub external: &'a [External],
 }
@@ -336,6 +339,7 @@ impl Sources<'_> {
             name == "devpts" && !entry.options.split(',').any(|word| word == "newinstance");
         Ok(Source {
             late: (name == "proc" && self.request.own_pids)
+                || (name == formats::NAME && self.request.own_users)
                 || (is_of_cgroups(&entry) && self.request.own_cgroups),
             origin: if shared_with_host {
                 Origin::Host(PathBuf::from("/dev/pts"))
@@ -490,6 +494,7 @@ mod tests {
             root_namespace: 7,
             own_pids: true,
             own_cgroups: false,
+            own_users: false,
             options: &MountOptions::default(),
             external,
         })

@@ -138,6 +138,14 @@ const KINDS: &[Kind] = &[
          mount -t overlay -o lowerdir="$L/a\\,b:$L/c\\:d:$L/e f:$L/g\\\\h",upperdir=$L/u,workdir=$L/w o m; echo new >m/4"#,
         "cat l/m/*",
     ),
+    kind(
+        "formats of programs",
+        r#"mkdir f; mount -t binfmt_misc formats f; cp /bin/true interpreter
+         printf '%s' ':floe-magic:M:3:\x7fab\x00:\xff\xf0\xff\xff:/bin/tr ue:OC' >f/register
+         printf '%s' ':floe-ext:E::floe::/bin/x:' >f/register; echo 0 >f/floe-ext
+         printf '%s' "|floe:odd|E||odd||$DIR/t/interpreter|FP" >f/register"#,
+        "ls -U f | grep floe; tail -n +1 f/floe*; cat f/status",
+    ),
 ];
 
 #[test]

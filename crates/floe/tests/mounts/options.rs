@@ -14,7 +14,7 @@ while umount /dev/shm 2>/dev/null; do :; done
 mkdir $DIR/images; cd $DIR
 # start PROPAGATION SCRIPT: the first process of new namespaces runs SCRIPT in $DIR, then sleeps.
 start() {
-    unshare --fork --pid --mount --mount-proc --propagation $1 setsid bash -ec "$2
+    unshare $MORE --fork --pid --mount --mount-proc --propagation $1 setsid bash -ec "$2
 touch $DIR/ready; exec </dev/null >/dev/null 2>&1 10<&-; cd /; exec sleep 1001" &
     U=$!
     until [ -e ready ]; do kill -0 $U; sleep 0.01; done
@@ -128,12 +128,11 @@ fn other_file_systems_are_enabled_by_name() {
         "other_file_systems_are_enabled_by_name",
         r#"
 mkdir a
-start private "mount -t ramfs r a"
+start private "mount -t bpf r a"
 refused; says "--external mnt"
-dump --enable-fs ramfs
+dump --enable-fs bpf
 restore
-inside grep -q "$DIR/a .* ramfs" /proc/self/mountinfo
-inside touch $DIR/a/f
+inside grep -q "$DIR/a .* bpf" /proc/self/mountinfo
 "#,
     );
 }
@@ -162,6 +161,26 @@ start private "exec 5<>/dev/fuse; mount -i -t fuse -o fd=5,rootmode=40000,user_i
 grep -q fuse /proc/$P/mountinfo || exit 0
 refused; says "fuse"; says "--external mnt"
 kill -0 $P
+"#,
+    );
+}
+
+#[test]
+fn formats_of_a_user_namespace_are_its_own() {
+    runs(
+        "formats_of_a_user_namespace_are_its_own",
+        r#"
+mkdir f out; chmod 777 . f
+# What lies below other mounts cannot be seen in a user namespace that did not make them.
+umount -R /sys/fs/cgroup 2>/dev/null || :
+MORE="--user --map-root-user" start private "mount -t binfmt_misc own f; echo ':floe-own:E::floe::/bin/x:' >f/register"
+mount -t binfmt_misc host out
+[ ! -e out/floe-own ]
+inside cat $DIR/f/floe-own >before
+dump
+restore
+inside cat $DIR/f/floe-own | cmp - before
+[ ! -e out/floe-own ]
 "#,
     );
 }
