@@ -4,10 +4,11 @@
 //! by their content. What is torn here, or written later, differs then and is copied again.
 
 use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 
 use floe_kernel::proc::Mapping;
 use floe_resources::collect::{Segment, SharedMemoryDevice};
-use floe_resources::fd::memfd::{is_memory_name, segment_id};
+use floe_resources::fd::memfd::{huge_flag, is_memory_name, segment_id};
 use rustix::fs::OFlags;
 
 use crate::error::DumpError;
@@ -20,7 +21,7 @@ pub fn is_segment(mapping: &Mapping) -> bool {
 }
 
 /// Opens the segments that tasks have mapped, by their numbers in the images. One that cannot be opened is
-/// left to the final dump, as are those of huge pages.
+/// left to the final dump.
 pub fn open_mapped(
     tree: &FrozenTree,
     areas: &[TaskAreas],
@@ -44,7 +45,9 @@ pub fn open_mapped(
             let Ok(stat) = rustix::fs::fstat(&file) else {
                 continue;
             };
-            if SharedMemoryDevice(stat.st_dev) != memory {
+            if SharedMemoryDevice(stat.st_dev) != memory
+                && huge_flag(task.pid, file.as_fd())?.is_none()
+            {
                 continue;
             }
             // System V segments are numbered for themselves.

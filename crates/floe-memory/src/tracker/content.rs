@@ -5,72 +5,97 @@
 //! dump while the program is stopped.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use floe_image::PagesReader;
 use floe_kernel::ids::PAGE_SIZE;
 
 use super::{Area, DirtyTracker, TrackError, TrackerKind};
 use crate::resolve::{PageIndex, StoredRun};
-use crate::runs::push_run;
+use crate::runs::{normalised, push_run};
 use crate::select::PageRun;
 use crate::source::PageSource;
 
-/// Bytes that are compared at once.
-const CHUNK: u64 = 1 << 20;
+/// Bytes that are compared at once: small enough that both sides stay in the second-level cache.
+const CHUNK: u64 = 256 << 10;
+/// Pieces from which on a second thread pays.
+const MANY: usize = 64;
+/// Threads that compare: the program stands still, so nobody else needs the processors of most machines.
+const WORKERS: usize = 2;
 
 /// Compares the pages of a source with those of a chain of images.
 #[derive(Debug)]
 pub struct ContentTracker {
     pages: Arc<dyn PageSource>,
     parent: Arc<PageIndex>,
-    files: Vec<Option<Arc<PagesReader>>>,
 }
+
+/// A piece of at most [`CHUNK`] bytes, and the file that has what it was.
+type Piece = (StoredRun, Arc<PagesReader>);
 
 impl ContentTracker {
     /// Compares `pages` with what `parent` has.
     pub fn new(pages: Arc<dyn PageSource>, parent: Arc<PageIndex>) -> Self {
-        let files = (0..parent.file_count()).map(|_| None).collect();
-        ContentTracker {
-            pages,
-            parent,
-            files,
+        ContentTracker { pages, parent }
+    }
+
+    /// What the parent has of these pages, in pieces.
+    fn pieces(&self, present: &[PageRun]) -> Result<Vec<Piece>, TrackError> {
+        let mut files = vec![None; self.parent.file_count() as usize];
+        let mut pieces = Vec::new();
+        for run in present {
+            for stored in self.parent.runs_in(run.start..run.end()) {
+                let slot: &mut Option<Arc<PagesReader>> = &mut files[stored.file as usize];
+                let file = match slot {
+                    Some(file) => file,
+                    None => slot.insert(self.parent.open(stored.file)?),
+                };
+                for done in (0..stored.len).step_by(CHUNK as usize) {
+                    let piece = StoredRun {
+                        start: stored.start + done,
+                        len: CHUNK.min(stored.len - done),
+                        offset: stored.offset + done,
+                        ..stored
+                    };
+                    pieces.push((piece, file.clone()));
+                }
+            }
         }
+        Ok(pieces)
+    }
+
+    /// Compares pieces until none is left; several threads may do so at a time.
+    fn work(&self, pieces: &[Piece], next: &AtomicUsize) -> Result<Vec<PageRun>, TrackError> {
+        let mut unchanged = Vec::new();
+        let mut buffers = [Vec::new(), Vec::new()];
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            self.compare(piece, &mut buffers, &mut unchanged)?;
+        }
+        Ok(unchanged)
     }
 
     fn compare(
-        &mut self,
-        stored: StoredRun,
-        buffers: &mut [Vec<u8>; 2],
+        &self,
+        (stored, file): &Piece,
+        [now, before]: &mut [Vec<u8>; 2],
         unchanged: &mut Vec<PageRun>,
     ) -> Result<(), TrackError> {
-        let slot = &mut self.files[stored.file as usize];
-        let file = match slot {
-            Some(file) => file,
-            None => slot.insert(self.parent.open(stored.file)?),
+        let at = stored.start;
+        let failed = |source| TrackError::Compare { at, source };
+        now.resize(stored.len as usize, 0);
+        before.resize(stored.len as usize, 0);
+        file.read_exact_at(before, stored.offset).map_err(failed)?;
+        let run = PageRun {
+            start: at,
+            pages: stored.len / PAGE_SIZE,
         };
-        let [now, before] = buffers;
-        let mut done = 0;
-        while done < stored.len {
-            let len = CHUNK.min(stored.len - done);
-            let at = stored.start + done;
-            now.resize(len as usize, 0);
-            before.resize(len as usize, 0);
-            let failed = |source| TrackError::Compare { at, source };
-            file.read_exact_at(before, stored.offset + done)
-                .map_err(failed)?;
-            let run = PageRun {
-                start: at,
-                pages: len / PAGE_SIZE,
-            };
-            self.pages.read(&[run], now).map_err(failed)?;
-            let size = PAGE_SIZE as usize;
-            for (index, (new, old)) in now.chunks(size).zip(before.chunks(size)).enumerate() {
-                if new == old {
-                    let page = at + index as u64 * PAGE_SIZE;
-                    push_run(unchanged, page, page + PAGE_SIZE);
-                }
+        self.pages.read(&[run], now).map_err(failed)?;
+        let size = PAGE_SIZE as usize;
+        for (index, (new, old)) in now.chunks(size).zip(before.chunks(size)).enumerate() {
+            if new == old {
+                let page = at + index as u64 * PAGE_SIZE;
+                push_run(unchanged, page, page + PAGE_SIZE);
             }
-            done += len;
         }
         Ok(())
     }
@@ -94,14 +119,21 @@ impl DirtyTracker for ContentTracker {
     }
 
     fn unchanged(&mut self, _area: &Area, present: &[PageRun]) -> Result<Vec<PageRun>, TrackError> {
-        let mut unchanged = Vec::new();
-        let mut buffers = [Vec::new(), Vec::new()];
-        let parent = self.parent.clone();
-        for run in present {
-            for stored in parent.runs_in(run.start..run.end()) {
-                self.compare(stored, &mut buffers, &mut unchanged)?;
-            }
+        let pieces = self.pieces(present)?;
+        let next = AtomicUsize::new(0);
+        if pieces.len() < MANY {
+            return self.work(&pieces, &next);
         }
-        Ok(unchanged)
+        let found = std::thread::scope(|scope| {
+            let work = || self.work(&pieces, &next);
+            let others: Vec<_> = (1..WORKERS).map(|_| scope.spawn(work)).collect();
+            let mut all = work()?;
+            for other in others {
+                let found = other.join().expect("comparing does not panic");
+                all.extend(found?);
+            }
+            Ok::<_, TrackError>(all)
+        })?;
+        Ok(normalised(found))
     }
 }

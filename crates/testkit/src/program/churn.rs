@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, anyhow, ensure};
 use libc::{PROT_NONE, PROT_READ, PROT_WRITE};
 
+use super::churn_shared::{self, Part};
 use super::{Check, Place, Program};
 use crate::sys::memory::{Map, Mapping, PAGE};
 use crate::sys::task;
@@ -66,6 +67,8 @@ struct Region {
 
 struct Churn {
     regions: Vec<Region>,
+    /// What is shared with another process that writes it, too.
+    parts: Vec<Part>,
     file: File,
     random: u64,
     steps: u64,
@@ -75,6 +78,7 @@ impl Churn {
     fn new(file: File, random: u64) -> Self {
         Churn {
             regions: Vec::new(),
+            parts: Vec::new(),
             file,
             random: random | 1,
             steps: 0,
@@ -93,6 +97,9 @@ impl Churn {
         if self.regions.len() < 4 {
             return self.map();
         }
+        if !self.parts.is_empty() && self.next(5) == 0 {
+            return self.step_shared();
+        }
         match self.next(100) {
             0..58 => self.write(),
             58..66 if self.regions.len() < REGIONS => self.map(),
@@ -108,6 +115,14 @@ impl Churn {
             90..93 => self.drop_pages(libc::MADV_REMOVE),
             _ => self.protect(),
         }
+    }
+
+    fn step_shared(&mut self) -> anyhow::Result<()> {
+        let mut parts = std::mem::take(&mut self.parts);
+        let at = self.next(parts.len());
+        let done = parts[at].step(&mut |below| self.next(below));
+        self.parts = parts;
+        done
     }
 
     fn map(&mut self) -> anyhow::Result<()> {
@@ -241,6 +256,7 @@ impl Churn {
     }
 
     fn check(&self) -> anyhow::Result<()> {
+        self.parts.iter().try_for_each(Part::check)?;
         for region in &self.regions {
             let pages = region.pages.len();
             if region.hidden {
@@ -423,6 +439,7 @@ impl Worker {
     fn live(&mut self, slot: usize, seed: u64, directory: &Path) -> i32 {
         self.slot = slot;
         // The parent goes on to write what is shared.
+        self.churn.parts.clear();
         self.churn
             .regions
             .retain(|region| region.kind != Kind::Shared);
@@ -482,17 +499,24 @@ fn churn(place: &Place) -> anyhow::Result<Check> {
     println!("seed {seed}");
     let file = make_file(place)?;
     let board = Board::open(&place.directory)?;
-    let worker = Worker {
+    let [ours, theirs] = churn_shared::make()?;
+    let mut worker = Worker {
         churn: Churn::new(file.try_clone()?, seed.rotate_left(9)),
         board: Board::open(&place.directory)?,
         slot: 0,
     };
     board.set(Board::taken(0), 1);
+    let mut ours = Some(ours);
     // Before there is a second thread, which might hold a lock.
-    task::fork(0, || worker.breed(&place.directory))?;
+    task::fork(0, || {
+        ours = None;
+        worker.churn.parts = theirs;
+        worker.breed(&place.directory)
+    })?;
     let states: Vec<Arc<Mutex<Churn>>> = (0..THREADS)
         .map(|thread| {
-            let churn = Churn::new(file.try_clone()?, seed.rotate_left(20 + 7 * thread as u32));
+            let mut churn = Churn::new(file.try_clone()?, seed.rotate_left(20 + 7 * thread as u32));
+            churn.parts = ours.take().unwrap_or_default();
             Ok(Arc::new(Mutex::new(churn)))
         })
         .collect::<anyhow::Result<_>>()?;

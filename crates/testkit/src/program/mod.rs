@@ -9,6 +9,7 @@ mod bench;
 mod blocked;
 mod bpf;
 mod churn;
+mod churn_shared;
 mod events;
 mod files;
 mod identity;

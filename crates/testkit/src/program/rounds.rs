@@ -1,11 +1,14 @@
 //! Programs that dirty tracking could get wrong: memory changes places, or has writers that no tracker
 //! sees.
 
+use std::os::fd::AsFd;
+
 use anyhow::{Context, anyhow, ensure};
+use rustix::fs::MemfdFlags;
 
 use super::{Check, Missing, Place, Program};
 use crate::sys::memory::{Map, Mapping, PAGE};
-use crate::sys::unseen;
+use crate::sys::{sysv, unseen};
 
 /// Programs that can be dumped.
 pub const PROGRAMS: &[Program] = &[
@@ -13,6 +16,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("memory-counted", counted),
     Program::new("memory-counted-huge", counted_huge),
     Program::new("memory-counted-hugetlb", counted_hugetlb),
+    Program::new("memory-shared-hugetlb", shared_hugetlb),
     Program::new("aio-context", aio),
 ];
 
@@ -69,6 +73,37 @@ fn counted_hugetlb(_: &Place) -> anyhow::Result<Check> {
         .make()
         .map_err(|error| Missing(format!("no huge page is free: {error}")))?;
     write_some(memory)
+}
+
+/// Shared memory in huge pages that were set aside, of every origin; each check writes one page.
+fn shared_hugetlb(_: &Place) -> anyhow::Result<Check> {
+    let missing = |error: std::io::Error| Missing(format!("no huge page is free: {error}"));
+    let mut anonymous = Map::shared(TABLE);
+    anonymous.flags |= libc::MAP_HUGETLB;
+    let file = rustix::fs::memfd_create("huge", MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB)?;
+    rustix::fs::ftruncate(&file, TABLE as u64)?;
+    let of_file = Map {
+        file: Some((file.as_fd(), 0)),
+        ..Map::shared(TABLE)
+    };
+    let id = sysv::segment_with(libc::IPC_PRIVATE, TABLE / PAGE, libc::SHM_HUGETLB);
+    let id = id.map_err(missing)?;
+    let of_file = of_file.make();
+    let attached = sysv::attach(id, TABLE / PAGE, 0);
+    sysv::mark(id)?;
+    let all = [anonymous.make(), of_file, attached];
+    let all: Vec<Mapping> = all.into_iter().collect::<Result<_, _>>().map_err(missing)?;
+    all.iter().for_each(|memory| memory.fill(1));
+    let mut round = 1;
+    Ok(Box::new(move || {
+        for memory in &all {
+            text(memory.check_page(0, round))?;
+            (1..memory.pages()).try_for_each(|page| text(memory.check_page(page, 1)))?;
+            memory.fill_page(0, round + 1);
+        }
+        round += 1;
+        Ok(())
+    }))
 }
 
 /// Every check writes one page in ten of a mapping, others each time.

@@ -204,6 +204,27 @@ impl Mapping {
         ((self.address + first * PAGE) as *mut _, pages * PAGE)
     }
 
+    /// A second mapping of the same shared memory (`mremap` of nothing).
+    pub fn again(&self) -> io::Result<Mapping> {
+        // SAFETY: an old length of 0 leaves our mapping as it is; the kernel puts the new one where
+        // nothing is.
+        let address = unsafe {
+            libc::mremap(
+                self.address as *mut libc::c_void,
+                0,
+                self.length,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping {
+            address: address as usize,
+            length: self.length,
+        })
+    }
+
     /// Makes it so many pages long, moving it where there is no room (`mremap`).
     pub fn resize(&mut self, pages: usize) -> io::Result<()> {
         let length = pages * PAGE;
@@ -310,6 +331,12 @@ impl Drop for Mapping {
         // SAFETY: the whole mapping is ours and nobody can touch it any more.
         unsafe { libc::munmap(self.address as *mut _, self.length) };
     }
+}
+
+/// What [`Mapping::fill_page`] writes.
+pub fn page_bytes(page: usize, seed: u64) -> Vec<u8> {
+    let words = (0..PAGE / 8).flat_map(|word| pattern(seed, page, word).to_ne_bytes());
+    words.collect()
 }
 
 fn pattern(seed: u64, page: usize, word: usize) -> u64 {

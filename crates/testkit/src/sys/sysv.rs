@@ -17,8 +17,13 @@ pub fn leave() -> io::Result<()> {
 
 /// A new segment of `pages` pages; `key` may be `IPC_PRIVATE`.
 pub fn segment(key: i32, pages: usize) -> io::Result<i32> {
+    segment_with(key, pages, 0)
+}
+
+/// The same with further flags of `shmget(2)`.
+pub fn segment_with(key: i32, pages: usize, flags: i32) -> io::Result<i32> {
     // SAFETY: integers only.
-    let id = unsafe { libc::shmget(key, pages * super::memory::PAGE, NEW) };
+    let id = unsafe { libc::shmget(key, pages * super::memory::PAGE, NEW | flags) };
     check(i64::from(id)).map(|id| id as i32)
 }
 
