@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::rc::Rc;
 
 use floe_image::ImageKind;
@@ -21,6 +22,7 @@ use super::model::{
     AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
 };
 use super::overlay;
+use super::overlay_layers;
 use super::tree::{Request, external_value, plan_tree};
 use super::uncover::pristine;
 use crate::collect::{CollectError, Collector, Obstacle};
@@ -206,7 +208,7 @@ fn describe(
             return refuse(", which cannot be mounted anew", remedy);
         }
         Some(Fstype::Overlayfs) => {
-            if let Some(layer) = missing_layer(&entry, namespace, collector)? {
+            if let Some(layer) = find_layers(&mut entry, namespace, collector)? {
                 let remedy = format!(
                     "bring {layer} back, or use --external mnt[{point}]:NAME and supply it at the restore"
                 );
@@ -219,15 +221,29 @@ fn describe(
     Ok(entry)
 }
 
-/// A directory of an overlay that the tree does not find: the kernel tells their first names only.
-fn missing_layer(
-    entry: &MntEntry,
+/// Looks for the directories of an overlay, of which the kernel tells the first names only, and puts the names
+/// that they have now into the options. Returns one that the tree does not find.
+fn find_layers(
+    entry: &mut MntEntry,
     namespace: &TreeNamespace,
     collector: &Collector<'_>,
 ) -> Result<Option<String>, CollectError> {
     let _visit = collector.namespaces().visit(&[namespace])?;
+    let is_there = |layer: &str| layer.starts_with('/') && Path::new(layer).is_dir();
     let mut layers = overlay::directories(&entry.options).into_iter();
-    Ok(layers.find(|layer| !std::path::Path::new(layer).is_dir()))
+    let Some(missing) = layers.find(|layer| !is_there(layer)) else {
+        return Ok(None);
+    };
+    let mounts = mountinfo_of_this_thread(collector)?;
+    let Some(found) = overlay_layers::locate(&entry.options, &entry.mountpoint, &mounts) else {
+        return Ok(Some(missing));
+    };
+    tracing::warn!(
+        "the overlay at {} will be mounted with its layers where they are now: {found}",
+        entry.mountpoint
+    );
+    entry.options = found;
+    Ok(None)
 }
 
 trait Typed {

@@ -14,6 +14,7 @@ mod groups;
 mod model;
 mod overlay;
 mod overlay_index;
+mod overlay_layers;
 mod place;
 mod plan;
 mod remote;

@@ -29,6 +29,72 @@ pub fn directories(options: &str) -> Vec<String> {
     all
 }
 
+/// The upper directory, where there is one.
+pub fn upper(options: &str) -> Option<String> {
+    let mut words = split_options(options).into_iter();
+    let word = words.find(|word| word.starts_with("upperdir="))?;
+    directories(&word).pop()
+}
+
+/// The options with other names for the directories.
+pub fn with_directories(options: &str, rename: impl Fn(&str) -> String) -> String {
+    let changed = |word: String| {
+        let plain = decoded(&word);
+        let (key, value) = match plain.split_once('=') {
+            Some(("lowerdir", list)) => {
+                let parts = pieces(list).into_iter().map(|part| match part.as_str() {
+                    "" => part,
+                    _ => escaped(&rename(&unescaped(&part))),
+                });
+                ("lowerdir", parts.collect::<Vec<_>>().join(":"))
+            }
+            Some((key @ ("upperdir" | "workdir"), path)) => {
+                (key, escaped(&rename(&unescaped(path))))
+            }
+            Some((key, path)) if SINGLE.contains(&key) => (key, rename(path)),
+            _ => return word,
+        };
+        format!("{key}={}", encoded(&value))
+    };
+    let words: Vec<String> = split_options(options).into_iter().map(changed).collect();
+    words.join(",")
+}
+
+/// As mountinfo shows it; see [`decoded`].
+fn encoded(value: &str) -> String {
+    let shown = |c: char| match c {
+        ' ' | '\t' | '\n' | ',' | '\\' => format!("\\{:03o}", u32::from(c)),
+        c => c.to_string(),
+    };
+    value.chars().map(shown).collect()
+}
+
+/// A name as the kernel takes it in lists.
+fn escaped(name: &str) -> String {
+    let mut text = String::new();
+    for c in name.chars() {
+        if matches!(c, ':' | ',' | '\\') {
+            text.push('\\');
+        }
+        text.push(c);
+    }
+    text
+}
+
+/// The parts of a list, as they are written; those between two colons are empty.
+fn pieces(list: &str) -> Vec<String> {
+    let mut all = vec![String::new()];
+    let mut escaped = false;
+    for c in list.chars() {
+        match c {
+            ':' if !escaped => all.push(String::new()),
+            c => all.last_mut().expect("it has one").push(c),
+        }
+        escaped = c == '\\' && !escaped;
+    }
+    all
+}
+
 /// A list of lower directories that is too long for one option is given one by one (Linux 6.8).
 pub fn option(key: &str, value: &str) -> Vec<FsOption> {
     let text = |key: &str, value: &str| FsOption::Text(key.into(), value.into());
@@ -41,21 +107,14 @@ pub fn option(key: &str, value: &str) -> Vec<FsOption> {
 
 /// The directories of a list, each with the option that adds it alone.
 fn lower(list: &str) -> Vec<(&'static str, String)> {
-    let mut all = Vec::new();
-    let (mut word, mut escaped) = (String::new(), false);
     let mut key = "lowerdir+";
-    for c in list.chars().chain([':']) {
-        match c {
-            ':' if !escaped => {
-                // Behind two colons are those with data only.
-                match word.is_empty() {
-                    true => key = "datadir+",
-                    false => all.push((key, unescaped(&std::mem::take(&mut word)))),
-                }
-            }
-            _ => word.push(c),
+    let mut all = Vec::new();
+    for piece in pieces(list) {
+        // Behind two colons are those with data only.
+        match piece.is_empty() {
+            true => key = "datadir+",
+            false => all.push((key, unescaped(&piece))),
         }
-        escaped = c == '\\' && !escaped;
     }
     all
 }
@@ -115,6 +174,23 @@ mod tests {
         assert_eq!(decoded(r"x\8\"), r"x\8\");
         let shown = r"lowerdir=/a\134\054b:/c\134:d,upperdir=/u\040v";
         assert_eq!(directories(shown), ["/a,b", "/c:d", "/u v"]);
+    }
+
+    #[test]
+    fn directories_get_other_names() {
+        let options = r"xino=on,lowerdir=/a:b\134\054c::/d,upperdir=u,workdir=/w,datadir+=/e";
+        let found = with_directories(options, |name| match name {
+            "b,c" => "/new: name".into(),
+            "u" => "/up,per".into(),
+            name => name.into(),
+        });
+        let expected = r"xino=on,lowerdir=/a:/new\134:\040name::/d,upperdir=/up\134\054per,workdir=/w,datadir+=/e";
+        assert_eq!(found, expected.to_string());
+        assert_eq!(
+            directories(&found),
+            ["/a", "/new: name", "/d", "/up,per", "/w", "/e"]
+        );
+        assert_eq!(upper(&found).as_deref(), Some("/up,per"));
     }
 
     #[test]

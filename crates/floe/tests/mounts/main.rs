@@ -215,13 +215,51 @@ fn overlays() -> anyhow::Result<()> {
         assert_eq!(open, "30\n");
     }
     // The kernel knows a layer by the name that it had when it was mounted.
-    let root = format!("/proc/{}/root{directory}", tree.pid);
-    fs::rename(format!("{root}/layer-3"), format!("{root}/moved"))?;
+    let root = |tree: &Tree| format!("/proc/{}/root{directory}", tree.pid);
+    fs::rename(root(&tree) + "/layer-3", root(&tree) + "/moved")?;
+    tree.dump(&[])?;
+    tree.restore(&[])?;
+    assert_eq!(tree.read(&format!("{directory}/many/file-3"))?, "3\n");
+    assert!(options(&tree)?.concat().contains("/moved:"));
+    // Of this one nothing is seen.
+    fs::remove_file(root(&tree) + "/layer-5/file-5")?;
+    fs::rename(root(&tree) + "/layer-5", root(&tree) + "/gone")?;
     let pid = tree.pid.to_string();
     let refused = tree.floe(&["dump", "-t", &pid])?;
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    ensure!(said.contains("layer-3"), "{said}");
+    ensure!(said.contains("layer-5"), "{said}");
     Ok(())
+}
+
+/// Overlays whose layers are named from a directory, or have moved with it.
+const MOVED: &str = "
+while umount /dev/shm 2>/dev/null; do :; done
+mkdir $DIR/t; mount -t tmpfs memory $DIR/t; cd $DIR/t
+mkdir -p near/upper near/work near/l1 near/l2 merged far/upper far/work far/lower moved second
+echo 1 >near/l1/one; echo 2 >near/l2/two; echo 3 >far/lower/three
+cd near; mount -t overlay -o lowerdir=l1:l2,upperdir=upper,workdir=work one ../merged; cd ..
+mount -t overlay -o lowerdir=$DIR/t/far/lower,upperdir=$DIR/t/far/upper,workdir=$DIR/t/far/work two second
+echo new >merged/new; echo newer >second/newer; mv far 'moved/so far'
+cd /
+";
+
+#[test]
+fn layers_are_found_where_they_are_now() {
+    skips::as_root("layers_are_found_where_they_are_now", || {
+        let mut tree = Tree::start(&format!("{MOVED}{SLEEP}"))?;
+        for round in 0..2 {
+            tree.dump(&[])?;
+            tree.restore(&[])?;
+            let words = "cd $DIR/t; cat merged/* second/*; echo x >>merged/one; cat near/upper/one";
+            let seen = tree.inside(&["sh", "-ec", words])?;
+            expect_success(&seen)?;
+            let seen = String::from_utf8_lossy(&seen.stdout).replace('\n', " ");
+            let changed = "x ".repeat(round);
+            let expected = format!("new 1 {changed}2 newer 3 1 {changed}x ");
+            ensure!(seen == expected, "{seen} instead of {expected}");
+        }
+        Ok(())
+    });
 }
 
 /// Most of it is the same again and again, which compresses fast.
