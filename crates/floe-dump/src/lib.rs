@@ -178,8 +178,9 @@ fn begin_memory<'a>(
 ) -> Result<MemoryDump<'a>, DumpError> {
     let root = HostPid(options.tree.get());
     let mut memory = match track(options, features, root)? {
-        Some(tracking) => {
+        Some(mut tracking) => {
             tracking.lineage().write_link(writer)?;
+            tracking.map_segments(root)?;
             MemoryDump::incremental(writer, tracking)
         }
         None if options.page_server.is_some() || destination.store.is_some() => {
@@ -188,6 +189,7 @@ fn begin_memory<'a>(
         None => MemoryDump::prepare(writer, root)?,
     };
     memory.use_server(options)?;
+    memory.hashes = options.after != AfterDump::LeaveRunning;
     memory.store = destination.store.clone();
     if reserve::has_big_tasks(root) {
         memory.mappings = MappingReader::prepare();

@@ -54,6 +54,9 @@ pub struct MemoryDump<'a> {
     pub store: Option<Arc<dyn PageStore>>,
     /// Tells what the parent has; without it everything is copied.
     pub tracking: Option<Tracking>,
+    /// Whether pages are hashed while they are copied, and not by reading them again: for a tree that is
+    /// not released before the images are whole.
+    pub hashes: bool,
     /// Holds back copies of running tasks.
     pub pace: Option<Pace>,
     /// How long shared memory was compared with the parent's.
@@ -98,6 +101,7 @@ impl<'a> MemoryDump<'a> {
             server: None,
             store: None,
             tracking: None,
+            hashes: false,
             pace: None,
             comparing: Duration::ZERO,
             mappings: MappingReader::default(),
@@ -253,11 +257,12 @@ impl<'a> MemoryDump<'a> {
         };
         let runs = data_runs(&segment.file, segment.size).map_err(failed)?;
         let mut builder = self.begin(Target::Segment(segment.id))?;
-        let source: Arc<dyn PageSource> = Arc::new(FilePages(segment.file));
+        let file = segment.file.try_clone().map_err(failed)?;
+        let source: Arc<dyn PageSource> = Arc::new(FilePages(file));
         let mut changed = runs;
         if let Some(tracking) = &self.tracking {
             let comparing = Instant::now();
-            let unchanged = tracking.unchanged_of_segment(segment.id, &changed, &source)?;
+            let unchanged = tracking.unchanged_of_segment(&segment, &changed, &source)?;
             builder.leave_in_parent(&unchanged);
             changed = difference(&changed, &unchanged);
             self.comparing += comparing.elapsed();
@@ -293,7 +298,10 @@ impl<'a> MemoryDump<'a> {
             return Ok(PagemapOut::to_store(target, self.pages_id, store.clone()));
         }
         let (kind, id) = target.image();
-        let builder = PagemapBuilder::create(self.writer, kind, id, self.pages_id)?;
+        let mut builder = PagemapBuilder::create(self.writer, kind, id, self.pages_id)?;
+        if self.hashes {
+            builder.hash_now(self.writer);
+        }
         Ok(PagemapOut::Files(builder))
     }
 

@@ -66,27 +66,35 @@ pub fn has_big_tasks(root: HostPid) -> bool {
     !big_tasks(root).is_empty()
 }
 
-/// Tasks with much memory of their own, as far as they can be seen without stopping any.
+/// Tasks with much memory of their own.
 fn big_tasks(root: HostPid) -> Vec<(HostPid, ByteCount)> {
-    let mut tasks = vec![root];
     let mut big = Vec::new();
-    let mut next = 0;
-    while next < tasks.len() && next < MOST_TASKS {
-        // A task that is gone, or hides, is not reserved for.
-        if let Ok((bytes, children)) = look(tasks[next]) {
-            big.extend((bytes >= WORTHWHILE).then_some((tasks[next], bytes)));
-            tasks.extend(children);
-        }
-        next += 1;
+    for proc in running_tasks(root) {
+        let bytes = own_bytes(&proc).unwrap_or(ByteCount(0));
+        big.extend((bytes >= WORTHWHILE).then_some((proc.pid(), bytes)));
     }
     big
 }
 
-fn look(pid: HostPid) -> Result<(ByteCount, Vec<HostPid>), ProcError> {
-    let proc = ProcDir::open(pid)?;
+/// Tasks of the tree, as far as they can be seen without stopping any; of one with many tasks, the first.
+pub fn running_tasks(root: HostPid) -> Vec<ProcDir> {
+    let mut pids = vec![root];
+    let mut tasks = Vec::new();
+    let mut next = 0;
+    while next < pids.len() && next < MOST_TASKS {
+        // A task that is gone, or hides, is left out.
+        if let Ok(proc) = ProcDir::open(pids[next]) {
+            pids.extend(proc.children(pids[next]).unwrap_or_default());
+            tasks.push(proc);
+        }
+        next += 1;
+    }
+    tasks
+}
+
+fn own_bytes(proc: &ProcDir) -> Result<ByteCount, ProcError> {
     let status = parse_status(&proc.read_record("status")?).map_err(|error| proc.bad(error))?;
-    let bytes = status.anonymous.unwrap_or(ByteCount(0));
-    Ok((bytes, proc.children(pid)?))
+    Ok(status.anonymous.unwrap_or(ByteCount(0)))
 }
 
 #[cfg(test)]

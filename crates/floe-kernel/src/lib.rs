@@ -15,6 +15,7 @@ pub mod ids;
 pub mod inherited;
 pub mod janitor;
 pub mod kcmp;
+pub mod mapped_file;
 pub mod mount;
 pub mod mqueue;
 pub mod namespace;

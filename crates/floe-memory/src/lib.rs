@@ -23,6 +23,6 @@ pub use runs::{difference, intersection, normalised, page_count, push_run};
 pub use select::{PageRun, PageScanner, ScanError, Selection, data_runs};
 pub use source::{FilePages, ForcedTaskPages, LivePages, PageSource, TaskPages};
 pub use tracker::{
-    Area, ContentTracker, DirtyTracker, NoTracker, SoftDirtyTracker, TrackError, TrackerKind,
-    UffdTracker,
+    Area, ContentTracker, DirtyTracker, MappedPages, Maps, NoTracker, SoftDirtyTracker, TrackError,
+    TrackerKind, UffdTracker,
 };

@@ -10,6 +10,10 @@ use anyhow::{Context, ensure};
 use testkit::{Engine, Fixture};
 
 const WORKLOAD: &str = "bench-rounds";
+/// The same with shared memory.
+const SHARED: &str = "bench-rounds-shared";
+/// Rows of the table.
+const VALUES: usize = 11;
 /// Pages that change between two rounds: 1 % of a GiB.
 const DIRTY: u64 = 2621;
 const PAGE: u64 = 4096;
@@ -77,11 +81,13 @@ pub fn measure(
             "times",
             Mark::AtMost(1.1),
         ),
+        row("freeze of the final dump, the GiB shared", "ms", Mark::None),
     ];
     for round in 0..=rounds {
-        let mut found = [f64::NAN; 10];
+        let mut found = [f64::NAN; VALUES];
         life(floe, peer, place, &mut found)?;
         restores(floe, place, &mut found)?;
+        found[10] = shared(floe, place)?;
         for (row, value) in rows.iter_mut().zip(found) {
             eprintln!("{} {round}: {value:.3} {}", row.name, row.unit);
             if round > 0 && !value.is_nan() {
@@ -101,8 +107,8 @@ struct Life {
 }
 
 impl Life {
-    fn start(place: &Path) -> anyhow::Result<Life> {
-        let fixture = Fixture::start_in(WORKLOAD, place)?;
+    fn start(workload: &str, place: &Path) -> anyhow::Result<Life> {
+        let fixture = Fixture::start_in(workload, place)?;
         let clock = File::options()
             .read(true)
             .write(true)
@@ -196,9 +202,9 @@ fn life(
     floe: &Engine,
     peer: Option<&Engine>,
     place: &Path,
-    found: &mut [f64; 10],
+    found: &mut [f64; VALUES],
 ) -> anyhow::Result<()> {
-    let mut life = Life::start(place)?;
+    let mut life = Life::start(WORKLOAD, place)?;
     if let Some(peer) = peer {
         let images = life.chain.join("peer");
         found[3] = life.freeze((peer, "dump"), &images, &["--leave-running"])?;
@@ -219,9 +225,21 @@ fn life(
     life.fixture.check()
 }
 
+/// The final freeze of a program whose memory is shared.
+fn shared(floe: &Engine, place: &Path) -> anyhow::Result<f64> {
+    let mut life = Life::start(SHARED, place)?;
+    for _ in 0..2 {
+        life.generation(floe, "pre-dump")?;
+        life.change()?;
+    }
+    let freeze = life.generation(floe, "dump")?;
+    life.fixture.check()?;
+    Ok(freeze)
+}
+
 /// A chain of ten generations and the same as one, restored one after the other.
-fn restores(floe: &Engine, place: &Path, found: &mut [f64; 10]) -> anyhow::Result<()> {
-    let mut life = Life::start(place)?;
+fn restores(floe: &Engine, place: &Path, found: &mut [f64; VALUES]) -> anyhow::Result<()> {
+    let mut life = Life::start(WORKLOAD, place)?;
     for _ in 1..CHAIN {
         life.generation(floe, "pre-dump")?;
         life.change()?;

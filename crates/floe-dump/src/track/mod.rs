@@ -10,6 +10,7 @@ mod make;
 mod state;
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -19,23 +20,27 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::{HostPid, TaskAddr};
 use floe_kernel::proc::{Mapping, ProcDir, parse_maps};
 use floe_memory::{
-    Area, ContentTracker, DirtyTracker, LivePages, NoTracker, PageIndex, PageRun, PageSource,
-    Selection, TrackerKind, intersection, push_run,
+    Area, ContentTracker, DirtyTracker, LivePages, MappedPages, Maps, NoTracker, PageIndex,
+    PageRun, PageSource, Selection, TrackerKind, intersection, push_run,
 };
 use floe_options::{DumpOptions, TrackerChoice};
+use floe_resources::collect::Segment;
 use floe_resources::namespace::PidView;
 use floe_resources::vma::TrackedTasks;
 
 use crate::error::DumpError;
 use crate::freeze::{FrozenTask, FrozenTree};
 use crate::keeper::{Purpose, Session, Tracked, TreeKey};
-use crate::segments::is_segment;
+use crate::segments::{MappedSegments, is_segment};
 
 pub use lineage::Lineage;
 use state::RoundState;
 
 /// The program that a keeper runs: the one that asks for it.
 const OWN_PROGRAM: &str = "/proc/self/exe";
+
+/// What the parent has of a segment: where, and the same mapped.
+type ParentSegment = (Arc<PageIndex>, Arc<MappedPages>);
 
 /// The tracking of one tree during one command.
 #[derive(Debug)]
@@ -49,6 +54,10 @@ pub struct Tracking {
     trackers: HashMap<HostPid, Box<dyn DirtyTracker>>,
     /// By their pid in the images.
     parents: HashMap<u32, Arc<PageIndex>>,
+    /// Of shared memory, by its number.
+    parent_segments: HashMap<u64, ParentSegment>,
+    /// Shared memory of the tree.
+    segments: MappedSegments,
     pids: Rc<PidView>,
     /// Start times, for the next round's state.
     tasks: Vec<Tracked>,
@@ -89,6 +98,8 @@ impl Tracking {
             arms,
             trackers: HashMap::new(),
             parents: HashMap::new(),
+            parent_segments: HashMap::new(),
+            segments: MappedSegments::default(),
             pids: Rc::default(),
             tasks: Vec::new(),
         };
@@ -203,6 +214,33 @@ impl Tracking {
         Ok(())
     }
 
+    /// Maps shared memory and what the parent has of it: before the tree is stopped, which then stands still
+    /// for the comparison alone.
+    pub fn map_segments(&mut self, root: HostPid) -> Result<(), DumpError> {
+        let parent = self.lineage.parent.as_ref();
+        let Some(parent) = parent.filter(|_| self.kind != TrackerKind::None) else {
+            return Ok(());
+        };
+        let ids = parent.ids(ImageKind::ShmemPagemap)?;
+        if ids.is_empty() {
+            return Ok(());
+        }
+        self.segments = MappedSegments::of_running(root);
+        tracing::info!(
+            segments = self.segments.count(),
+            "mapped shared memory, to compare it"
+        );
+        if self.segments.count() == 0 {
+            return Ok(());
+        }
+        for id in ids {
+            let index = Arc::new(PageIndex::read(parent, ImageKind::ShmemPagemap, id)?);
+            let pages = Arc::new(MappedPages::of(&index));
+            self.parent_segments.insert(id, (index, pages));
+        }
+        Ok(())
+    }
+
     fn make(
         &mut self,
         task: &mut FrozenTask,
@@ -262,25 +300,35 @@ impl Tracking {
         Ok(intersection(&intersection(&unchanged, present), &stored))
     }
 
-    /// Which of the pages in `present` of a shared segment the parent has. A segment may be written by
-    /// `write(2)` and by tasks outside of the tree, so only its content tells.
+    /// Which of the pages in `present` of a shared segment the parent has; `source` reads the segment. Only
+    /// its content tells (see `segments.rs`).
     pub fn unchanged_of_segment(
         &self,
-        id: u64,
+        segment: &Segment,
         present: &[PageRun],
         source: &Arc<dyn PageSource>,
     ) -> Result<Vec<PageRun>, DumpError> {
+        let id = segment.id;
         let parent = self.lineage.parent.as_ref();
         let parent = parent.filter(|parent| parent.has(ImageKind::ShmemPagemap, id));
         let (Some(parent), false) = (parent, self.kind == TrackerKind::None) else {
             return Ok(Vec::new());
         };
-        let index = Arc::new(PageIndex::read(parent, ImageKind::ShmemPagemap, id)?);
+        let (index, before) = match self.parent_segments.get(&id) {
+            Some((index, pages)) => (index.clone(), Some(pages.clone())),
+            None => {
+                let index = PageIndex::read(parent, ImageKind::ShmemPagemap, id)?;
+                (Arc::new(index), None)
+            }
+        };
+        let now = self.segments.of(segment.file.as_fd());
+        let maps = now.zip(before).map(|(now, before)| Maps { now, before });
         let whole = Area {
             range: TaskAddr(0)..TaskAddr(u64::MAX),
             selection: Selection::Everything,
         };
-        Ok(ContentTracker::new(source.clone(), index).unchanged(&whole, present)?)
+        let tracker = ContentTracker::new(source.clone(), index);
+        Ok(tracker.with_maps(maps).unchanged(&whole, present)?)
     }
 
     /// Ends a new round once its images are whole. `unsure` are pages that were not copied for sure.

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use floe_image::PagesReader;
 use floe_kernel::ids::PAGE_SIZE;
+use floe_kernel::mapped_file::MappedFile;
 
 use super::{Area, DirtyTracker, TrackError, TrackerKind};
 use crate::resolve::{PageIndex, StoredRun};
@@ -28,6 +29,37 @@ const WORKERS: usize = 2;
 pub struct ContentTracker {
     pages: Arc<dyn PageSource>,
     parent: Arc<PageIndex>,
+    maps: Option<Maps>,
+}
+
+/// Both sides, mapped: comparing them copies nothing.
+#[derive(Clone, Debug)]
+pub struct Maps {
+    pub now: Arc<MappedFile>,
+    pub before: Arc<MappedPages>,
+}
+
+/// The pages files of an index, mapped, by their numbers; `None` for one that cannot be.
+#[derive(Debug)]
+pub struct MappedPages(Vec<Option<MappedFile>>);
+
+impl MappedPages {
+    /// Maps what `parent` has, and reads it if it is not in memory.
+    pub fn of(parent: &PageIndex) -> MappedPages {
+        let open = |number| {
+            let file = parent.open(number).ok()?;
+            let file = file.as_plain()?;
+            let mapped = MappedFile::of(file, file.metadata().ok()?.len()).ok()?;
+            let runs = parent.runs().iter().filter(|run| run.file == number);
+            for run in runs {
+                let first = run.offset / PAGE_SIZE * PAGE_SIZE;
+                // What cannot be read must not be touched.
+                mapped.populate(first..run.offset + run.len).ok()?;
+            }
+            Some(mapped)
+        };
+        MappedPages((0..parent.file_count()).map(open).collect())
+    }
 }
 
 /// A piece of at most [`CHUNK`] bytes, and the file that has what it was.
@@ -36,7 +68,34 @@ type Piece = (StoredRun, Arc<PagesReader>);
 impl ContentTracker {
     /// Compares `pages` with what `parent` has.
     pub fn new(pages: Arc<dyn PageSource>, parent: Arc<PageIndex>) -> Self {
-        ContentTracker { pages, parent }
+        ContentTracker {
+            pages,
+            parent,
+            maps: None,
+        }
+    }
+
+    /// Compares through mappings where they reach.
+    pub fn with_maps(mut self, maps: Option<Maps>) -> Self {
+        self.maps = maps;
+        self
+    }
+
+    /// Compares a piece through mappings; `None` where there are none.
+    fn compare_mapped(&self, stored: &StoredRun, unchanged: &mut Vec<PageRun>) -> Option<()> {
+        let maps = self.maps.as_ref()?;
+        let before = maps.before.0.get(stored.file as usize)?.as_ref()?;
+        let (start, offset) = (stored.start, stored.offset);
+        if stored.end() > maps.now.size() || offset + stored.len > before.size() {
+            return None;
+        }
+        for done in (0..stored.len).step_by(PAGE_SIZE as usize) {
+            let page = start + done;
+            if maps.now.same(page, (before, offset + done), PAGE_SIZE) {
+                push_run(unchanged, page, page + PAGE_SIZE);
+            }
+        }
+        Some(())
     }
 
     /// What the parent has of these pages, in pieces.
@@ -80,6 +139,9 @@ impl ContentTracker {
         [now, before]: &mut [Vec<u8>; 2],
         unchanged: &mut Vec<PageRun>,
     ) -> Result<(), TrackError> {
+        if self.compare_mapped(stored, unchanged).is_some() {
+            return Ok(());
+        }
         let at = stored.start;
         let failed = |source| TrackError::Compare { at, source };
         now.resize(stored.len as usize, 0);

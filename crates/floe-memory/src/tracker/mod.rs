@@ -20,7 +20,7 @@ use crate::resolve::IndexError;
 use crate::select::{PageRun, ScanError, Selection};
 use floe_image::ImageError;
 
-pub use content::ContentTracker;
+pub use content::{ContentTracker, MappedPages, Maps};
 pub use none::NoTracker;
 pub use soft_dirty::SoftDirtyTracker;
 pub use uffd::UffdTracker;

@@ -22,7 +22,10 @@ pub const PROGRAMS: &[Program] = &[
 ];
 
 /// The workload of dumps in rounds.
-pub const IN_ROUNDS: &[Program] = &[Program::new("bench-rounds", rounds)];
+pub const IN_ROUNDS: &[Program] = &[
+    Program::new("bench-rounds", rounds),
+    Program::new("bench-rounds-shared", rounds_shared),
+];
 
 const GIB: usize = 1 << 30;
 
@@ -69,9 +72,12 @@ fn small(place: &Place) -> anyhow::Result<Check> {
 }
 
 /// A filled GiB: the mapping and its first page of interest.
-fn gibibyte(advice: i32) -> anyhow::Result<(&'static Mapping, usize)> {
+fn gibibyte(
+    how: fn(usize) -> Map<'static>,
+    advice: i32,
+) -> anyhow::Result<(&'static Mapping, usize)> {
     const HUGE: usize = 2 << 20;
-    let memory = Map::private(GIB + HUGE).make()?.leak();
+    let memory = how(GIB + HUGE).make()?.leak();
     let first = (HUGE - memory.address() % HUGE) % HUGE / PAGE;
     let count = GIB / PAGE;
     memory.advise(first, count, advice)?;
@@ -82,7 +88,7 @@ fn gibibyte(advice: i32) -> anyhow::Result<(&'static Mapping, usize)> {
 }
 
 fn memory(place: &Place, advice: i32) -> anyhow::Result<Check> {
-    let (memory, first) = gibibyte(advice)?;
+    let (memory, first) = gibibyte(Map::private, advice)?;
     let count = GIB / PAGE;
     start_clock(place)?;
     Ok(Box::new(move || {
@@ -105,7 +111,16 @@ fn huge(place: &Place) -> anyhow::Result<Check> {
 /// which the word is zero again; or, while the fourth is not zero, pages of a part of it again and again,
 /// counted in the fifth.
 fn rounds(place: &Place) -> anyhow::Result<Check> {
-    let (memory, first) = gibibyte(libc::MADV_NOHUGEPAGE)?;
+    changing(place, Map::private)
+}
+
+/// The same with shared memory.
+fn rounds_shared(place: &Place) -> anyhow::Result<Check> {
+    changing(place, Map::shared)
+}
+
+fn changing(place: &Place, how: fn(usize) -> Map<'static>) -> anyhow::Result<Check> {
+    let (memory, first) = gibibyte(how, libc::MADV_NOHUGEPAGE)?;
     let count = GIB / PAGE;
     let board = start_clock(place)?;
     std::thread::spawn(move || {
