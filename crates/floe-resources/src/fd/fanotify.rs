@@ -126,7 +126,8 @@ fn a_mount_of(
     let mut mounts = mounts.iter();
     let found = mounts.find(|mount| mount.dev_major << 20 | mount.dev_minor == device);
     found.map(|mount| mount.id.cast_unsigned()).ok_or_else(|| {
-        let what = format!("a fanotify mark on the file system {device:#x}, which is mounted nowhere");
+        let what =
+            format!("a fanotify mark on the file system {device:#x}, which is mounted nowhere");
         let remedy = "remove the mark, or mount the file system in the tree";
         CollectError::Unsupported(Obstacle::fd(fd.pid(), fd.fd(), what, remedy))
     })
