@@ -1,17 +1,18 @@
 //! The piece of a task's memory that holds the executor and its program.
 //!
-//! Contract relied on: `process_vm_readv` and `process_vm_writev` touch the local buffers named in
-//! the iovecs only; `clone3` without `CLONE_VM` gives the child its own copy of the arena.
+//! Contract relied on: `clone3` without `CLONE_VM` gives the child its own copy of the arena.
 
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
 use floe_kernel::fault;
-use floe_kernel::ids::HostPid;
+use floe_kernel::ids::{HostPid, TaskAddr};
 use floe_kernel::ptrace::{self, Regs, WaitStatus, options};
+use floe_kernel::vm;
 
 use crate::arch;
+use crate::call::{RemoteCall, remote_call, remote_calls};
 use crate::error::{InjectError, OnTask};
 use crate::program::{Arg, ENTRY_SIZE, Outcome, Program};
 use crate::tracee::{Seized, Stopped, wait_for_stop};
@@ -59,27 +60,51 @@ impl Arena {
         gate: u64,
         signal: QuietSignal,
     ) -> Result<Arena, InjectError> {
-        fault::point();
+        let mut arenas = Arena::inject_all([(thread, gate, signal)]);
+        arenas.pop().expect("one for each")
+    }
+
+    /// As [`Arena::inject`], into many tasks at once.
+    pub fn inject_all<'t>(
+        tasks: impl IntoIterator<Item = (&'t mut Stopped, u64, QuietSignal)>,
+    ) -> Vec<Result<Arena, InjectError>> {
         let len = ARENA_BYTES;
         let prot = libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let args = [0, len as u64, prot as u64, flags as u64, u64::MAX, 0];
-        let base = remote_call(thread, gate, ("mmap of the executor", libc::SYS_mmap), args)?;
-        let arena = Arena {
-            base: base as u64,
-            len,
-            signal,
-        };
-        write_memory(thread.pid(), arena.base, arch::executor_code()).map_err(|source| {
-            InjectError::WriteProgram {
-                pid: thread.pid(),
-                source,
-            }
-        })?;
-        thread.note_arena(Some((arena.base, arena.len as u64)));
-        arena.idle(thread)?;
+        let (mut calls, mut signals) = (Vec::new(), Vec::new());
+        for (thread, gate, signal) in tasks {
+            fault::point();
+            signals.push(signal);
+            calls.push(RemoteCall {
+                thread,
+                gate,
+                call: ("mmap of the executor", libc::SYS_mmap),
+                args: [0, len as u64, prot as u64, flags as u64, u64::MAX, 0],
+            });
+        }
+        let bases = remote_calls(&mut calls);
+        let mapped = calls.iter().zip(signals).zip(bases);
+        mapped
+            .map(|((call, signal), base)| {
+                let arena = Arena {
+                    base: base? as u64,
+                    len,
+                    signal,
+                };
+                arena.settle(call.thread).map(|()| arena)
+            })
+            .collect()
+    }
+
+    /// Writes the executor, and has the thread wait in it.
+    fn settle(&self, thread: &Stopped) -> Result<(), InjectError> {
+        let pid = thread.pid();
+        vm::write_exact(pid, TaskAddr(self.base), arch::executor_code())
+            .map_err(|source| InjectError::WriteProgram { pid, source })?;
+        thread.note_arena(Some((self.base, self.len as u64)));
+        self.idle(thread)?;
         fault::point();
-        Ok(arena)
+        Ok(())
     }
 
     /// Lets the thread wait in the executor, rather than go on behind a call of ours, should its
@@ -141,7 +166,7 @@ impl Arena {
             });
         }
         let base = self.base + PROGRAMS + offset as u64;
-        write_memory(pid, base, &program.assemble(base))
+        vm::write_exact(pid, TaskAddr(base), &program.assemble(base))
             .map_err(|source| InjectError::WriteProgram { pid, source })?;
         let saved = thread.save()?;
         let mut regs = saved.regs;
@@ -165,7 +190,7 @@ impl Arena {
         let regs = self.wait_for_end(thread)?;
         let base = self.base + PROGRAMS + offset as u64;
         let mut image = vec![0; program.arena_bytes()];
-        read_memory(pid, base, &mut image)
+        vm::read_exact(pid, TaskAddr(base), &mut image)
             .map_err(|source| InjectError::ReadResults { pid, source })?;
         let outcome = program.outcome(image);
         let reached = (arch::current_entry(&regs) - base) as usize / ENTRY_SIZE;
@@ -273,85 +298,34 @@ impl Arena {
     /// Unmaps the arena and puts back what the thread was. It stays stopped, with nothing of ours left
     /// in it. All other threads that ran programs here must have been put back before.
     pub fn remove(self, thread: &mut Stopped) -> Result<(), InjectError> {
-        fault::point();
-        let args = [self.base, self.len as u64, 0, 0, 0, 0];
-        self.call(thread, ("munmap of the executor", libc::SYS_munmap), args)?;
-        thread.note_arena(None);
-        thread.put_back()
+        Arena::remove_all([(self, thread)])
     }
-}
 
-/// Makes one system call in a stopped thread through a `syscall` instruction at `gate`.
-///
-/// The thread is left at the exit of the call: not one instruction after it has run.
-pub fn remote_call(
-    thread: &mut Stopped,
-    gate: u64,
-    call: (&'static str, i64),
-    args: [u64; 6],
-) -> Result<i64, InjectError> {
-    let pid = thread.pid();
-    let (label, number) = call;
-    let saved = thread.save()?;
-    let mut regs = saved.regs;
-    arch::aim_at_call(&mut regs, gate, number, args);
-    ptrace::set_regs(pid, &regs).on(pid, "setregs")?;
-    ptrace::set_sigmask(pid, u64::MAX).on(pid, "setsigmask")?;
-    for expected in ["the entry of a call", "the exit of a call"] {
-        ptrace::cont_to_syscall(pid, 0).on(pid, "syscall")?;
-        loop {
-            match wait_for_stop(pid)? {
-                WaitStatus::Syscall => break,
-                WaitStatus::Event {
-                    event: ptrace::EVENT_STOP,
-                    ..
-                } => {}
-                WaitStatus::Signal(signal @ (libc::SIGSTOP | libc::SIGCONT)) => {
-                    thread.put_off(signal)
-                }
-                status => {
-                    return Err(InjectError::UnexpectedStop {
-                        pid,
-                        status,
-                        expected,
-                    });
-                }
+    /// As [`Arena::remove`], in many tasks at once; the first error after all were tried.
+    pub fn remove_all<'t>(
+        executors: impl IntoIterator<Item = (Arena, &'t mut Stopped)>,
+    ) -> Result<(), InjectError> {
+        let calls = executors.into_iter().map(|(arena, thread)| {
+            fault::point();
+            RemoteCall {
+                thread,
+                gate: arena.base + arch::gate_offset(),
+                call: ("munmap of the executor", libc::SYS_munmap),
+                args: [arena.base, arena.len as u64, 0, 0, 0, 0],
             }
-            ptrace::cont_to_syscall(pid, 0).on(pid, "syscall")?;
-        }
-    }
-    let result = arch::call_result(&ptrace::regs(pid).on(pid, "getregs")?);
-    if (-4095..0).contains(&result) {
-        let source = io::Error::from_raw_os_error(-result as i32);
-        return Err(InjectError::Call {
-            pid,
-            label: label.into(),
-            index: 0,
-            source,
         });
-    }
-    Ok(result)
-}
-
-/// Finds a `syscall` instruction in executable memory of a task; the vDSO has one.
-pub fn find_gate(pid: HostPid, executable: Range<u64>) -> Result<u64, InjectError> {
-    const CHUNK: usize = 64 * 1024;
-    let mut chunk = vec![0u8; CHUNK];
-    let mut at = executable.start;
-    while at < executable.end {
-        let len = CHUNK.min((executable.end - at) as usize);
-        if read_memory(pid, at, &mut chunk[..len]).is_err() {
-            break;
+        let mut calls: Vec<_> = calls.collect();
+        let mut first_error = Ok(());
+        let results = remote_calls(&mut calls);
+        for (call, result) in calls.iter_mut().zip(results) {
+            let done = result.and_then(|_| {
+                call.thread.note_arena(None);
+                call.thread.put_back()
+            });
+            first_error = first_error.and(done);
         }
-        let found = chunk[..len]
-            .windows(2)
-            .position(|pair| pair == arch::SYSCALL_INSTRUCTION);
-        if let Some(offset) = found {
-            return Ok(at + offset as u64);
-        }
-        at += len as u64;
+        first_error
     }
-    Err(InjectError::NoGate { pid })
 }
 
 /// How the first task of a restored tree comes to be.
@@ -500,46 +474,5 @@ impl Drop for LocalMapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and no reference into it exists.
         unsafe { libc::munmap(self.base, self.len) };
-    }
-}
-
-/// Reads a task's memory; all of `buffer` or an error.
-pub fn read_memory(pid: HostPid, at: u64, buffer: &mut [u8]) -> io::Result<()> {
-    let local = libc::iovec {
-        iov_base: buffer.as_mut_ptr().cast(),
-        iov_len: buffer.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: at as *mut libc::c_void,
-        iov_len: buffer.len(),
-    };
-    // SAFETY: the local iovec spans exactly `buffer`.
-    let done = unsafe { libc::process_vm_readv(pid.0, &local, 1, &remote, 1, 0) };
-    whole(done, buffer.len())
-}
-
-/// Writes a task's memory; all of `bytes` or an error.
-pub fn write_memory(pid: HostPid, at: u64, bytes: &[u8]) -> io::Result<()> {
-    if bytes.is_empty() {
-        return Ok(());
-    }
-    let local = libc::iovec {
-        iov_base: bytes.as_ptr().cast_mut().cast(),
-        iov_len: bytes.len(),
-    };
-    let remote = libc::iovec {
-        iov_base: at as *mut libc::c_void,
-        iov_len: bytes.len(),
-    };
-    // SAFETY: the kernel only reads the local iovec, which spans exactly `bytes`.
-    let done = unsafe { libc::process_vm_writev(pid.0, &local, 1, &remote, 1, 0) };
-    whole(done, bytes.len())
-}
-
-fn whole(done: isize, wanted: usize) -> io::Result<()> {
-    match usize::try_from(done) {
-        Err(_) => Err(io::Error::last_os_error()),
-        Ok(done) if done < wanted => Err(io::Error::from_raw_os_error(libc::EFAULT)),
-        Ok(_) => Ok(()),
     }
 }

@@ -5,16 +5,15 @@
 
 mod arch;
 mod arena;
+mod call;
 mod error;
 mod program;
 mod supervisor;
 mod tracee;
 
 pub use arch::TASK_SIZE;
-pub use arena::{
-    ARENA_BYTES, Arena, QuietSignal, RootSpawn, find_gate, puppet_options, read_memory,
-    remote_call, spawn_root, write_memory,
-};
+pub use arena::{ARENA_BYTES, Arena, QuietSignal, RootSpawn, puppet_options, spawn_root};
+pub use call::{find_gate, remote_call};
 pub use error::InjectError;
 pub use program::{Arg, BufferId, CallId, Outcome, Program};
 pub use supervisor::{EngineEnd, Journal, RepairNote, Split, Supervisor, Watch, split};

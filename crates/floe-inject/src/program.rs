@@ -168,6 +168,35 @@ impl Program {
         });
     }
 
+    /// Adds the calls of another program behind its own. What the other's ids stand for is found in the
+    /// outcome by [`Outcome::behind`].
+    pub fn append(&mut self, other: &Program) {
+        let (calls, buffers, bytes) = (self.calls.len(), self.buffers.len(), self.data.len());
+        let moved = |buffer: BufferId| BufferId(buffer.0 + buffers);
+        self.calls
+            .extend(other.calls.iter().cloned().map(|mut call| {
+                for arg in &mut call.args {
+                    *arg = match *arg {
+                        Arg::Value(value) => Arg::Value(value),
+                        Arg::Result(earlier) => Arg::Result(CallId(earlier.0 + calls)),
+                        Arg::Buffer(buffer) => Arg::Buffer(moved(buffer)),
+                        Arg::At(buffer, offset) => Arg::At(moved(buffer), offset),
+                        Arg::Load(buffer, offset) => Arg::Load(moved(buffer), offset),
+                    };
+                }
+                call
+            }));
+        self.data.extend_from_slice(&other.data);
+        let places = other.buffers.iter();
+        self.buffers
+            .extend(places.map(|&(start, len)| (start + bytes, len)));
+        let pointers = other.pointers.iter();
+        self.pointers.extend(pointers.map(|pointer| Pointer {
+            at: pointer.at + bytes,
+            to: moved(pointer.to),
+        }));
+    }
+
     /// Whether it has no calls.
     pub fn is_empty(&self) -> bool {
         self.calls.is_empty()
@@ -227,7 +256,11 @@ impl Program {
             .iter()
             .map(|&(start, len)| (data_base + start, len))
             .collect();
-        Outcome { image, buffers }
+        Outcome {
+            image,
+            buffers,
+            first_call: 0,
+        }
     }
 }
 
@@ -236,12 +269,20 @@ impl Program {
 pub struct Outcome {
     image: Vec<u8>,
     buffers: Vec<(usize, usize)>,
+    first_call: usize,
 }
 
 impl Outcome {
+    /// What a program left behind that was appended to `first`.
+    pub fn behind(mut self, first: &Program) -> Outcome {
+        self.first_call += first.calls.len();
+        self.buffers.drain(..first.buffers.len());
+        self
+    }
+
     /// The result of a call as the kernel gave it: negative errno on failure.
     pub fn result(&self, call: CallId) -> i64 {
-        let at = call.0 * ENTRY_SIZE + RESULT_OFFSET;
+        let at = (self.first_call + call.0) * ENTRY_SIZE + RESULT_OFFSET;
         i64::from_le_bytes(self.image[at..at + 8].try_into().expect("eight bytes"))
     }
 

@@ -27,7 +27,8 @@ use floe_kernel::tcp_repair;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
-use crate::arena::{Arena, remote_call};
+use crate::arena::Arena;
+use crate::call::remote_call;
 use crate::error::InjectError;
 use crate::tracee::{Saved, Seized, Stopped};
 

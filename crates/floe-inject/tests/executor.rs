@@ -185,6 +185,61 @@ fn a_puppet_is_a_task_with_one_page() {
     // Both are killed when they are dropped.
 }
 
+#[test]
+fn an_appended_program_finds_its_own_results_and_buffers() {
+    let sleeper = Sleeper::start();
+    let mut thread = sleeper.stop();
+    let gate = find_gate(thread.pid(), sleeper.vdso()).unwrap();
+    let arena = Arena::inject(&mut thread, gate, QuietSignal::PUPPET).unwrap();
+    let mut first = Program::new();
+    first.zeroed(24);
+    first.call("getpid", libc::SYS_getpid, &[]);
+    let mut second = Program::new();
+    let ends = second.zeroed(8);
+    let pipe = second.call("pipe2", libc::SYS_pipe2, &[Arg::from(ends), Arg::from(0)]);
+    let own = second.call("getpid", libc::SYS_getpid, &[]);
+    let group = second.call("getpgid", libc::SYS_getpgid, &[Arg::from(own)]);
+    second.call(
+        "close_range",
+        libc::SYS_close_range,
+        &[Arg::from(3), Arg::from(u32::MAX), Arg::from(0)],
+    );
+    let mut both = first.clone();
+    both.append(&second);
+    let outcome = arena.run(&mut thread, &both).unwrap().behind(&first);
+    assert_eq!(outcome.result(pipe), 0);
+    assert_ne!(outcome.word(ends, 0), 0);
+    assert_eq!(outcome.result(own), i64::from(thread.pid().0));
+    assert!(outcome.result(group) > 0);
+    arena.remove(&mut thread).unwrap();
+    thread.release().unwrap();
+}
+
+#[test]
+fn executors_of_many_tasks_come_and_go_together() {
+    let sleepers: Vec<Sleeper> = (0..3).map(|_| Sleeper::start()).collect();
+    let mut threads: Vec<Stopped> = sleepers.iter().map(Sleeper::stop).collect();
+    let before: Vec<String> = sleepers.iter().map(Sleeper::maps).collect();
+    let gates = sleepers
+        .iter()
+        .map(|sleeper| find_gate(HostPid(sleeper.0.id() as i32), sleeper.vdso()).unwrap());
+    let gates: Vec<u64> = gates.collect();
+    let wanted = threads.iter_mut().zip(gates);
+    let arenas =
+        Arena::inject_all(wanted.map(|(thread, gate)| (thread, gate, QuietSignal::PUPPET)));
+    let arenas: Vec<Arena> = arenas.into_iter().map(Result::unwrap).collect();
+    for (sleeper, arena) in sleepers.iter().zip(&arenas) {
+        assert!(
+            sleeper
+                .maps()
+                .contains(&format!("{:x}-", arena.range().start))
+        );
+    }
+    Arena::remove_all(arenas.into_iter().zip(&mut threads)).unwrap();
+    let after: Vec<String> = sleepers.iter().map(Sleeper::maps).collect();
+    assert_eq!(before, after);
+}
+
 fn clone_args(flags: u64) -> Vec<u8> {
     let words = [flags, 0, 0, 0, libc::SIGCHLD as u64, 0, 0, 0, 0, 0, 0];
     words.iter().flat_map(|word| word.to_le_bytes()).collect()

@@ -104,6 +104,17 @@ pub fn read_exact(pid: HostPid, start: TaskAddr, buffer: &mut [u8]) -> io::Resul
     }
 }
 
+/// Writes all of `bytes` at `start`.
+pub fn write_exact(pid: HostPid, start: TaskAddr, bytes: &[u8]) -> io::Result<()> {
+    if bytes.is_empty() {
+        return Ok(());
+    }
+    match write_scattered(pid, &[RemoteWrite { start, bytes }])? {
+        written if written == bytes.len() => Ok(()),
+        _ => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

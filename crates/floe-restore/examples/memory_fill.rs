@@ -153,6 +153,7 @@ fn restore(
     let mut puppet = Puppet {
         arena: &arena,
         thread: &mut thread,
+        first: floe_inject::Program::new(),
     };
     map(&plan, &mut puppet, &|_| None, TaskFd(exe.as_raw_fd()))?;
     let mapped = lap();

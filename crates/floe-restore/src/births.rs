@@ -11,6 +11,7 @@ use floe_resources::namespace::{has_own_pids, time};
 use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
 
 use crate::kin::{find_child, known_children, threads_by_number};
+use crate::memory;
 use crate::midwife;
 use crate::tree::{Birth, Tree, is_zombie};
 
@@ -78,8 +79,17 @@ impl Births<'_> {
                     arena,
                     arena_bytes: ARENA_BYTES,
                 };
-                let (arena, leader) = world.inside(|world| {
+                let (arena, mut leader) = world.inside(|world| {
                     time::in_new_clocks(world, |world| midwife::root(world, spawn))
+                })?;
+                let mut body = memory::Puppet {
+                    arena: &arena,
+                    thread: &mut leader,
+                    first: Program::new(),
+                };
+                memory::clear(&mut body).map_err(|source| ExecuteError::Memory {
+                    pid,
+                    source: Box::new(source),
                 })?;
                 let event = HookEvent::new(Action::SetupNamespaces, Some(leader.pid().0));
                 world.puppets.insert(
@@ -394,6 +404,9 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
         | libc::CLONE_SIGHAND
         | libc::CLONE_THREAD
         | libc::CLONE_SYSVSEM;
+    if tids.is_empty() {
+        return Ok(());
+    }
     let own_pids = has_own_pids(world.images);
     let puppet = world.puppet(pid)?;
     for some in tids.chunks(THREADS_AT_ONCE) {

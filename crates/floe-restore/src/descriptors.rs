@@ -98,7 +98,7 @@ fn install(world: &mut World<'_>, pid: u32, fds: &[FdinfoEntry]) -> Result<(), E
         world.run(pid, &std::mem::take(&mut program))?;
     }
     close_all_others(&mut program, fds, kept);
-    world.run(pid, &program).map(drop)
+    world.defer(pid, program)
 }
 
 /// Closes every descriptor that the task did not have, but one that is `kept` for later.
@@ -134,7 +134,9 @@ fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError
         .get(&root)
         .and_then(|file| file.reg.as_ref())
         .is_some_and(|file| file.name == "/");
-    let mut needs = vec![Handle::Files, Handle::File(cwd), Handle::File(root)];
+    // After other settings of the same task, so that one program does both.
+    let early = Handle::Object("early", u64::from(pid));
+    let mut needs = vec![Handle::Files, Handle::File(cwd), Handle::File(root), early];
     if own_of_root(planner.images, NsKind::Mnt).is_some() {
         needs.push(mount::entered(pid));
     }
@@ -156,7 +158,7 @@ fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError
             if let Some(umask) = umask {
                 program.call("umask", libc::SYS_umask, &[Arg::from(umask)]);
             }
-            world.run(pid, &program).map(drop)
+            world.defer(pid, program)
         },
     );
     Ok(())

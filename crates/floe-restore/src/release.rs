@@ -1,8 +1,9 @@
 //! The last act: registers in, executor out, everybody runs.
 
 use floe_image::messages::{CoreEntry, RseqEntry};
-use floe_inject::{Saved, Stopped};
+use floe_inject::{Arena, Saved, Stopped};
 use floe_kernel::ptrace;
+use floe_kernel::vm;
 use floe_options::AfterRestore;
 use floe_resources::restore::{
     Attempt, ExecuteError, PlanError, Puppet, TaskImages, TaskState, World,
@@ -101,9 +102,8 @@ fn set_final_state(
     ptrace::set_xstate(pid, area).during("Setting the FPU state", what)?;
     let mut regs = registers::from_image(&info.gpregs);
     if let Some(registration) = rseq_of(core) {
-        let read = |at: floe_kernel::ids::TaskAddr, buffer: &mut [u8]| {
-            floe_inject::read_memory(pid, at.0, buffer)
-        };
+        let read =
+            |at: floe_kernel::ids::TaskAddr, buffer: &mut [u8]| vm::read_exact(pid, at, buffer);
         regs.rip = rseq::fix_ip(registration, regs.rip, read)
             .during("Reading the restartable sequence", what)?;
     }
@@ -124,7 +124,7 @@ fn write_rseq_pointer(thread: &Stopped, core: &CoreEntry) -> Result<(), ExecuteE
         return Ok(());
     };
     let pid = thread.pid();
-    floe_inject::write_memory(pid, at.0, &pointer.to_le_bytes())
+    vm::write_exact(pid, at, &pointer.to_le_bytes())
         .during("Writing the restartable sequence", || {
             format!("of thread {pid}")
         })
@@ -139,14 +139,11 @@ fn late(error: PlanError) -> ExecuteError {
 fn remove_executors(world: &mut World<'_>) -> Result<(), ExecuteError> {
     let images = world.images;
     let mut done = std::collections::BTreeSet::new();
-    for (pid, puppet) in &mut world.puppets {
-        let space = images
-            .task(*pid)
-            .and_then(|task| task.ids.as_ref())
-            .map_or(*pid, |ids| ids.vm_id);
-        if done.insert(space) {
-            puppet.arena.clone().remove(&mut puppet.leader)?;
-        }
-    }
-    Ok(())
+    let first_of_space = world.puppets.iter_mut().filter(|(pid, _)| {
+        let task = images.task(**pid);
+        let space = task.and_then(|task| task.ids.as_ref());
+        done.insert(space.map_or(**pid, |ids| ids.vm_id))
+    });
+    let executors = first_of_space.map(|(_, puppet)| (puppet.arena.clone(), &mut puppet.leader));
+    Ok(Arena::remove_all(executors)?)
 }

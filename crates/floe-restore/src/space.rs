@@ -186,10 +186,12 @@ fn fill(
         parents,
         in_order: world.images.dir.passes_by(),
     };
+    let first = world.take_deferred(pid, 0)?;
     let puppet = world.puppet(pid)?;
     let mut body = memory::Puppet {
         arena: &puppet.arena,
         thread: &mut puppet.leader,
+        first,
     };
     memory::map(
         plan,

@@ -165,7 +165,9 @@ fn plan_task<'i>(
     let run = |program: Program| move |world: &mut World<'i>| world.run(pid, &program).map(drop);
     let early = rebuild::plan_task(&task.core, &background.of(task, pid))?;
     let name = "settings before memory";
-    planner.task_step(pid, name, (&[], &[object("early")]), run(early));
+    planner.task_step(pid, name, (&[], &[object("early")]), move |world| {
+        world.defer(pid, early)
+    });
     let born = background.birth.loginuid;
     if let Some(uid) = rebuild::attributes::loginuid(&task.core, born, &images.owners) {
         let (needs, makes) = ([Handle::Tree, object("early")], [object("loginuid")]);
@@ -200,17 +202,19 @@ fn plan_task<'i>(
         pid,
         "state of threads",
         (&[Handle::Threads(pid)], &[object("thread state")]),
-        move |world| run_all(world, pid, &state),
+        move |world| run_all(world, pid, state),
     );
     Ok(last)
 }
 
 /// Runs the programs of the other threads at once, then that of the leader.
-fn run_all(world: &mut World<'_>, pid: u32, programs: &Programs) -> Result<(), ExecuteError> {
-    let puppet = world.puppet(pid)?;
-    run_others(puppet, pid, programs)?;
-    match programs.iter().find(|(tid, _)| *tid == pid) {
-        Some((_, program)) => puppet.run(program).map(drop),
+fn run_all(world: &mut World<'_>, pid: u32, mut programs: Programs) -> Result<(), ExecuteError> {
+    if programs.iter().any(|(tid, _)| *tid != pid) {
+        run_others(world.puppet(pid)?, pid, &programs)?;
+    }
+    let leaders = programs.iter().position(|(tid, _)| *tid == pid);
+    match leaders.map(|at| programs.swap_remove(at)) {
+        Some((_, program)) => world.defer(pid, program),
         None => Ok(()),
     }
 }

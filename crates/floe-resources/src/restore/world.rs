@@ -74,6 +74,8 @@ pub struct World<'i> {
     before_release: Vec<Undo>,
     tidy: Vec<Undo>,
     namespaces: Namespaces,
+    /// What a task has still to do, with what it does next.
+    deferred: Option<(u32, Program)>,
 }
 
 impl<'i> World<'i> {
@@ -102,6 +104,7 @@ impl<'i> World<'i> {
             before_release: Vec::new(),
             tidy: Vec::new(),
             namespaces: Namespaces::default(),
+            deferred: None,
         }
     }
 
@@ -199,13 +202,65 @@ impl<'i> World<'i> {
         }
     }
 
-    /// Runs a program in the leader of a task.
+    /// Runs a program in the leader of a task, behind what was deferred.
     pub fn run(&mut self, pid: u32, program: &Program) -> Result<Option<Outcome>, ExecuteError> {
-        self.puppet(pid)?.run(program)
+        if program.is_empty() {
+            return Ok(None);
+        }
+        let first = self.take_deferred(pid, program.arena_bytes())?;
+        let puppet = self.puppet(pid)?;
+        if first.is_empty() {
+            return puppet.run(program);
+        }
+        let mut both = first.clone();
+        both.append(program);
+        let outcome = puppet.run(&both)?;
+        Ok(outcome.map(|outcome| outcome.behind(&first)))
     }
 
-    /// A task that a step before has made.
+    /// Has the leader of a task run a program before, or with, whatever it does next: each program that
+    /// runs for itself is a stop of the task. Nobody but the task may notice before the end of its steps.
+    pub fn defer(&mut self, pid: u32, program: Program) -> Result<(), ExecuteError> {
+        if program.is_empty() {
+            return Ok(());
+        }
+        let mut all = self.take_deferred(pid, program.arena_bytes())?;
+        all.append(&program);
+        self.deferred = Some((pid, all));
+        Ok(())
+    }
+
+    /// What a task has still to do, for whoever runs it with a program that takes `bytes` in the arena. It is
+    /// run here where both do not fit, and where it is another task's.
+    pub fn take_deferred(&mut self, pid: u32, bytes: usize) -> Result<Program, ExecuteError> {
+        let fits = |puppet: &Puppet, program: &Program| {
+            program.arena_bytes() + bytes <= puppet.arena.capacity()
+        };
+        match self.deferred.take() {
+            None => Ok(Program::new()),
+            Some((of, program))
+                if of == pid && self.puppets.get(&pid).is_some_and(|it| fits(it, &program)) =>
+            {
+                Ok(program)
+            }
+            other => {
+                self.deferred = other;
+                self.run_deferred().map(|()| Program::new())
+            }
+        }
+    }
+
+    /// Runs what was deferred.
+    pub fn run_deferred(&mut self) -> Result<(), ExecuteError> {
+        match self.deferred.take() {
+            Some((pid, program)) => self.puppet(pid)?.run(&program).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// A task that a step before has made, with nothing deferred.
     pub fn puppet(&mut self, pid: u32) -> Result<&mut Puppet, ExecuteError> {
+        self.run_deferred()?;
         self.puppets
             .get_mut(&pid)
             .ok_or_else(|| ExecuteError::Failed {

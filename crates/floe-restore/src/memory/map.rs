@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use floe_inject::{Arena, Arg, Program, Stopped, TASK_SIZE};
-use floe_kernel::ids::TaskFd;
+use floe_kernel::ids::{HostPid, TaskFd};
 
 use super::error::MemoryError;
 use super::plan::MemoryPlan;
@@ -33,6 +33,8 @@ pub struct Puppet<'a> {
     pub arena: &'a Arena,
     /// Its first thread.
     pub thread: &'a mut Stopped,
+    /// What it does before anything else.
+    pub first: Program,
 }
 
 /// Programs of one task, cut where the arena is full.
@@ -44,8 +46,8 @@ pub(super) struct Steps<'p, 'a> {
 impl<'p, 'a> Steps<'p, 'a> {
     pub fn new(puppet: &'p mut Puppet<'a>) -> Self {
         Steps {
+            program: std::mem::take(&mut puppet.first),
             puppet,
-            program: Program::new(),
         }
     }
 
@@ -79,24 +81,8 @@ pub fn map(
     exe: TaskFd,
 ) -> Result<(), MemoryError> {
     let pid = puppet.thread.pid();
-    let rseq =
-        floe_kernel::ptrace::rseq_configuration(pid).map_err(|source| MemoryError::Task {
-            pid,
-            what: "asking for its rseq registration",
-            source,
-        })?;
     let mut steps = Steps::new(puppet);
-    if rseq.rseq_abi_pointer != 0 {
-        // Of the process that was forked: the kernel would write there, where nothing will be mapped.
-        let args = [
-            rseq.rseq_abi_pointer,
-            u64::from(rseq.rseq_abi_size),
-            1,
-            u64::from(rseq.signature),
-        ];
-        let program = steps.program(0)?;
-        program.call("rseq (unregister)", libc::SYS_rseq, &args.map(Arg::from));
-    }
+    leave_old_rseq(pid, &mut steps)?;
     unmap_rest(&plan.kept(), &mut steps)?;
     set_numbers(plan, exe, &mut steps)?;
     for attachment in &plan.attachments {
@@ -117,6 +103,37 @@ pub fn map(
         map_region(plan, region, fd, steps.program(0)?);
     }
     steps.run()
+}
+
+/// Unmaps all that a task was born with but its executor: what it forks then is made fast.
+pub fn clear(puppet: &mut Puppet<'_>) -> Result<(), MemoryError> {
+    let (pid, arena) = (puppet.thread.pid(), puppet.arena.range());
+    let mut steps = Steps::new(puppet);
+    leave_old_rseq(pid, &mut steps)?;
+    unmap_rest(&[arena], &mut steps)?;
+    steps.run()
+}
+
+/// Unregisters the area of the process that was forked: the kernel would write there, where nothing will be
+/// mapped.
+fn leave_old_rseq(pid: HostPid, steps: &mut Steps<'_, '_>) -> Result<(), MemoryError> {
+    let rseq =
+        floe_kernel::ptrace::rseq_configuration(pid).map_err(|source| MemoryError::Task {
+            pid,
+            what: "asking for its rseq registration",
+            source,
+        })?;
+    if rseq.rseq_abi_pointer != 0 {
+        let args = [
+            rseq.rseq_abi_pointer,
+            u64::from(rseq.rseq_abi_size),
+            1,
+            u64::from(rseq.signature),
+        ];
+        let program = steps.program(0)?;
+        program.call("rseq (unregister)", libc::SYS_rseq, &args.map(Arg::from));
+    }
+    Ok(())
 }
 
 fn unmap_rest(kept: &[Range<u64>], steps: &mut Steps<'_, '_>) -> Result<(), MemoryError> {

@@ -27,7 +27,7 @@ mod work;
 pub use error::{MemoryError, PlanError};
 pub use fill::{FillOptions, FillStats, fill};
 pub use finish::finish;
-pub use map::{Puppet, map};
+pub use map::{Puppet, clear, map};
 pub use parents::ParentPages;
 pub use plan::{HostMemory, HugePages, MemoryPlan, MemoryRequest, choose_arena};
 pub use region::Source;

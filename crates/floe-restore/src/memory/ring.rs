@@ -8,7 +8,9 @@
 use std::ops::Range;
 
 use floe_image::messages::MmEntry;
-use floe_inject::{Arg, Program, read_memory, write_memory};
+use floe_inject::{Arg, Program};
+use floe_kernel::ids::TaskAddr;
+use floe_kernel::vm;
 use floe_memory::PageIndex;
 
 use super::error::{MemoryError, PlanError};
@@ -218,7 +220,7 @@ fn fill(ring: &RingPlan, plan: &MemoryPlan, puppet: &mut Puppet<'_>) -> Result<(
             bytes: run.len as usize,
             source,
         })?;
-        write_memory(pid, run.start, &bytes).map_err(|source| MemoryError::Fill {
+        vm::write_exact(pid, TaskAddr(run.start), &bytes).map_err(|source| MemoryError::Fill {
             pid,
             how: "process_vm_writev",
             start: run.start,
@@ -233,10 +235,12 @@ fn fill(ring: &RingPlan, plan: &MemoryPlan, puppet: &mut Puppet<'_>) -> Result<(
 fn check(ring: &RingPlan, puppet: &mut Puppet<'_>) -> Result<(), MemoryError> {
     let pid = puppet.thread.pid();
     let mut bytes = [0; HEADER];
-    read_memory(pid, ring.range.start, &mut bytes).map_err(|source| MemoryError::Task {
-        pid,
-        what: "reading its ring of asynchronous I/O",
-        source,
+    vm::read_exact(pid, TaskAddr(ring.range.start), &mut bytes).map_err(|source| {
+        MemoryError::Task {
+            pid,
+            what: "reading its ring of asynchronous I/O",
+            source,
+        }
     })?;
     let found = Header::of(&bytes);
     if found.events != ring.header.events {

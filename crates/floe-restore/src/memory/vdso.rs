@@ -9,9 +9,9 @@
 use std::ops::Range;
 
 use floe_image::messages::MmEntry;
-use floe_inject::read_memory;
 use floe_kernel::ids::{HostPid, TaskAddr};
 use floe_kernel::proc::Mapping;
+use floe_kernel::vm;
 use floe_memory::PageIndex;
 
 use super::error::PlanError;
@@ -73,7 +73,7 @@ impl HostVdso {
         let first = pieces.iter().map(|piece| piece.start.0).min();
         let mut bytes = vec![0; code.byte_len() as usize];
         let me = HostPid(std::process::id().cast_signed());
-        read_memory(me, code_start, &mut bytes)?;
+        vm::read_exact(me, TaskAddr(code_start), &mut bytes)?;
         Ok(HostVdso {
             data_len: code_start - first.unwrap_or(code_start),
             code: bytes,

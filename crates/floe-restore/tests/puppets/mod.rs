@@ -8,13 +8,11 @@ use std::sync::{Arc, Mutex};
 
 use floe_image::messages::{MmEntry, PagemapEntry, PagemapHead, VmaEntry};
 use floe_image::{ImageDir, ImageKind, ImageWriter, Sync};
-use floe_inject::{
-    ARENA_BYTES, Arena, Arg, Program, RootSpawn, Seized, Stopped, read_memory, spawn_root,
-    write_memory,
-};
-use floe_kernel::ids::{HostPid, TaskFd};
+use floe_inject::{ARENA_BYTES, Arena, Arg, Program, RootSpawn, Seized, Stopped, spawn_root};
+use floe_kernel::ids::{HostPid, TaskAddr, TaskFd};
 use floe_kernel::proc::{Mapping, parse_maps};
 use floe_kernel::ptrace;
+use floe_kernel::vm;
 use floe_memory::PageIndex;
 use floe_restore::memory::{
     FillOptions, FillStats, HostMemory, MemoryPlan, MemoryRequest, PlanError, Puppet, Source,
@@ -135,7 +133,7 @@ impl Layout {
         let vdso = own.iter().find(|piece| piece.name == b"[vdso]").unwrap();
         let mut bytes = vec![0; vdso.byte_len() as usize];
         let me = HostPid(std::process::id().cast_signed());
-        read_memory(me, vdso.start.0, &mut bytes).unwrap();
+        vm::read_exact(me, TaskAddr(vdso.start.0), &mut bytes).unwrap();
         *bytes.last_mut().unwrap() ^= 1;
         for (index, page) in bytes.chunks(PAGE as usize).enumerate() {
             self.pages.insert(code + index as u64 * PAGE, page.to_vec());
@@ -270,6 +268,7 @@ impl Restored {
         let mut puppet = Puppet {
             arena: &self.arena,
             thread: &mut self.thread,
+            first: Program::new(),
         };
         let opened = |source: Source| match source {
             Source::Segment { id } => self.segments.get(&id).map(|fd| TaskFd(fd.as_raw_fd())),
@@ -329,7 +328,7 @@ impl Restored {
         const NOWHERE: u64 = 0xdead_0000;
         let pid = self.pid();
         let top = stack - 16;
-        write_memory(pid, top, &NOWHERE.to_le_bytes()).unwrap();
+        vm::write_exact(pid, TaskAddr(top), &NOWHERE.to_le_bytes()).unwrap();
         let mut regs = ptrace::regs(pid).unwrap();
         (regs.rip, regs.rsp, regs.rdi, regs.orig_rax) = (address, top, 0, u64::MAX);
         ptrace::set_regs(pid, &regs).unwrap();
@@ -343,7 +342,7 @@ impl Restored {
 
     pub fn try_read(&self, at: u64, len: usize) -> std::io::Result<Vec<u8>> {
         let mut bytes = vec![0; len];
-        read_memory(self.pid(), at, &mut bytes).map(|()| bytes)
+        vm::read_exact(self.pid(), TaskAddr(at), &mut bytes).map(|()| bytes)
     }
 
     pub fn read(&self, at: u64, len: usize) -> Vec<u8> {
