@@ -12,6 +12,8 @@ pub(crate) const NLM_F_REQUEST: u16 = 1;
 pub(crate) const NLM_F_ACK: u16 = 4;
 /// Make the object if there is none.
 pub const NLM_F_CREATE: u16 = 0x400;
+/// Add it behind those that there are.
+pub const NLM_F_APPEND: u16 = 0x800;
 /// Refuse with `EEXIST` if there is one.
 pub const NLM_F_EXCL: u16 = 0x200;
 const NLM_F_DUMP: u16 = 0x300;

@@ -6,12 +6,13 @@
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-use crate::netlink::{NLM_F_CREATE, NetlinkSocket, attribute, attributes, nested};
+use crate::netlink::{NLM_F_APPEND, NLM_F_CREATE, NetlinkSocket, attribute, attributes, nested};
 
 const RTM_NEWLINK: u16 = 16;
 const RTM_DELLINK: u16 = 17;
 const RTM_GETLINK: u16 = 18;
 const RTM_SETLINK: u16 = 19;
+const RTM_NEWLINKPROP: u16 = 108;
 const RTM_NEWNSID: u16 = 88;
 const RTM_GETNSID: u16 = 90;
 
@@ -26,6 +27,10 @@ const IFLA_LINK_NETNSID: u16 = 37;
 const IFLA_NEW_IFINDEX: u16 = 49;
 const IFLA_INFO_KIND: u16 = 1;
 const IFLA_INFO_DATA: u16 = 2;
+const IFLA_INFO_SLAVE_DATA: u16 = 5;
+const IFLA_NUM_TX_QUEUES: u16 = 31;
+const IFLA_NUM_RX_QUEUES: u16 = 32;
+const IFLA_INFO_SLAVE_KIND: u16 = 4;
 const VETH_INFO_PEER: u16 = 1;
 const NETNSA_NSID: u16 = 1;
 const NETNSA_FD: u16 = 3;
@@ -58,6 +63,12 @@ pub struct Link {
     pub kind: String,
     /// The driver's own attributes.
     pub data: Vec<u8>,
+    /// What its master calls itself; empty for none.
+    pub port_kind: String,
+    /// What its master keeps about it.
+    pub port: Vec<u8>,
+    /// All attributes, as the kernel wrote them.
+    pub attributes: Vec<u8>,
 }
 
 /// Every device of the socket's namespace.
@@ -70,11 +81,18 @@ pub fn links(socket: &NetlinkSocket) -> io::Result<Vec<Link>> {
     Ok(found)
 }
 
+/// One device by its number.
+pub fn link(socket: &NetlinkSocket, index: LinkIndex) -> io::Result<Link> {
+    let answer = socket.ask(RTM_GETLINK, &header(index.0, 0))?;
+    Ok(parse_link(&answer).ok_or(io::ErrorKind::InvalidData)?)
+}
+
 fn parse_link(body: &[u8]) -> Option<Link> {
     let mut link = Link {
         hardware: u16::from_ne_bytes(body.get(2..4)?.try_into().ok()?),
         index: word(body.get(4..)?)?,
         flags: word(body.get(8..)?)?,
+        attributes: body.get(LINK_HEADER..)?.to_vec(),
         ..Link::default()
     };
     for (kind, value) in attributes(body.get(LINK_HEADER..)?) {
@@ -90,6 +108,8 @@ fn parse_link(body: &[u8]) -> Option<Link> {
                     match kind {
                         IFLA_INFO_KIND => link.kind = text(value),
                         IFLA_INFO_DATA => link.data = value.to_vec(),
+                        IFLA_INFO_SLAVE_KIND => link.port_kind = text(value),
+                        IFLA_INFO_SLAVE_DATA => link.port = value.to_vec(),
                         _ => {}
                     }
                 }
@@ -117,6 +137,8 @@ pub struct LinkRequest<'a> {
     pub namespace: Option<BorrowedFd<'a>>,
     /// The number that it is to have there.
     pub new_index: Option<u32>,
+    /// Further attributes, as the kernel writes them.
+    pub attributes: &'a [u8],
 }
 
 /// The other end of a veth pair in the making.
@@ -126,6 +148,28 @@ pub struct VethPeer<'a> {
     pub index: u32,
     pub name: Option<&'a str>,
     pub namespace: BorrowedFd<'a>,
+    /// Further attributes, as the kernel writes them.
+    pub attributes: &'a [u8],
+}
+
+/// What a driver is told about a device that is there already.
+#[derive(Clone, Copy, Debug)]
+pub enum Told<'a> {
+    /// To the driver of the device.
+    Device(&'a [u8]),
+    /// To the driver of its master.
+    Port(&'a [u8]),
+}
+
+/// The attributes of a link message that say how many queues it has.
+pub fn queue_counts(link: &[u8]) -> Vec<u8> {
+    let mut counts = Vec::new();
+    for (kind, value) in attributes(link) {
+        if matches!(kind, IFLA_NUM_TX_QUEUES | IFLA_NUM_RX_QUEUES) {
+            attribute(&mut counts, kind, value);
+        }
+    }
+    counts
 }
 
 impl LinkRequest<'_> {
@@ -149,6 +193,7 @@ impl LinkRequest<'_> {
         }
         let namespace = peer.namespace.as_raw_fd().to_ne_bytes();
         attribute(&mut end, IFLA_NET_NS_FD, &namespace);
+        end.extend_from_slice(peer.attributes);
         let mut data = Vec::new();
         attribute(&mut data, VETH_INFO_PEER, &end);
         self.make(socket, "veth", &data)
@@ -157,6 +202,20 @@ impl LinkRequest<'_> {
     /// Changes a device that is there.
     pub fn change(&self, socket: &NetlinkSocket) -> io::Result<()> {
         socket.request(RTM_SETLINK, 0, &self.body())
+    }
+
+    /// Gives drivers new attributes; `kind` is the driver's name.
+    pub fn tell(&self, socket: &NetlinkSocket, kind: &str, told: Told<'_>) -> io::Result<()> {
+        let (kind_at, data_at, data) = match told {
+            Told::Device(data) => (IFLA_INFO_KIND, IFLA_INFO_DATA, data),
+            Told::Port(data) => (IFLA_INFO_SLAVE_KIND, IFLA_INFO_SLAVE_DATA, data),
+        };
+        let mut body = self.body();
+        nested(&mut body, IFLA_LINKINFO, |info| {
+            attribute(info, kind_at, kind.as_bytes());
+            nested(info, data_at, |inner| inner.extend_from_slice(data));
+        });
+        socket.request(RTM_NEWLINK, 0, &body)
     }
 
     fn body(&self) -> Vec<u8> {
@@ -178,8 +237,15 @@ impl LinkRequest<'_> {
         if let Some(address) = self.address {
             attribute(&mut body, IFLA_ADDRESS, address);
         }
+        body.extend_from_slice(self.attributes);
         body
     }
+}
+
+/// Gives a device further names: `names` is the attribute that lists them.
+pub fn add_names(socket: &NetlinkSocket, index: LinkIndex, names: &[u8]) -> io::Result<()> {
+    let body = [&header(index.0, 0)[..], names].concat();
+    socket.request(RTM_NEWLINKPROP, NLM_F_CREATE | NLM_F_APPEND, &body)
 }
 
 /// Deletes a device by its number.

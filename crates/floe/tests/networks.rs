@@ -240,3 +240,111 @@ fn veth_and_bridge(outside: u32) -> anyhow::Result<()> {
     ensure!(far.contains("master br7") && far.contains("UP"), "{far}");
     Ok(())
 }
+
+/// What users set in a network and programs list: a script that sets it up, one that lists it.
+const CONTENTS: [(&str, &str, &str); 8] = [
+    (
+        "bridge",
+        "ip link add br0 type bridge ageing_time 1234 priority 99 mcast_snooping 0 group_fwd_mask 8
+        ip link add v0 type veth peer name v1
+        ip link set v0 master br0; ip link set v0 up; ip link set v1 up; ip link set br0 up
+        ip link set v0 type bridge_slave cost 7 hairpin on learning off
+        bridge fdb add 02:00:00:00:00:01 dev v0 master static",
+        "ip -d link | grep -o \"ageing_time [0-9]*\\|priority [0-9]*\\|mcast_snooping [0-9]\\|group_fwd_mask [0-9x]*\\|cost [0-9]* hairpin.*learning o[nf]*\"; bridge fdb | grep static",
+    ),
+    (
+        "device",
+        "ip link add v0 numtxqueues 4 numrxqueues 4 type veth peer name v1
+        ip link set v0 txqueuelen 77 alias hello promisc on allmulticast on group 5 up
+        ip link property add dev v0 altname a-much-longer-name-than-others
+        ip link set v1 arp off mtu 1400 address 02:11:22:33:44:55 addrgenmode none
+        ip link add m0 link v0 type macvlan mode private; ip link set m0 up; ip link add i0 type ifb",
+        "ip -d -o link | sed \"s/state [A-Z]*//; s/NO-CARRIER,//; s/,LOWER_UP//; s/,M-DOWN//\"",
+    ),
+    (
+        "tun",
+        "ip tuntap add t0 mode tun user 1000; ip addr add 10.4.0.1/24 dev t0; ip link set t0 up
+        ip tuntap add t1 mode tap multi_queue; ip link add br0 type bridge
+        ip link set t1 master br0; ip link set br0 up; ip link set t1 up",
+        "ip -d tuntap; ip -o addr; ip -br link",
+    ),
+    (
+        "addresses",
+        "ip link set lo up; ip addr del 127.0.0.1/8 dev lo
+        ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+        ip addr add 10.0.0.1/24 dev v0; ip addr add 10.0.0.2/24 dev v0
+        ip addr add 10.0.0.3/24 dev v0 label v0:1; ip addr add 10.9.0.1 peer 10.9.0.2 dev v0
+        ip addr add 10.8.0.1/24 dev v0 scope link; ip addr add fd00::1/64 dev v0 nodad
+        ip addr add 10.7.0.1/24 dev v0 valid_lft 3000 preferred_lft 2000
+        ip addr add fd00::2/64 dev v0 preferred_lft 0; ip addr add fd02::1 peer fd02::2 dev v0 nodad
+        ip addr add fd01::3/64 dev v0 valid_lft 3000 preferred_lft 1000 nodad",
+        "ip addr | sed \"s/lft [0-9]*sec/lft N/g; s/ tentative//; s/state [A-Z]*//\" | grep \"inet\\|lft\"",
+    ),
+    (
+        "routes",
+        "ip link set lo up; ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+        ip addr add 10.0.0.1/24 dev v0; ip addr add 10.0.1.1/24 dev v1; ip addr add fd00::1/64 dev v0 nodad
+        ip route add default via 10.0.0.2 metric 100; ip route add default via 10.0.1.2 metric 200 src 10.0.1.1
+        ip route add 10.5.0.0/16 nexthop via 10.0.0.2 weight 1 nexthop via 10.0.1.2 weight 5
+        ip route add blackhole 10.6.0.0/16; ip route add throw 10.9.0.0/16 table 9
+        ip route add 10.10.0.0/16 dev v0 mtu lock 1300 initcwnd 20 table 100000 proto 99 scope link
+        ip route add 10.11.0.0/16 via 10.12.0.1 dev v0 onlink; ip route add local 10.13.0.1 dev lo
+        ip -6 route add default via fd00::2 metric 50; ip -6 route add unreachable fd07::/64 table 5
+        ip -6 route add fd0a::/64 dev v0 expires 3000
+        ip nexthop add id 1 via 10.0.0.2 dev v0; ip nexthop add id 2 via 10.0.0.3 dev v0
+        ip nexthop add id 10 group 1/2,3; ip route add 10.25.0.0/16 nhid 1; ip route add 10.26.0.0/16 nhid 10",
+        "ip -4 route show table all | sort; ip -6 route show table all | grep -v fe80 | sed \"s/expires [0-9]*/expires N/\" | sort; ip nexthop",
+    ),
+    (
+        "rules",
+        "ip rule add fwmark 0x5/0xff lookup 77 priority 100; ip rule add iif lo lookup 78
+        ip rule add uidrange 1000-2000 lookup 80; ip rule add ipproto tcp dport 80 lookup 81
+        ip rule add goto 32766 priority 5; ip -6 rule del priority 32766; ip -6 rule add priority 10 lookup main
+        ip -6 rule add from fd00::/64 lookup 91 priority 55; ip rule del priority 32767",
+        "ip rule; ip -6 rule",
+    ),
+    (
+        "neighbours",
+        "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up; ip addr add 10.0.0.1/24 dev v0
+        ip neigh add 10.0.0.2 lladdr 02:00:00:00:00:01 dev v0 nud permanent
+        ip neigh add fd00::2 lladdr 02:00:00:00:00:02 dev v0 nud permanent; ip neigh add proxy 10.0.0.77 dev v0",
+        "ip neigh show nud permanent; ip neigh show proxy",
+    ),
+    (
+        "settings",
+        "ip link add v0 type veth peer name v1; cd /proc/sys/net; echo 1 > ipv4/ip_forward
+        echo 77 > unix/max_dgram_qlen; echo 2 > ipv4/conf/v0/rp_filter; echo 1 > ipv4/conf/default/proxy_arp
+        echo 200 > core/somaxconn; echo 0 > ipv4/ip_unprivileged_port_start; echo 500 1000 > ipv4/ip_local_port_range
+        echo 500 > ipv4/neigh/v0/retrans_time_ms; echo 4096 8192 16384 > ipv4/tcp_rmem; echo 1 > ipv6/bindv6only
+        echo fd00::1 > ipv6/conf/v0/stable_secret; echo 1 > ipv6/conf/v1/disable_ipv6",
+        "sysctl -a -r ^net 2>/dev/null | grep -v \"nf_conntrack_count\\|multipath_hash_seed\"",
+    ),
+];
+
+#[test]
+fn what_users_set_in_a_network_comes_back() -> anyhow::Result<()> {
+    if !is_possible("what_users_set_in_a_network_comes_back") {
+        return Ok(());
+    }
+    for (what, script, list) in CONTENTS {
+        let tree = Tree::start(script).context(what)?;
+        let before = tree.inside(tree.pid, list)?;
+        tree.dump(&[]).context(what)?;
+        tree.restore(&[]).context(what)?;
+        pretty_assert(what, &before, &tree.inside(tree.pid, list)?);
+    }
+    Ok(())
+}
+
+/// Compares line by line.
+fn pretty_assert(what: &str, before: &str, after: &str) {
+    let before: Vec<&str> = before.lines().collect();
+    let after: Vec<&str> = after.lines().collect();
+    let lost: Vec<_> = before.iter().filter(|line| !after.contains(line)).collect();
+    let new: Vec<_> = after.iter().filter(|line| !before.contains(line)).collect();
+    assert!(
+        lost.is_empty() && new.is_empty(),
+        "{what}: lost {lost:#?}, new {new:#?}"
+    );
+    assert_eq!(after.len(), before.len(), "{what}");
+}

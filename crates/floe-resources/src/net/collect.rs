@@ -14,7 +14,7 @@ use super::conntrack::{self, Tracked};
 use super::error::{Attempt, NetError};
 use super::link::{self, Surroundings, TunDevices};
 use super::sysctl::{Protocol, collect_device, collect_ipv4, collect_unix};
-use super::{firewall, ip_dump};
+use super::{firewall, ip_dump, neighbour, nexthop, settings};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::namespace::{TreeNamespace, TreeNamespaces};
 
@@ -141,10 +141,14 @@ fn read(
         others: &nsids,
         external: &options.external,
     };
+    // Before the devices: reading one of tun may give it a carrier for a moment, and so an address.
+    let mut ip = ip_dump::collect(&socket)?;
     let devices = link::collect(&socket, around, tuns)?;
+    let own = |bytes: Vec<u8>| Some(bytes).filter(|bytes| !bytes.is_empty());
+    let floe_rules = ip.all_rules.take();
     Ok(Content {
         devices,
-        ip: ip_dump::collect(&socket)?,
+        ip,
         rules: firewall::collect()?,
         tracked,
         settings: Some(NetnsEntry {
@@ -155,6 +159,10 @@ fn read(
             unix_conf: collect_unix()?,
             ipv4_sysctl: collect_ipv4()?,
             nsids,
+            floe_settings: settings::collect()?,
+            floe_nexthops: own(nexthop::collect(&socket)?),
+            floe_neighbours: own(neighbour::collect(&socket)?),
+            floe_rules,
             ..NetnsEntry::default()
         }),
     })

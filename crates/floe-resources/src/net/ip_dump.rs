@@ -1,20 +1,22 @@
 //! Addresses, routes and routing rules (`rtnetlink(7)`).
 //!
 //! Saved:    the kernel's own messages behind a magic number, as `ip addr|route|rule save` write them.
-//! Rebuilt:  the messages are sent back, routes in the order that they need each other. Needs: the devices.
-//! Not kept: neighbours, routes that the kernel derives (cached ones, those of the local table).
+//! Rebuilt:  the messages are sent back, routes in the order that they need each other. Needs: devices, next hops.
+//! Not kept: routes that the kernel derives (cached ones, those of the local table).
 //!
 //! CRIU feeds these images to `ip ... restore`, so they must be what that takes: routing rules of IPv6 that
 //! every namespace has are left out, since `ip` would add them a second time.
 
 use std::collections::HashSet;
 use std::io;
+use std::time::{Duration, Instant};
 
-use floe_kernel::netlink::{Message, NLM_F_CREATE, NetlinkSocket, attributes, messages};
+use floe_kernel::netlink::{Message, NLM_F_CREATE, NetlinkSocket, attribute, attributes, messages};
 
 use super::error::{Attempt, NetError};
 
 const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
 const RTM_GETADDR: u16 = 22;
 const RTM_NEWROUTE: u16 = 24;
 const RTM_GETROUTE: u16 = 26;
@@ -27,11 +29,23 @@ const RTA_PREFSRC: u16 = 7;
 const RTA_MULTIPATH: u16 = 9;
 const RTA_TABLE: u16 = 15;
 const RTA_VIA: u16 = 18;
+const RTA_OIF: u16 = 4;
+const RTA_CACHEINFO: u16 = 12;
+const RTA_ENCAP_TYPE: u16 = 21;
+const RTA_ENCAP: u16 = 22;
+const RTA_EXPIRES: u16 = 23;
+const RTA_NH_ID: u16 = 30;
 const RTM_F_CLONED: u32 = 0x200;
 const RT_TABLE_LOCAL: u32 = 255;
 const RTPROT_KERNEL: u8 = 2;
 /// Size of `struct rtmsg` and of `struct fib_rule_hdr`.
 const ROUTE_HEADER: usize = 12;
+/// Size of `struct ifaddrmsg`.
+const ADDRESS_HEADER: usize = 8;
+const LOOPBACK6: [u8; 16] = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
+
+/// Priority and table of the two rules that every namespace has for IPv6.
+const V6_DEFAULTS: [(u32, u8); 2] = [(0, 255), (32766, 254)];
 
 const ADDRESSES: u32 = 0x4736_1222;
 const ROUTES: u32 = 0x4531_1224;
@@ -44,6 +58,8 @@ pub struct IpDump {
     pub routes: Vec<u8>,
     pub routes6: Vec<u8>,
     pub rules: Vec<u8>,
+    /// All rules where the namespace lacks some that a new one has; for a field of ours.
+    pub all_rules: Option<Vec<u8>>,
 }
 
 /// Asks for addresses, routes and rules of the socket's namespace.
@@ -64,6 +80,7 @@ pub fn collect(socket: &NetlinkSocket) -> Result<IpDump, NetError> {
         routes6 = ask(RTM_GETROUTE, libc::AF_INET6, "IPv6 routes")?;
         rules6 = ask(RTM_GETRULE, libc::AF_INET6, "IPv6 rules")?;
     }
+    let all_rules = lacks_defaults(&rules, &rules6).then(|| [&rules[..], &rules6].concat());
     let mut rules = image(RULES, &rules, |_| true)?;
     rules.extend(image(RULES, &rules6, |rule| !is_default_rule(rule))?.split_off(4));
     Ok(IpDump {
@@ -71,7 +88,30 @@ pub fn collect(socket: &NetlinkSocket) -> Result<IpDump, NetError> {
         routes: without_state(image(ROUTES, &routes, is_kept_route)?),
         routes6: without_state(image(ROUTES, &routes6, is_kept_route)?),
         rules,
+        all_rules,
     })
+}
+
+/// Whether one of the rules is gone that every namespace begins with.
+fn lacks_defaults(v4: &[u8], v6: &[u8]) -> bool {
+    let places = |dump| {
+        let rules = messages(dump).filter_map(Result::ok);
+        rules.map(place_of).collect::<HashSet<_>>()
+    };
+    const V4: [(u32, u8); 3] = [(0, 255), (32766, 254), (32767, 253)];
+    let lacks = |dump, defaults: &[(u32, u8)]| {
+        let there = places(dump);
+        defaults.iter().any(|place| !there.contains(place))
+    };
+    lacks(v4, &V4)
+        || std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false) && lacks(v6, &V6_DEFAULTS)
+}
+
+/// Priority and table of a rule.
+fn place_of(rule: Message<'_>) -> (u32, u8) {
+    const FRA_PRIORITY: u16 = 6;
+    let priority = find(rule, FRA_PRIORITY).and_then(word).unwrap_or(0);
+    (priority, byte(rule, 4))
 }
 
 /// A magic and the messages that are kept.
@@ -152,12 +192,7 @@ fn is_kept_route(route: Message<'_>) -> bool {
 
 /// One of the two that every namespace has for IPv6: `0: lookup local`, `32766: lookup main`.
 fn is_default_rule(rule: Message<'_>) -> bool {
-    const FRA_PRIORITY: u16 = 6;
-    const LOCAL: (u32, u8) = (0, 255);
-    const MAIN: (u32, u8) = (32766, 254);
-    let priority = find(rule, FRA_PRIORITY).and_then(word).unwrap_or(0);
-    let place = (priority, byte(rule, 4));
-    byte(rule, 0) == libc::AF_INET6 as u8 && [LOCAL, MAIN].contains(&place)
+    byte(rule, 0) == libc::AF_INET6 as u8 && V6_DEFAULTS.contains(&place_of(rule))
 }
 
 /// The messages of an image; an empty image has none.
@@ -173,17 +208,85 @@ fn open<'i>(image: &'i [u8], magic: u32, what: &str) -> Result<Vec<Message<'i>>,
 
 /// Gives the devices their addresses.
 pub fn execute_addresses(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetError> {
-    for message in open(image, ADDRESSES, "addresses")? {
-        add(socket, RTM_NEWADDR, message).during("Adding", || address(message))?;
+    let wanted = open(image, ADDRESSES, "addresses")?;
+    let is_v6 = |message: &&Message<'_>| byte(**message, 0) == libc::AF_INET6 as u8;
+    let (v6, v4): (Vec<&Message<'_>>, Vec<_>) = wanted.iter().partition(is_v6);
+    // The kernel puts a new address of IPv6 before the others.
+    for message in v4.into_iter().chain(v6.into_iter().rev()) {
+        add(socket, RTM_NEWADDR, *message).during("Adding", || address(*message))?;
+    }
+    if !image.is_empty() {
+        remove_unwanted(socket, &wanted)?;
+        wait_until_usable(socket, &wanted)?;
     }
     Ok(())
+}
+
+/// What makes an address: family, length, device and bytes.
+fn identity(message: Message<'_>) -> (u8, u8, u32, Vec<u8>) {
+    const IFA_ADDRESS: u16 = 1;
+    const IFA_LOCAL: u16 = 2;
+    let rest = message.body.get(ADDRESS_HEADER..).unwrap_or_default();
+    let find = |wanted: u16| attributes(rest).find(|(kind, _)| *kind == wanted);
+    let bytes = find(IFA_LOCAL).or_else(|| find(IFA_ADDRESS));
+    (
+        byte(message, 0),
+        byte(message, 1),
+        message.body.get(4..).and_then(word).unwrap_or(0),
+        bytes.map_or_else(Vec::new, |(_, bytes)| bytes.to_vec()),
+    )
+}
+
+/// Takes away what a device got by itself as it was switched on, and had lost before the dump.
+fn remove_unwanted(socket: &NetlinkSocket, wanted: &[Message<'_>]) -> Result<(), NetError> {
+    let keep: HashSet<_> = wanted.iter().map(|one| identity(*one)).collect();
+    let now = list_addresses(socket)?;
+    for message in messages(&now).filter_map(Result::ok) {
+        let own = identity(message);
+        let by_itself =
+            own.3 == [127, 0, 0, 1] || own.3.starts_with(&[0xfe, 0x80]) || own.3 == LOOPBACK6;
+        if by_itself && !keep.contains(&own) {
+            match socket.request(RTM_DELADDR, 0, message.body) {
+                Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+                other => other.during("Removing", || address(message))?,
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Waits, for a moment at most, until addresses can be used that could be: the kernel sees to that in the background.
+fn wait_until_usable(socket: &NetlinkSocket, wanted: &[Message<'_>]) -> Result<(), NetError> {
+    const LIMIT: Duration = Duration::from_millis(200);
+    const PAUSE: Duration = Duration::from_millis(1);
+    let usable = wanted.iter().filter(|one| !is_tentative(**one));
+    let usable: HashSet<_> = usable.map(|one| identity(*one)).collect();
+    let begin = Instant::now();
+    loop {
+        let now = list_addresses(socket)?;
+        let mut all = messages(&now).filter_map(Result::ok);
+        let waits = all.any(|one| is_tentative(one) && usable.contains(&identity(one)));
+        if !waits || begin.elapsed() > LIMIT {
+            return Ok(());
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn is_tentative(message: Message<'_>) -> bool {
+    const TENTATIVE: u8 = 0x40;
+    byte(message, 2) & TENTATIVE != 0 && byte(message, 0) == libc::AF_INET6 as u8
+}
+
+fn list_addresses(socket: &NetlinkSocket) -> Result<Vec<u8>, NetError> {
+    let dump = socket.dump_raw(RTM_GETADDR, &[0; ROUTE_HEADER]);
+    dump.during("Listing", || "addresses".to_string())
 }
 
 /// What an address is called in an error.
 fn address(message: Message<'_>) -> String {
     const IFA_ADDRESS: u16 = 1;
-    const HEADER: usize = 8;
-    let mut all = attributes(message.body.get(HEADER..).unwrap_or_default());
+    let mut all = attributes(message.body.get(ADDRESS_HEADER..).unwrap_or_default());
     let bytes = all.find(|(kind, _)| *kind == IFA_ADDRESS);
     let shown = bytes.map_or_else(|| "?".to_string(), |(_, bytes)| shown(bytes));
     let device = message.body.get(4..).and_then(word).unwrap_or(0);
@@ -206,19 +309,68 @@ pub fn execute_routes(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetErr
     let mut routes = open(&image, ROUTES, "routes")?;
     routes.sort_by_key(|route| {
         let has = |kind| find(*route, kind).is_some();
-        if has(RTA_GATEWAY) || has(RTA_VIA) || has(RTA_MULTIPATH) {
+        if has(RTA_GATEWAY) || has(RTA_VIA) || has(RTA_MULTIPATH) || has(RTA_NH_ID) {
             2
         } else {
             u8::from(has(RTA_PREFSRC))
         }
     });
     for route in routes {
-        add(socket, RTM_NEWROUTE, route).during("Adding", || {
+        let body = route_request(route);
+        let request = Message {
+            body: &body,
+            ..route
+        };
+        add(socket, RTM_NEWROUTE, request).during("Adding", || {
             const RTA_DST: u16 = 1;
             let target = find(route, RTA_DST).map(shown);
             let target = target.unwrap_or_else(|| "default".into());
             format!("route {target}/{}", byte(route, 1))
         })?;
+    }
+    Ok(())
+}
+
+/// The message as the kernel takes it: when the route ends, and one way to say where it leads.
+fn route_request(route: Message<'_>) -> Vec<u8> {
+    const HOPS: [u16; 6] = [
+        RTA_OIF,
+        RTA_GATEWAY,
+        RTA_VIA,
+        RTA_MULTIPATH,
+        RTA_ENCAP_TYPE,
+        RTA_ENCAP,
+    ];
+    let mut body = route.body.to_vec();
+    if find(route, RTA_NH_ID).is_some() {
+        body.truncate(ROUTE_HEADER);
+        let all = attributes(route.body.get(ROUTE_HEADER..).unwrap_or_default());
+        for (kind, value) in all.filter(|(kind, _)| !HOPS.contains(kind)) {
+            attribute(&mut body, kind, value);
+        }
+    }
+    // The third number, in hundredths of a second.
+    let left = find(route, RTA_CACHEINFO).and_then(|info| info.get(8..).and_then(word));
+    let seconds = left.unwrap_or(0).cast_signed() / 100;
+    if seconds > 0 && byte(route, 0) == libc::AF_INET6 as u8 {
+        attribute(&mut body, RTA_EXPIRES, &seconds.to_ne_bytes());
+    }
+    body
+}
+
+/// Makes the rules of both protocols those of a dump of ours, whatever the namespace began with.
+pub fn execute_all_rules(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetError> {
+    let wanted = messages(image).collect::<io::Result<Vec<_>>>();
+    let wanted = wanted.during("Reading", || "the image of routing rules".to_string())?;
+    for family in [libc::AF_INET, libc::AF_INET6] {
+        let of_family = wanted
+            .iter()
+            .filter(|rule| i32::from(byte(**rule, 0)) == family);
+        let of_family: Vec<Message<'_>> = of_family.copied().collect();
+        if family == libc::AF_INET6 && !std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false) {
+            continue;
+        }
+        become_rules(socket, family, &of_family)?;
     }
     Ok(())
 }
@@ -229,14 +381,20 @@ pub fn execute_rules(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetErro
     if wanted.is_empty() {
         return Ok(());
     }
-    let dump = |family: i32| {
-        let mut body = [0; ROUTE_HEADER];
-        body[0] = family as u8;
-        let dump = socket.dump_raw(RTM_GETRULE, &body);
-        dump.during("Listing", || "routing rules".to_string())
-    };
-    let v4 = dump(libc::AF_INET)?;
-    let there = messages(&v4).collect::<io::Result<Vec<_>>>();
+    become_rules(socket, libc::AF_INET, &wanted)
+}
+
+/// Deletes rules of a protocol that are not wanted, and adds those that are not there.
+fn become_rules(
+    socket: &NetlinkSocket,
+    family: i32,
+    wanted: &[Message<'_>],
+) -> Result<(), NetError> {
+    let mut body = [0; ROUTE_HEADER];
+    body[0] = family as u8;
+    let dump = socket.dump_raw(RTM_GETRULE, &body);
+    let dump = dump.during("Listing", || "routing rules".to_string())?;
+    let there = messages(&dump).collect::<io::Result<Vec<_>>>();
     let there = there.during("Listing", || "routing rules".to_string())?;
     let keep: HashSet<&[u8]> = wanted.iter().map(|rule| rule.body).collect();
     let mut known: HashSet<&[u8]> = there.iter().map(|rule| rule.body).collect();
@@ -246,7 +404,7 @@ pub fn execute_rules(socket: &NetlinkSocket, image: &[u8]) -> Result<(), NetErro
     }
     for rule in wanted {
         if known.insert(rule.body) {
-            add(socket, RTM_NEWRULE, rule).during("Adding", || "a routing rule".to_string())?;
+            add(socket, RTM_NEWRULE, *rule).during("Adding", || "a routing rule".to_string())?;
         }
     }
     Ok(())

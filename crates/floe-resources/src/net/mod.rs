@@ -1,8 +1,9 @@
 //! The content of a network namespace (`network_namespaces(7)`).
 //!
-//! Saved:    devices, addresses, routes, routing and packet rules, tracked connections, settings, ids of others.
+//! Saved:    devices, addresses, next hops, routes, routing and packet rules, neighbours, tracked connections,
+//!           settings, ids of others.
 //! Rebuilt:  settings, all devices of all namespaces, then what refers to them. Needs: the empty namespaces.
-//! Not kept: neighbours, traffic control, IPsec, devices of kinds that are refused by name.
+//! Not kept: neighbours that were learned, traffic control, IPsec, devices of kinds that are refused by name.
 //!
 //! A namespace that is somebody else's (`--external net[INODE]:NAME`) or that somebody else fills
 //! (`--empty-ns net`) is left as it is.
@@ -14,8 +15,11 @@ mod firewall;
 mod ip_dump;
 mod link;
 mod locks;
+mod neighbour;
+mod nexthop;
 mod place;
 mod plan;
+mod settings;
 mod sockets;
 mod sysctl;
 

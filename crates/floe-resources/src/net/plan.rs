@@ -13,10 +13,15 @@ use floe_plan::Handle;
 use super::conntrack;
 use super::error::{Attempt, NetError};
 use super::firewall::{self, Rules};
-use super::ip_dump::{IpDump, execute_addresses, execute_routes, execute_rules};
+use super::ip_dump::{IpDump, execute_addresses, execute_all_rules, execute_routes, execute_rules};
 use super::link::{self, Network, Outside};
 use super::locks::{has_connections, lock_network, rules_come_last};
-use super::sysctl::{Missing, Protocol, execute_device, execute_whole, from_numbers};
+use super::settings::{self, Stage};
+use super::sysctl::{
+    Missing, Protocol, execute_device, execute_question, execute_whole, from_numbers,
+    without_question,
+};
+use super::{neighbour, nexthop};
 use crate::namespace::{filled, made};
 use crate::restore::{ExecuteError, PlanError, Planner, World};
 
@@ -63,10 +68,11 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     });
     let name = format!("addresses, routes and rules of network namespace {id}");
     let content = Content::read(dir, id, empty)?;
+    let missing = missing(planner.options);
     let alone = empty || !all.contains(&id);
     let needs = [if alone { set(id) } else { DEVICES }];
     planner.step(name, (&needs, &[filled(id)]), move |world| {
-        world.in_namespace(id, |_| Ok(content.execute()?))?;
+        world.in_namespace(id, |_| Ok(content.execute(missing)?))?;
         if locked {
             // They might drop what rebuilds the connections.
             rules_come_last(id, content.rules, world);
@@ -179,9 +185,11 @@ fn execute_settings(
         };
         execute_device(Protocol::Ipv4, "all", all4, missing)?;
         execute_device(Protocol::Ipv4, "default", default4, missing)?;
-        execute_device(Protocol::Ipv6, "all", &settings.all_conf6, missing)?;
+        let all6 = without_question(&settings.all_conf6);
+        execute_device(Protocol::Ipv6, "all", &all6, missing)?;
         execute_device(Protocol::Ipv6, "default", &settings.def_conf6, missing)?;
         execute_whole(&settings.unix_conf, &settings.ipv4_sysctl, missing)?;
+        settings::execute(&settings.floe_settings, Stage::Namespace, missing);
         let socket = rtnetlink()?;
         for nsid in &settings.nsids {
             let target = world.namespaces().get(nsid.target_ns_id)?;
@@ -217,6 +225,8 @@ struct Content {
     rules: Rules,
     connections: Vec<u8>,
     expectations: Vec<u8>,
+    whole: NetnsEntry,
+    devices: Vec<NetDeviceEntry>,
 }
 
 impl Content {
@@ -239,11 +249,16 @@ impl Content {
             return Ok(tracked);
         }
         Ok(Content {
+            whole: dir
+                .read_optional(ImageKind::Netns, u64::from(id))?
+                .unwrap_or_default(),
+            devices: dir.read_all(ImageKind::Netdev, u64::from(id))?,
             ip: IpDump {
                 addresses: raw(ImageKind::Ifaddr)?,
                 routes: raw(ImageKind::Route)?,
                 routes6: raw(ImageKind::Route6)?,
                 rules: raw(ImageKind::Rule)?,
+                all_rules: None,
             },
             rules: Rules {
                 nftables: raw(ImageKind::Nftables)?,
@@ -255,12 +270,24 @@ impl Content {
     }
 
     /// Acts on the namespace that the calling thread is in; packet rules are left to the caller.
-    fn execute(&self) -> Result<(), NetError> {
+    fn execute(&self, missing: Missing) -> Result<(), NetError> {
         let socket = rtnetlink()?;
         execute_addresses(&socket, &self.ip.addresses)?;
+        let whole = &self.whole;
+        execute_question("all", &whole.all_conf6, missing)?;
+        for device in &self.devices {
+            execute_question(&device.name, &device.conf6, missing)?;
+        }
+        settings::execute(&whole.floe_settings, Stage::Devices, missing);
+        let own = |bytes: &'_ Option<Vec<u8>>| bytes.clone().unwrap_or_default();
+        nexthop::execute(&socket, &own(&whole.floe_nexthops))?;
         execute_routes(&socket, &self.ip.routes)?;
         execute_routes(&socket, &self.ip.routes6)?;
-        execute_rules(&socket, &self.ip.rules)?;
+        match &whole.floe_rules {
+            Some(rules) => execute_all_rules(&socket, rules)?,
+            None => execute_rules(&socket, &self.ip.rules)?,
+        }
+        neighbour::execute(&socket, &own(&whole.floe_neighbours))?;
         conntrack::execute(&self.connections)?;
         conntrack::execute(&self.expectations)
     }

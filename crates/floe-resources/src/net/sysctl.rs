@@ -2,7 +2,7 @@
 //!
 //! Saved:    those of `conf/all`, `conf/default` and each device, for IPv4 and IPv6; a few of the namespace.
 //! Rebuilt:  all, default, then devices when they exist; only values that differ are written.
-//! Not kept: settings that are not in the tables below, such as `net/core` and `net/ipv4/tcp_*`.
+//! Not kept: nothing; what is not in the tables below is kept by `settings.rs`.
 //!
 //! The images name a setting by its place in a table, so the order here is part of the format.
 
@@ -96,6 +96,8 @@ const IPV6: [&str; 42] = [
 const STABLE_SECRET: &str = "stable_secret";
 /// Reset by the kernel when `forwarding` changes, so written last.
 const AFTER_FORWARDING: &str = "accept_redirects";
+/// The place of `accept_dad`.
+const QUESTION: usize = 0;
 /// Settings of the namespace's unix sockets.
 const UNIX: [&str; 1] = ["max_dgram_qlen"];
 /// Settings of the namespace's IPv4.
@@ -137,6 +139,19 @@ pub enum Missing {
     Refuse,
     /// `--weak-sysctls`.
     Pass,
+}
+
+/// Whether a file of `/proc/sys/net` is one of the tables'.
+pub fn is_in_tables(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('/').collect();
+    match parts[..] {
+        ["ipv4", "conf", _, setting] => IPV4.contains(&setting),
+        ["ipv6", "conf", _, setting] => IPV6.contains(&setting),
+        ["unix", setting] => UNIX.contains(&setting),
+        // The same as `forwarding` of all devices.
+        ["ipv4", setting] => IPV4_WHOLE.contains(&setting) || setting == "ip_forward",
+        _ => false,
+    }
 }
 
 /// Settings of a device of the namespace that the thread is in, or of `all` or `default`.
@@ -194,6 +209,28 @@ pub fn execute_device(
         write(&protocol.path(device, setting), entry, missing)?;
     }
     Ok(())
+}
+
+/// The settings of a device of IPv6 while it gets its addresses: they were its own before, so nobody is asked
+/// whether somebody else has them, which would take a second.
+pub fn without_question(entries: &[SysctlEntry]) -> Vec<SysctlEntry> {
+    let mut entries = entries.to_vec();
+    if let Some(number) = entries.get_mut(QUESTION).and_then(|one| one.iarg.as_mut()) {
+        *number = (*number).min(0);
+    }
+    entries
+}
+
+/// Gives a device the one setting back that [`without_question`] changed.
+pub fn execute_question(
+    device: &str,
+    entries: &[SysctlEntry],
+    missing: Missing,
+) -> Result<(), NetError> {
+    match entries.get(QUESTION) {
+        Some(entry) => write(&Protocol::Ipv6.path(device, IPV6[QUESTION]), entry, missing),
+        None => Ok(()),
+    }
 }
 
 /// Older images have plain numbers for IPv4, -1 for a setting that was not there.

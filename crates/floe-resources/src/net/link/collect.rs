@@ -6,7 +6,7 @@ use floe_kernel::rtnetlink::{Link, links};
 use floe_options::External;
 
 use super::tun::TunDevices;
-use super::{FALLBACKS, PLAIN, sit, type_of};
+use super::{FALLBACKS, PLAIN, extra, sit, type_of};
 use crate::net::error::{Attempt, NetError};
 use crate::net::sysctl::{Protocol, collect_device};
 
@@ -77,6 +77,7 @@ fn collect_one(
         }
         _ => {}
     }
+    extra::collect(link, &mut entry)?;
     Ok(entry)
 }
 

@@ -3,19 +3,22 @@
 use std::collections::HashSet;
 use std::os::fd::AsFd;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use floe_image::messages::{NdType, NetDeviceEntry};
 use floe_kernel::namespace::{Home, Namespace, NsKind};
-use floe_kernel::netlink::{NetlinkSocket, attribute};
-use floe_kernel::rtnetlink::{Link, LinkRequest, VethPeer, links};
+use floe_kernel::netlink::{NetlinkSocket, attribute, attributes};
+use floe_kernel::rtnetlink::{Link, LinkIndex, LinkRequest, VethPeer, link, links, queue_counts};
 use floe_options::External;
 
-use super::{sit, tun};
+use super::{PLAIN, extra, sit, tun};
 use crate::net::error::{Attempt, NetError};
-use crate::net::sysctl::{Missing, Protocol, execute_device, from_numbers};
+use crate::net::sysctl::{Missing, Protocol, execute_device, from_numbers, without_question};
 
 /// `IFF_UP`.
 const UP: u32 = 1;
+/// Kinds that need another device.
+const STACKED: [&str; 3] = ["macvlan", "ipvlan", "vlan"];
 
 /// A namespace that gets devices.
 #[derive(Debug)]
@@ -45,6 +48,7 @@ pub fn execute(networks: &[Network<'_>], outside: Outside<'_>) -> Result<(), Net
         outside,
         own,
         made: HashSet::new(),
+        order: Vec::new(),
         far_ends: HashSet::new(),
     };
     let all = networks
@@ -70,7 +74,7 @@ pub fn execute(networks: &[Network<'_>], outside: Outside<'_>) -> Result<(), Net
         }
         waiting = later;
     }
-    Ok(())
+    maker.switch_on()
 }
 
 struct Maker<'a> {
@@ -79,6 +83,8 @@ struct Maker<'a> {
     /// In our own namespace.
     own: NetlinkSocket,
     made: HashSet<(u32, u32)>,
+    /// The same, in the order in which they were made.
+    order: Vec<(u32, u32)>,
     /// Ends that came into being with their peers.
     far_ends: HashSet<(u32, u32)>,
 }
@@ -108,6 +114,7 @@ impl Maker<'_> {
         );
         self.bring(network, device)?;
         self.made.insert((network.id, device.ifindex));
+        self.order.push((network.id, device.ifindex));
         if let Some(master) = device.master {
             let request = LinkRequest {
                 index: device.ifindex,
@@ -128,7 +135,33 @@ impl Maker<'_> {
         };
         let missing = self.outside.missing;
         execute_device(Protocol::Ipv4, &device.name, conf4, missing)?;
-        execute_device(Protocol::Ipv6, &device.name, &device.conf6, missing)
+        let conf6 = without_question(&device.conf6);
+        execute_device(Protocol::Ipv6, &device.name, &conf6, missing)?;
+        // Some ways to an address need the secret among the settings.
+        extra::execute(network.socket, device)
+    }
+
+    /// Devices come up when all are there and set: what a protocol does then depends on settings, and a bridge
+    /// without ports would think that it has a carrier.
+    fn switch_on(&self) -> Result<(), NetError> {
+        for (id, index) in &self.order {
+            let network = self.networks.iter().find(|network| network.id == *id);
+            let network = network.expect("devices were made in it");
+            let device = network.devices.iter().find(|one| one.ifindex == *index);
+            let device = device.expect("it was made");
+            if device.flags & UP == 0 {
+                continue;
+            }
+            let request = LinkRequest {
+                index: device.ifindex,
+                flags: device.flags,
+                ..LinkRequest::default()
+            };
+            request
+                .change(network.socket)
+                .during("Switching on", || format!("network device {}", device.name))?;
+        }
+        Ok(())
     }
 
     fn bring(&mut self, network: &Network<'_>, device: &NetDeviceEntry) -> Result<(), NetError> {
@@ -146,6 +179,7 @@ impl Maker<'_> {
                     let _visit = visit.during("Entering the namespace of", what)?;
                     tun::execute(device)?;
                 }
+                wait_until_idle(socket, device)?;
                 request(device, device.ifindex)
                     .change(socket)
                     .during("Setting", what)
@@ -154,21 +188,21 @@ impl Maker<'_> {
                 let made = request(device, device.ifindex).make(socket, "bridge", &[]);
                 made.during("Making", what)
             }
-            NdType::Macvlan => self.make_macvlan(network, device),
+            NdType::Macvlan => self.make_stacked(network, device, "macvlan", &macvlan_data(device)),
             NdType::Sit => {
                 let data = device.sit.as_ref().map(sit::encode).unwrap_or_default();
                 let made = request(device, device.ifindex).make(socket, "sit", &data);
                 made.during("Making", what)
             }
             NdType::Extlink => match &device.floe_kind {
-                Some(kind) => {
+                Some(kind) if PLAIN.contains(&kind.as_str()) => {
                     let data = device.floe_data.as_deref().unwrap_or_default();
-                    let request = LinkRequest {
-                        link: self.below(network, device),
-                        ..request(device, device.ifindex)
-                    };
-                    request.make(socket, kind, data).during("Making", what)
+                    self.make_stacked(network, device, kind, data)
                 }
+                Some(kind) => Err(NetError::Damaged(format!(
+                    "Network device {} is of a kind that is not made: {kind}",
+                    device.name
+                ))),
                 // Somebody else has put it there.
                 None => request(device, 0).change(socket).during("Setting", what),
             },
@@ -243,7 +277,11 @@ impl Maker<'_> {
         device: &NetDeviceEntry,
     ) -> Result<(), NetError> {
         let what = || format!("veth {}", device.name);
-        let request = request(device, device.ifindex);
+        let queues = queue_counts(device.floe_link.as_deref().unwrap_or_default());
+        let request = LinkRequest {
+            attributes: &queues,
+            ..request(device, device.ifindex)
+        };
         let outer = self.outside.external.iter().find_map(|one| match one {
             External::Veth {
                 inner,
@@ -258,6 +296,7 @@ impl Maker<'_> {
                 index: 0,
                 name: Some(outer),
                 namespace: home.expect("the kernel has network namespaces").as_fd(),
+                attributes: &[],
             };
             request
                 .make_veth(network.socket, peer)
@@ -267,6 +306,10 @@ impl Maker<'_> {
                 .map_or(Ok(()), |bridge| self.attach(outer, bridge));
         }
         if self.far_ends.contains(&(network.id, device.ifindex)) {
+            let request = LinkRequest {
+                attributes: &[],
+                ..request
+            };
             return request.change(network.socket).during("Setting", what);
         }
         let other = device
@@ -284,10 +327,14 @@ impl Maker<'_> {
                 ),
             });
         };
+        let far = other.devices.iter().find(|far| far.ifindex == index);
+        let far = far.and_then(|far| far.floe_link.as_deref());
+        let queues = queue_counts(far.unwrap_or_default());
         let peer = VethPeer {
             index,
             name: None,
             namespace: other.namespace.as_fd(),
+            attributes: &queues,
         };
         request
             .make_veth(network.socket, peer)
@@ -308,58 +355,93 @@ impl Maker<'_> {
         changed.during("Attaching", || format!("{device} to bridge {bridge}"))
     }
 
-    fn make_macvlan(&self, network: &Network<'_>, device: &NetDeviceEntry) -> Result<(), NetError> {
-        const MODE: u16 = 1;
-        const FLAGS: u16 = 2;
-        let what = || format!("macvlan {}", device.name);
-        let entry = device.macvlan.clone().unwrap_or_default();
-        let mut data = Vec::new();
-        attribute(&mut data, MODE, &entry.mode.to_ne_bytes());
-        if let Some(flags) = entry.flags {
-            attribute(&mut data, FLAGS, &(flags as u16).to_ne_bytes());
-        }
+    /// Makes a device that may be on top of another one, of its namespace or of ours.
+    fn make_stacked(
+        &self,
+        network: &Network<'_>,
+        device: &NetDeviceEntry,
+        kind: &str,
+        data: &[u8],
+    ) -> Result<(), NetError> {
+        let what = || format!("{kind} {}", device.name);
         let parent = self.outside.external.iter().find_map(|one| match one {
             External::Macvlan { inner, outer } if *inner == device.name => Some(outer),
             _ => None,
         });
+        let queues = queue_counts(device.floe_link.as_deref().unwrap_or_default());
+        let plain = LinkRequest {
+            attributes: &queues,
+            ..request(device, device.ifindex)
+        };
         if let Some(parent) = parent {
             let request = LinkRequest {
                 link: Some(self.ours(parent)?.index),
                 namespace: Some(network.namespace.as_fd()),
-                ..request(device, device.ifindex)
+                ..plain
             };
-            return request
-                .make(&self.own, "macvlan", &data)
-                .during("Making", what);
+            return request.make(&self.own, kind, data).during("Making", what);
         }
-        let Some(below) = self.below(network, device) else {
+        let below = self.below(network, device);
+        if below.is_none() && STACKED.contains(&kind) {
             return Err(NetError::Unsupported {
                 object: format!(
-                    "The device below macvlan {} is outside of the tree",
+                    "The device below {kind} {} is outside of the tree",
                     device.name
                 ),
                 remedy: format!("name one of ours: --external macvlan[{}]:NAME", device.name),
             });
-        };
+        }
         let request = LinkRequest {
-            link: Some(below),
-            ..request(device, device.ifindex)
+            link: below,
+            ..plain
         };
         request
-            .make(network.socket, "macvlan", &data)
+            .make(network.socket, kind, data)
             .during("Making", what)
     }
+}
+
+/// The driver's attributes of a macvlan.
+fn macvlan_data(device: &NetDeviceEntry) -> Vec<u8> {
+    const MODE: u16 = 1;
+    const FLAGS: u16 = 2;
+    let entry = device.macvlan.clone().unwrap_or_default();
+    let mut data = Vec::new();
+    attribute(&mut data, MODE, &entry.mode.to_ne_bytes());
+    if let Some(flags) = entry.flags {
+        attribute(&mut data, FLAGS, &(flags as u16).to_ne_bytes());
+    }
+    data
+}
+
+/// Waits, for a moment at most, until the kernel has noticed that nobody is attached to a device that had no carrier:
+/// before, it hands out an address when the device comes up, and a bridge forwards to it.
+fn wait_until_idle(socket: &NetlinkSocket, device: &NetDeviceEntry) -> Result<(), NetError> {
+    const OPERSTATE: u16 = 16;
+    const DOWN: u8 = 2;
+    const RUNNING: u32 = 0x40;
+    const LIMIT: Duration = Duration::from_millis(100);
+    let begin = Instant::now();
+    while device.flags & (UP | RUNNING) == UP && begin.elapsed() < LIMIT {
+        let now = link(socket, LinkIndex(device.ifindex));
+        let now = now.during("Reading", || format!("network device {}", device.name))?;
+        if attributes(&now.attributes).any(|one| one == (OPERSTATE, &[DOWN])) {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 fn kind_of(device: &NetDeviceEntry) -> NdType {
     NdType::try_from(device.r#type).unwrap_or(NdType::Extlink)
 }
 
-/// What every device gets.
+/// What every device gets before it is switched on.
 fn request(device: &NetDeviceEntry, index: u32) -> LinkRequest<'_> {
     LinkRequest {
         index,
-        flags: device.flags,
+        flags: device.flags & !UP,
         name: Some(&device.name),
         mtu: Some(device.mtu),
         address: device.address.as_deref(),

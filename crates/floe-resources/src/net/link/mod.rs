@@ -1,13 +1,15 @@
 //! Network devices (`rtnetlink(7)`).
 //!
-//! Saved:    number, name, flags, MTU, address, master, settings, what is below or at the other end.
-//! Rebuilt:  in an order in which masters, devices below and other ends exist first. Needs: all namespaces.
-//! Not kept: queues, offloads, traffic control, bridge parameters, what the driver counts.
+//! Saved:    number, name, flags, MTU, address, master, settings, what is below or at the other end; counts of queues,
+//!           alias, group, further names, parameters of bridges and their ports.
+//! Rebuilt:  in an order in which masters, devices below and other ends exist first; then switched on. Needs: all namespaces.
+//! Not kept: offloads, traffic control, multicast groups of bridges, what the driver counts; XDP programs are refused.
 //!
 //! A veth whose other end is outside of the tree, and any device that is passed in, is named by `--external`.
 
 mod collect;
 mod execute;
+mod extra;
 mod sit;
 mod tun;
 
