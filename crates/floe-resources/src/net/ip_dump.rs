@@ -222,6 +222,13 @@ pub fn execute_addresses(socket: &NetlinkSocket, image: &[u8]) -> Result<(), Net
     Ok(())
 }
 
+/// The devices of an image's addresses that cannot be used yet.
+pub fn with_tentative(image: &[u8]) -> Result<HashSet<u32>, NetError> {
+    let all = open(image, ADDRESSES, "addresses")?.into_iter();
+    let waiting = all.filter(|one| is_tentative(*one));
+    Ok(waiting.map(|one| identity(one).2).collect())
+}
+
 /// What makes an address: family, length, device and bytes.
 fn identity(message: Message<'_>) -> (u8, u8, u32, Vec<u8>) {
     const IFA_ADDRESS: u16 = 1;

@@ -13,13 +13,14 @@ use floe_plan::Handle;
 use super::conntrack;
 use super::error::{Attempt, NetError};
 use super::firewall::{self, Rules};
-use super::ip_dump::{IpDump, execute_addresses, execute_all_rules, execute_routes, execute_rules};
+use super::ip_dump::{
+    IpDump, execute_addresses, execute_all_rules, execute_routes, execute_rules, with_tentative,
+};
 use super::link::{self, Network, Outside};
 use super::locks::{has_connections, lock_network, rules_come_last};
 use super::settings::{self, Stage};
 use super::sysctl::{
-    Missing, Protocol, execute_device, execute_question, execute_whole, from_numbers,
-    without_question,
+    Missing, Protocol, execute_device, execute_whole, from_numbers, without_question,
 };
 use super::{neighbour, nexthop};
 use crate::namespace::{filled, made};
@@ -102,28 +103,32 @@ fn plan_devices(all: &[u32], planner: &mut Planner<'_>) -> Result<(), PlanError>
     let mut content = Vec::new();
     for id in all {
         let devices: Vec<NetDeviceEntry> = dir.read_all(ImageKind::Netdev, u64::from(*id))?;
-        content.push((*id, devices));
+        let addresses = raw_image(dir, ImageKind::Ifaddr, *id)?;
+        content.push((*id, devices, addresses));
     }
-    let count: usize = content.iter().map(|(_, devices)| devices.len()).sum();
+    let count: usize = content.iter().map(|(_, devices, _)| devices.len()).sum();
     let needs: Vec<Handle> = all.iter().map(|id| set(*id)).collect();
     let name = format!("make {count} network devices");
     planner.step(name, (&needs, &[DEVICES]), move |world| {
         let external = all_external(world.options);
         let home = world.namespaces().home()?;
         let mut places = Vec::new();
-        for (id, _) in &content {
+        for (id, ..) in &content {
             let namespace = world.namespaces().get(*id)?;
             places.push((namespace, world.in_namespace(*id, |_| Ok(rtnetlink()?))?));
         }
         let pairs = content.into_iter().zip(&places);
         let networks: Vec<Network<'_>> = pairs
-            .map(|((id, devices), (namespace, socket))| Network {
-                id,
-                namespace,
-                socket,
-                devices,
+            .map(|((id, devices, addresses), (namespace, socket))| {
+                Ok(Network {
+                    id,
+                    namespace,
+                    socket,
+                    devices,
+                    asking: with_tentative(&addresses)?,
+                })
             })
-            .collect();
+            .collect::<Result<_, NetError>>()?;
         let outside = Outside {
             home: &home,
             external: &external,
@@ -218,6 +223,17 @@ fn raise_loopback() -> Result<(), NetError> {
         .during("Raising device", || "lo".into())
 }
 
+/// An image of the kernel's own messages; empty for none.
+fn raw_image(dir: &ImageDir, kind: ImageKind, id: u32) -> Result<Vec<u8>, PlanError> {
+    let name = kind.file_name(u64::from(id));
+    let mut bytes = Vec::new();
+    if let Some(file) = dir.open_file(&name)? {
+        let read = file.take(LONGEST).read_to_end(&mut bytes);
+        read.map_err(|error| PlanError::damaged(&name, error.to_string()))?;
+    }
+    Ok(bytes)
+}
+
 /// What refers to devices.
 #[derive(Default)]
 struct Content {
@@ -231,15 +247,7 @@ struct Content {
 
 impl Content {
     fn read(dir: &ImageDir, id: u32, empty: bool) -> Result<Self, PlanError> {
-        let raw = |kind: ImageKind| -> Result<Vec<u8>, PlanError> {
-            let name = kind.file_name(u64::from(id));
-            let mut bytes = Vec::new();
-            if let Some(file) = dir.open_file(&name)? {
-                let read = file.take(LONGEST).read_to_end(&mut bytes);
-                read.map_err(|error| PlanError::damaged(&name, error.to_string()))?;
-            }
-            Ok(bytes)
-        };
+        let raw = |kind| raw_image(dir, kind, id);
         let tracked = Content {
             connections: raw(ImageKind::NetnfCt)?,
             expectations: raw(ImageKind::NetnfExp)?,
@@ -274,9 +282,10 @@ impl Content {
         let socket = rtnetlink()?;
         execute_addresses(&socket, &self.ip.addresses)?;
         let whole = &self.whole;
-        execute_question("all", &whole.all_conf6, missing)?;
+        // What the devices did without while they were switched on, and what that changed.
+        execute_device(Protocol::Ipv6, "all", &whole.all_conf6, missing)?;
         for device in &self.devices {
-            execute_question(&device.name, &device.conf6, missing)?;
+            execute_device(Protocol::Ipv6, &device.name, &device.conf6, missing)?;
         }
         settings::execute(&whole.floe_settings, Stage::Devices, missing);
         let own = |bytes: &'_ Option<Vec<u8>>| bytes.clone().unwrap_or_default();

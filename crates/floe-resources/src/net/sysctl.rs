@@ -221,18 +221,6 @@ pub fn without_question(entries: &[SysctlEntry]) -> Vec<SysctlEntry> {
     entries
 }
 
-/// Gives a device the one setting back that [`without_question`] changed.
-pub fn execute_question(
-    device: &str,
-    entries: &[SysctlEntry],
-    missing: Missing,
-) -> Result<(), NetError> {
-    match entries.get(QUESTION) {
-        Some(entry) => write(&Protocol::Ipv6.path(device, IPV6[QUESTION]), entry, missing),
-        None => Ok(()),
-    }
-}
-
 /// Older images have plain numbers for IPv4, -1 for a setting that was not there.
 pub fn from_numbers(numbers: &[i32]) -> Vec<SysctlEntry> {
     let entries = numbers.iter().map(|number| SysctlEntry {

@@ -86,6 +86,7 @@ fn copy(home: &Rc<Home>, from: &Namespace, to: &Namespace) {
         namespace: to,
         socket: &socket,
         devices,
+        asking: std::collections::HashSet::new(),
     };
     let outside = Outside {
         home,

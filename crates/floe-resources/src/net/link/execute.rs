@@ -29,6 +29,8 @@ pub struct Network<'i> {
     /// Made in it.
     pub socket: &'i NetlinkSocket,
     pub devices: Vec<NetDeviceEntry>,
+    /// Devices that were still asking whether somebody else has an address of theirs.
+    pub asking: HashSet<u32>,
 }
 
 /// What is outside of the tree.
@@ -114,7 +116,10 @@ impl Maker<'_> {
         );
         self.bring(network, device)?;
         self.made.insert((network.id, device.ifindex));
-        self.order.push((network.id, device.ifindex));
+        let foreign = self.is_foreign(device);
+        if !foreign {
+            self.order.push((network.id, device.ifindex));
+        }
         if let Some(master) = device.master {
             let request = LinkRequest {
                 index: device.ifindex,
@@ -135,10 +140,23 @@ impl Maker<'_> {
         };
         let missing = self.outside.missing;
         execute_device(Protocol::Ipv4, &device.name, conf4, missing)?;
-        let conf6 = without_question(&device.conf6);
+        let conf6 = if network.asking.contains(&device.ifindex) {
+            device.conf6.clone()
+        } else {
+            without_question(&device.conf6)
+        };
         execute_device(Protocol::Ipv6, &device.name, &conf6, missing)?;
+        if foreign {
+            return Ok(());
+        }
         // Some ways to an address need the secret among the settings.
         extra::execute(network.socket, device)
+    }
+
+    /// Whether somebody else has put a device there, and with a number that need not be the saved one.
+    fn is_foreign(&self, device: &NetDeviceEntry) -> bool {
+        let outside = kind_of(device) == NdType::Extlink && device.floe_kind.is_none();
+        outside && self.passed_in(device).is_none()
     }
 
     /// Devices come up when all are there and set: what a protocol does then depends on settings, and a bridge
@@ -203,8 +221,14 @@ impl Maker<'_> {
                     "Network device {} is of a kind that is not made: {kind}",
                     device.name
                 ))),
-                // Somebody else has put it there.
-                None => request(device, 0).change(socket).during("Setting", what),
+                // It is there, and may be in use.
+                None => {
+                    let request = LinkRequest {
+                        flags: device.flags,
+                        ..request(device, 0)
+                    };
+                    request.change(socket).during("Setting", what)
+                }
             },
             NdType::Venet => Err(NetError::Unsupported {
                 object: format!("Network device {} (venet)", device.name),

@@ -122,24 +122,32 @@ pub fn execute(socket: &NetlinkSocket, entry: &NetDeviceEntry) -> Result<(), Net
     if let Some(mode) = mode {
         with_address_mode(&mut changes, mode);
     }
-    let only = LinkRequest {
+    let bare = LinkRequest {
         index: entry.ifindex,
-        attributes: &changes,
         ..LinkRequest::default()
     };
-    if !changes.is_empty() {
-        only.change(socket).during("Setting", what)?;
+    for (kind, value) in attributes(&changes) {
+        let mut one = Vec::new();
+        attribute(&mut one, kind, value);
+        let only = LinkRequest {
+            attributes: &one,
+            ..bare
+        };
+        // A driver or a kernel may have other limits here.
+        if let Err(error) = only.change(socket) {
+            let name = &entry.name;
+            tracing::warn!(
+                "network device {name} does not take back its attribute {kind}: {error}"
+            );
+        }
     }
+    let has = |attribute: &(u16, &[u8])| attributes(&now.attributes).any(|one| one == *attribute);
     let mut names = attributes(wanted).filter(|(kind, _)| *kind == IFLA_PROP_LIST);
-    if let Some((kind, value)) = names.next() {
+    if let Some((kind, value)) = names.next().filter(|list| !has(list)) {
         let mut list = Vec::new();
         nested(&mut list, kind, |inner| inner.extend_from_slice(value));
         add_names(socket, index, &list).during("Naming", what)?;
     }
-    let bare = LinkRequest {
-        attributes: &[],
-        ..only
-    };
     if entry.r#type == NdType::Bridge as i32 {
         let wanted = entry.floe_data.as_deref().unwrap_or_default();
         let changes = different(wanted, &now.data);
