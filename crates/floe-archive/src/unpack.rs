@@ -1,8 +1,9 @@
 //! Unpacking an archive: trusts nothing in it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
+use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
@@ -111,7 +112,8 @@ pub fn unpack_set(
             source,
         };
         if !newest {
-            std::fs::create_dir_all(into.join(EARLIER)).map_err(failed)?;
+            let earlier = into.join(EARLIER);
+            private().recursive(true).create(earlier).map_err(failed)?;
         }
         let one = unpack_beside(file, &target, limits, newest && number > 0)?;
         report.files += one.files;
@@ -144,6 +146,7 @@ fn unpack_beside(
     limits: UnpackLimits,
     has_earlier: bool,
 ) -> Result<UnpackReport, UnpackError> {
+    let is_new = !into.exists();
     let directory = new_directory(into, has_earlier).map_err(|source| UnpackError::Directory {
         path: into.to_path_buf(),
         source,
@@ -165,13 +168,24 @@ fn unpack_beside(
                 // What cannot be removed lacks its manifest all the same.
                 let _ = rustix::fs::unlinkat(&directory, name.as_str(), AtFlags::empty());
             }
+            if is_new {
+                // Nothing of ours is in it.
+                let _ = std::fs::remove_dir(into);
+            }
         }
         outcome
     })
 }
 
+/// Makes directories for their owner only.
+fn private() -> DirBuilder {
+    let mut builder = DirBuilder::new();
+    builder.mode(0o700);
+    builder
+}
+
 fn new_directory(path: &Path, has_earlier: bool) -> io::Result<rustix::fd::OwnedFd> {
-    match std::fs::create_dir(path) {
+    match private().create(path) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => return Err(error),

@@ -216,7 +216,7 @@ fn a_damaged_or_cut_archive_is_refused_and_leaves_nothing() {
     ] {
         let out = root.path().join(name);
         assert!(unpack(Cursor::new(&bytes), &out, LIMITS).is_err(), "{name}");
-        assert_eq!(fs::read_dir(&out).expect("there").count(), 0, "{name}");
+        assert!(!out.exists(), "{name}: the directory was made for it");
     }
     let cut = saved(root.path(), "cut.floe", &whole[..whole.len() - 3]);
     assert!(open_set(&[cut]).is_err());

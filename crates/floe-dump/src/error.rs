@@ -188,8 +188,15 @@ pub enum FreezeError {
          in a container with --security-opt seccomp=unconfined"
     )]
     Filtered { pid: HostPid },
+    /// It has no memory of its own.
+    #[error(
+        "Task {pid} is a thread of the kernel, which cannot be checkpointed: give the pid of a program"
+    )]
+    Kernel { pid: HostPid },
     /// We may not trace it.
-    #[error("Task {pid} may not be traced: run Floe as root, or with CAP_SYS_PTRACE")]
+    #[error(
+        "Task {pid} may not be traced: run Floe as root, or with CAP_SYS_PTRACE and all capabilities that the task has"
+    )]
     Denied { pid: HostPid },
     /// The kernel refused.
     #[error("Stopping task {pid}")]

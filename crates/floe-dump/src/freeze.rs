@@ -344,6 +344,26 @@ fn seize(proc: &ProcDir, tid: HostPid) -> Result<Seizing, FreezeError> {
     }
 }
 
+/// Looks whether there is something to be dumped at all, before anything is written.
+pub fn look(root: HostPid) -> Result<(), FreezeError> {
+    let gone = |_| FreezeError::NoTask { pid: root };
+    let proc = ProcDir::open(root).map_err(gone)?;
+    let status = parse_status(&proc.read("status").map_err(gone)?);
+    let status = status.map_err(|error| proc.bad(error))?;
+    match status.state {
+        b'X' => Err(FreezeError::NoTask { pid: root }),
+        b'Z' => Err(FreezeError::RootDead { pid: root }),
+        _ if is_of_kernel(&proc) => Err(FreezeError::Kernel { pid: root }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether it is a thread of the kernel: a process without a program, and not dead (proc_pid_exe(5)).
+fn is_of_kernel(proc: &ProcDir) -> bool {
+    let maps = proc.read("maps");
+    maps.is_ok_and(|maps| maps.is_empty()) && proc.read("cmdline").is_ok_and(|line| line.is_empty())
+}
+
 /// Finds out what a refused seizing means.
 fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing, FreezeError> {
     let read = |name: &str| -> Result<Option<Vec<u8>>, ProcError> {
@@ -362,6 +382,7 @@ fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing,
         (b'Z', _) => Ok(Seizing::Zombie),
         (_, Some(tracer)) => Err(FreezeError::Traced { pid: tid, tracer }),
         _ if source.errno() != Some(libc::EPERM) => Err(FreezeError::Stop { pid: tid, source }),
+        _ if is_of_kernel(proc) => Err(FreezeError::Kernel { pid: tid }),
         _ if status.seccomp != 0 => Err(FreezeError::Filtered { pid: tid }),
         _ => Err(FreezeError::Denied { pid: tid }),
     }

@@ -96,6 +96,7 @@ pub fn dump_to(
 ) -> Result<DumpReport, DumpError> {
     let started = Instant::now();
     let root = HostPid(options.tree.get());
+    freeze::look(root)?;
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
     let writer = ImageWriter::create(

@@ -42,6 +42,7 @@ pub fn pre_dump(
 ) -> Result<DumpReport, DumpError> {
     let started = Instant::now();
     let root = HostPid(options.tree.get());
+    freeze::look(root)?;
     options
         .hooks
         .run(HookEvent::new(Action::PreDump, Some(root.0)))?;

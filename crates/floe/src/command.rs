@@ -102,6 +102,7 @@ pub fn run(args: Vec<OsString>) -> Exit {
         program: program(&args),
         log: Target::StandardError,
         silent: false,
+        made: None,
     };
     match dispatch(&args, &mut reporter) {
         Ok(exit) => exit,
@@ -123,6 +124,8 @@ struct Reporter {
     program: String,
     log: Target,
     silent: bool,
+    /// The directory that was made for images.
+    made: Option<PathBuf>,
 }
 
 impl Reporter {
@@ -201,7 +204,13 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
         arm_fault()?;
         return rpc::answer_parent(fd);
     }
-    execute(command, absolute(settings, command)?, rest, reporter)
+    let made = make_images_dir(&settings, command)?;
+    reporter.made = made;
+    let outcome = execute(command, absolute(settings)?, rest, reporter);
+    if outcome.is_err() {
+        give_back(reporter.made.as_deref());
+    }
+    outcome
 }
 
 fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
@@ -228,17 +237,29 @@ pub fn by_files(from_line: &Settings) -> Result<Settings, Failure> {
     Ok(settings)
 }
 
-/// Directories are resolved once, so that nothing depends on the current directory later. A dump makes
-/// that of its images (not those above it).
-fn absolute(mut settings: Settings, command: Command) -> Result<Settings, Failure> {
-    let place = settings.place();
-    if matches!(command, Command::Dump | Command::PreDump) && !place.images_dir.exists() {
-        let made = std::fs::DirBuilder::new()
-            .mode(0o700)
-            .create(&place.images_dir);
-        let shown = place.images_dir.display();
-        made.map_err(|error| anyhow::anyhow!("making {shown} (--images-dir): {error}"))?;
+/// A dump makes the directory of its images (not those above it): that directory, if it was not there.
+fn make_images_dir(settings: &Settings, command: Command) -> Result<Option<PathBuf>, Failure> {
+    let directory = settings.place().images_dir;
+    if !matches!(command, Command::Dump | Command::PreDump) || directory.exists() {
+        return Ok(None);
     }
+    let made = std::fs::DirBuilder::new().mode(0o700).create(&directory);
+    let shown = directory.display();
+    made.map_err(|error| anyhow::anyhow!("making {shown} (--images-dir): {error}"))?;
+    Ok(Some(directory))
+}
+
+/// A dump failed: the directory that was made for it goes, if there is nothing in it.
+fn give_back(made: Option<&Path>) {
+    if let Some(directory) = made {
+        // It stays with a log or images in it.
+        let _ = std::fs::remove_dir(directory);
+    }
+}
+
+/// Directories are resolved once, so that nothing depends on the current directory later.
+fn absolute(mut settings: Settings) -> Result<Settings, Failure> {
+    let place = settings.place();
     let resolve = |path: &Path, option: &str| {
         let found = std::fs::canonicalize(path);
         found.map_err(|error| anyhow::anyhow!("directory {} ({option}): {error}", path.display()))
@@ -268,7 +289,7 @@ fn execute(
     match command {
         Command::Service => rpc::serve(&settings, program_log),
         Command::Check => check::run(&settings.check),
-        Command::Dump | Command::PreDump => dump(&settings, command),
+        Command::Dump | Command::PreDump => dump(&settings, command, reporter.made.as_deref()),
         Command::Restore => restore(&settings, rest),
         Command::Dedup => track::dedup(&settings.place()),
         Command::PageServer => page_server::run(&settings),
@@ -334,7 +355,7 @@ pub fn scripts(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
 }
 
 /// The process that the caller knows watches over a child that does the work.
-fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
+fn dump(settings: &Settings, command: Command, made: Option<&Path>) -> Result<Exit, Failure> {
     let supervisor = match floe_inject::split() {
         Ok(Split::Engine(watch)) => return dump_watched(settings, command, &watch),
         Ok(Split::Supervisor(supervisor)) => supervisor,
@@ -342,7 +363,12 @@ fn dump(settings: &Settings, command: Command) -> Result<Exit, Failure> {
     };
     match supervisor.wait() {
         // The engine has said all there is to say.
-        Ok(EngineEnd::Exited(code)) => std::process::exit(code),
+        Ok(EngineEnd::Exited(code)) => {
+            if code != 0 {
+                give_back(made);
+            }
+            std::process::exit(code)
+        }
         Ok(EngineEnd::Killed(signal)) => Err(anyhow::anyhow!(
             "the dump was killed by signal {signal}; the tasks run on as before"
         )

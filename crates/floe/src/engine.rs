@@ -133,6 +133,7 @@ fn freeze_exit(error: &FreezeError) -> Exit {
     match error {
         FreezeError::RootDead { .. }
         | FreezeError::Traced { .. }
+        | FreezeError::Kernel { .. }
         | FreezeError::LeaderEnded { .. } => Exit::Unsupported,
         FreezeError::Stop { .. } | FreezeError::Proc(_) => Exit::Kernel,
         _ => Exit::Failed,

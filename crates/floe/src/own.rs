@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use clap::Parser;
 use floe_archive::check::{self, State};
-use floe_image::ImageDir;
+use floe_image::{ImageDir, ImageKind};
 
 use crate::exit::{Exit, Failure};
 
@@ -53,6 +53,18 @@ pub fn refuse_incomplete(dir: &ImageDir) -> Result<(), Failure> {
         false => Err(Failure::new(
             Exit::BadImage,
             anyhow::anyhow!(lines.join("\n")),
+        )),
+    }
+}
+
+/// Refuses a directory in which no dump has put anything.
+pub fn refuse_other(dir: &ImageDir) -> Result<(), Failure> {
+    let inventory = dir.has(ImageKind::Inventory, 0);
+    match inventory || dir.images().is_ok_and(|images| !images.is_empty()) {
+        true => Ok(()),
+        false => Err(Failure::new(
+            Exit::BadImage,
+            anyhow::anyhow!("{} holds no checkpoint", dir.path().display()),
         )),
     }
 }

@@ -31,6 +31,7 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Err(exit) => return Ok(exit),
     };
     let dir = own::open_images(&line.path)?;
+    own::refuse_other(&dir)?;
     let summary = Summary::read(&dir).map_err(|error| Failure::new(Exit::BadImage, error))?;
     let page = page::html(&summary);
     std::fs::write(&line.output, page)

@@ -31,8 +31,18 @@ enum Action {
 #[derive(clap::Args)]
 struct Tree {
     /// The root of the tree.
-    #[arg(short, long, value_name = "PID")]
-    tree: i32,
+    #[arg(value_name = "PID", required_unless_present = "tree")]
+    root: Option<i32>,
+    /// The same, as a dump takes it.
+    #[arg(short, long, value_name = "PID", conflicts_with = "root")]
+    tree: Option<i32>,
+}
+
+impl Tree {
+    fn pid(&self) -> i32 {
+        let pid = self.root.or(self.tree);
+        pid.expect("one of the two is required")
+    }
 }
 
 /// Runs `floe track`; the exit code of `status` is 1 where nothing is tracked.
@@ -42,8 +52,8 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Err(exit) => return Ok(exit),
     };
     match track.action {
-        Action::Status(tree) => status(tree.tree),
-        Action::Stop(tree) => stop(tree.tree),
+        Action::Status(tree) => status(tree.pid()),
+        Action::Stop(tree) => stop(tree.pid()),
     }
 }
 
@@ -88,6 +98,7 @@ fn stop(root: i32) -> Result<Exit, Failure> {
 pub fn dedup(place: &Place) -> Result<Exit, Failure> {
     let bad = |error: DedupError| Failure::new(Exit::BadImage, error);
     let images = ImageDir::open(&place.images_dir).map_err(|error| bad(error.into()))?;
+    own::refuse_other(&images)?;
     let punched = floe_memory::punch_chain(&images).map_err(bad)?;
     tracing::info!(bytes = punched.0, "gave back room in the chain");
     Ok(Exit::Done)

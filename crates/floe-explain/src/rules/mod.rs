@@ -7,6 +7,7 @@ mod memory;
 mod mounts;
 mod network;
 mod tasks;
+mod usage;
 
 /// What a line with this message stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,7 +39,7 @@ pub struct Rule {
 
 /// All rows in their order.
 pub fn all() -> impl Iterator<Item = &'static Rule> + Clone {
-    const TABLES: [&[Rule]; 7] = [
+    const TABLES: [&[Rule]; 8] = [
         images::RULES,
         files::RULES,
         mounts::RULES,
@@ -46,6 +47,7 @@ pub fn all() -> impl Iterator<Item = &'static Rule> + Clone {
         network::RULES,
         memory::RULES,
         engines::RULES,
+        usage::RULES,
     ];
     TABLES.into_iter().flatten()
 }

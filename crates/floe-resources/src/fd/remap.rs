@@ -30,6 +30,9 @@ use super::regular::NamedFile;
 use crate::collect::{CollectError, Collector, FileId, no_owner};
 use crate::mount::Place;
 
+/// How the name begins that a dump gives to a file without one (`--link-remap`).
+const LINK_NAME: &str = "link_remap.";
+
 /// What the kernel adds to the name of a file without one.
 const DELETED: &[u8] = b" (deleted)";
 
@@ -316,7 +319,7 @@ fn make_link(
     use std::os::unix::ffi::OsStrExt;
     let name = Path::new(std::ffi::OsStr::from_bytes(name));
     for directory in name.ancestors().skip(1) {
-        let link = directory.join(format!("link_remap.{}", number.0));
+        let link = directory.join(format!("{LINK_NAME}{}", number.0));
         match link_as_owner(&link, file) {
             Ok(()) => return Ok(Some(link)),
             Err(Errno::NOENT) if directory.exists() => return Ok(None),

@@ -15,6 +15,7 @@ use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
+use super::LINK_NAME;
 use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
@@ -212,12 +213,19 @@ fn link_name<'i>(
     let name = file
         .and_then(|file| file.reg.as_ref())
         .map(|file| file.name.as_str());
-    name.map(Path::new).ok_or_else(|| {
+    let name = name.map(Path::new).ok_or_else(|| {
         PlanError::damaged(
             "remap-fpath.img",
             format!("file {:#x}, the link, is missing", remap.remap_id),
         )
-    })
+    })?;
+    // It goes when the restore is done: no other file may be taken for it.
+    let last = name.file_name().map(|last| last.as_encoded_bytes());
+    if !last.is_some_and(|last| last.starts_with(LINK_NAME.as_bytes())) {
+        let what = format!("{} is no name that a dump gives to a file", name.display());
+        return Err(PlanError::damaged("files.img", what));
+    }
+    Ok(name)
 }
 
 /// Whether an entry is only the extra name of a file, given by `--link-remap`.
