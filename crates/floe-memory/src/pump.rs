@@ -18,6 +18,9 @@ use crate::source::PageSource;
 /// so that the write reads it from there; and what a sink can hash by itself.
 const BATCH_BYTES: u64 = PIECE_BYTES;
 
+/// Less is copied by the caller while it waits for the end: a thread takes longer to start.
+const WORTH_A_THREAD: u64 = 1 << 20;
+
 /// Something that takes pages at offsets.
 pub trait PageSink: Send + Sync + std::fmt::Debug {
     /// Writes all of `bytes` at `offset`.
@@ -133,15 +136,18 @@ pub struct PagePump {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
     limit: usize,
+    /// Bytes queued so far.
+    sent: u64,
 }
 
 impl PagePump {
-    /// A pump of at most `workers` threads; they start with the first pages.
+    /// A pump of at most `workers` threads; they start when there is work that is worth one.
     pub fn new(workers: usize) -> Self {
         PagePump {
             shared: Arc::default(),
             workers: Vec::new(),
             limit: workers.max(1),
+            sent: 0,
         }
     }
 
@@ -200,11 +206,15 @@ impl PagePump {
         if batches.is_empty() {
             return Ok(());
         }
+        self.sent += batches.iter().map(|batch| batch.bytes).sum::<u64>();
         let waiting = {
             let mut state = self.shared.lock();
             state.queue.extend(batches);
             state.queue.len()
         };
+        if self.sent < WORTH_A_THREAD {
+            return Ok(());
+        }
         while self.workers.len() < self.limit.min(waiting) {
             let shared = self.shared.clone();
             let builder = std::thread::Builder::new()
@@ -221,6 +231,12 @@ impl PagePump {
 
     /// Waits until all that was sent is written.
     pub fn drain(&mut self) -> Result<Copied, CopyError> {
+        if self.workers.is_empty() {
+            // It ends when nothing is queued.
+            self.shared.lock().closed = true;
+            work(&self.shared);
+            self.shared.lock().closed = false;
+        }
         let mut state = self.shared.lock();
         while state.error.is_none() && (!state.queue.is_empty() || state.running > 0) {
             state = self

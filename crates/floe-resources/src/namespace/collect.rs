@@ -9,7 +9,7 @@ use floe_kernel::proc::ProcDir;
 use floe_options::External;
 
 use super::split::SPLIT;
-use super::tree::{identity, identity_of};
+use super::tree::identity_of;
 use super::{TreeNamespace, owners, time, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::{ipc, mount, net};
@@ -105,7 +105,7 @@ pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), C
     let mut foreign = Vec::new();
     let namespaces = collector.namespaces();
     for kind in NsKind::ALL {
-        let Some(found) = identity(task, kind)? else {
+        let Some(found) = namespaces.identity(task, kind)? else {
             continue;
         };
         // One that nobody had before is refused by itself.
@@ -117,7 +117,7 @@ pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), C
         }
     }
     for (kind, name) in OF_CHILDREN {
-        if identity_of(task, name)? != identity(task, kind)? {
+        if identity_of(task, name)? != namespaces.identity(task, kind)? {
             foreign.push(format!("a {kind} namespace for its children"));
         }
     }

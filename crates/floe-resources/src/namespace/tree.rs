@@ -39,6 +39,8 @@ pub struct TreeNamespaces {
     root_is_in: HashMap<NsKind, NsIdentity>,
     own: HashMap<NsKind, NsIdentity>,
     known: Vec<Rc<TreeNamespace>>,
+    /// What was found of each task: stopped, it stays there.
+    members: HashMap<HostPid, HashMap<NsKind, NsIdentity>>,
 }
 
 impl TreeNamespaces {
@@ -59,6 +61,7 @@ impl TreeNamespaces {
             root_is_in: HashMap::new(),
             own,
             known: Vec::new(),
+            members: HashMap::new(),
         })
     }
 
@@ -107,6 +110,7 @@ impl TreeNamespaces {
             let Some(found) = identity(task, kind)? else {
                 continue;
             };
+            self.members.entry(member).or_default().insert(kind, found);
             if of_root {
                 self.root_is_in.insert(kind, found);
             }
@@ -129,11 +133,23 @@ impl TreeNamespaces {
         Ok(())
     }
 
+    /// Which namespace a stopped task is in, asked once.
+    pub(super) fn identity(
+        &self,
+        task: &ProcDir,
+        kind: NsKind,
+    ) -> Result<Option<NsIdentity>, CollectError> {
+        match self.members.get(&task.pid()) {
+            Some(found) => Ok(found.get(&kind).copied()),
+            None => identity(task, kind),
+        }
+    }
+
     /// Which namespaces a task is in; what does not concern namespaces is zero.
     pub fn ids(&self, task: &ProcDir) -> Result<TaskKobjIdsEntry, CollectError> {
         let mut entry = ids::of_host();
         for kind in NsKind::ALL {
-            if let Some(found) = identity(task, kind)? {
+            if let Some(found) = self.identity(task, kind)? {
                 ids::set(&mut entry, kind, self.number(kind, found));
             }
         }
