@@ -43,7 +43,6 @@ use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
-use floe_resources::ipc::posix::{take_telling, write_telling};
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::vma::MappingReader;
@@ -339,19 +338,17 @@ fn save(
     for segment in collector.take_segments().into_values() {
         memory.send_segment(segment)?;
     }
-    let mut telling = take_telling(&mut collector);
     for (task, draft) in tree.tasks.iter_mut().zip(&mut drafts) {
         if let Draft::Living(draft) = draft {
-            remote::ask(task, draft, (&tree.pids, &mut telling))?;
+            remote::ask(task, draft, &tree.pids)?;
         }
     }
-    write_telling(telling, &mut collector)?;
     tracing::info!("asked the tasks");
     let lines: Vec<_> = tree
         .tasks
         .iter()
-        .map(|task| task::tree_entry(task, &tree.pids))
-        .collect();
+        .map(|task| task::tree_entry(task, (&tree.pids, collector.namespaces())))
+        .collect::<Result<_, _>>()?;
     writer.write_all(ImageKind::Pstree, 0, &lines)?;
     for ((task, draft), guards) in tree.tasks.iter().zip(drafts).zip(guards) {
         write::write_task(writer, task, draft, guards)?;
@@ -385,6 +382,11 @@ fn collect_all<'a>(
     check_session(tree, options, collector);
     for task in tree.living() {
         collector.learn_namespaces(&task.proc)?;
+    }
+    for task in tree.tasks.iter().filter(|task| task.is_dead()) {
+        if !tree.pids.nested(task.pid).is_empty() {
+            collector.learn_zombie(&task.proc)?;
+        }
     }
     collect_namespaces(&tree.root().proc, collector)?;
     let mut drafts = Vec::with_capacity(tree.tasks.len());

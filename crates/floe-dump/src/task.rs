@@ -13,7 +13,7 @@ use floe_kernel::ptrace::SignalQueue;
 use floe_kernel::thread::robust_list;
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::{ask_ahead, collect_fd_table};
-use floe_resources::namespace::{OwnerMap, PidView, check_task};
+use floe_resources::namespace::{OwnerMap, PidView, TreeNamespaces, check_task, nested};
 use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
@@ -277,14 +277,14 @@ fn dead_core(task: &FrozenTask) -> CoreEntry {
 }
 
 /// The task's line in `pstree.img`.
-pub fn tree_entry(task: &FrozenTask, pids: &PidView) -> PstreeEntry {
+pub fn tree_entry(
+    task: &FrozenTask,
+    (pids, namespaces): (&PidView, &TreeNamespaces),
+) -> Result<PstreeEntry, CollectError> {
     let number = |pid: HostPid| pids.number(pid);
-    let threads: Vec<u32> = task
-        .threads
-        .iter()
-        .map(|thread| number(thread.pid()))
-        .collect();
-    PstreeEntry {
+    let tids: Vec<HostPid> = task.threads.iter().map(Stopped::pid).collect();
+    let threads: Vec<u32> = tids.iter().copied().map(number).collect();
+    let mut entry = PstreeEntry {
         pid: number(task.pid),
         ppid: task.parent.map_or(0, number),
         pgid: number(task.stat.pgid),
@@ -295,7 +295,10 @@ pub fn tree_entry(task: &FrozenTask, pids: &PidView) -> PstreeEntry {
         } else {
             threads
         },
-    }
+        ..PstreeEntry::default()
+    };
+    nested::describe((&task.proc, &tids), (pids, namespaces), &mut entry)?;
+    Ok(entry)
 }
 
 /// Credentials of a thread, once its securebits are known.

@@ -1,19 +1,25 @@
 //! Steps that make the tasks: the root, forks, sessions, groups, threads, zombies.
 
+mod doors;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use floe_inject::{ARENA_BYTES, Arg, BufferId, CallId, Program, RootSpawn, Seized};
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::{Namespace, NsKind};
 use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
 use floe_resources::fd::tty::take_controlling_terminal;
-use floe_resources::namespace::{has_own_pids, time};
-use floe_resources::restore::{ExecuteError, PlanError, Planner, Puppet, World};
+use floe_resources::namespace::{nested, time};
+use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, Puppet, World};
+use floe_resources::task::attributes;
 
-use crate::kin::{find_child, known_children, threads_by_number};
+use doors::Doors;
+
+use crate::kin::known_children;
 use crate::memory;
 use crate::midwife;
-use crate::tree::{Birth, Tree, is_zombie};
+use crate::tree::{Birth, EarlyGroup, Place, Tree, is_zombie};
 
 /// What makes the birth of the tree's tasks differ from run to run.
 pub struct Births<'t> {
@@ -44,6 +50,7 @@ impl Births<'_> {
                     if let Some(litter) = litters.remove(&birth.pid) {
                         plan_forks(litter, planner);
                     }
+                    plan_early_group(birth, planner);
                 }
             }
             self.plan_session(birth, planner);
@@ -107,8 +114,13 @@ impl Births<'_> {
 
     /// Children of one parent that need the same are forked by one program; by the pid of the first.
     fn litters(&self, planner: &Planner<'_>) -> Result<BTreeMap<u32, Litter>, PlanError> {
+        let is_nested = !planner.images.nested.is_empty();
         let mut litters: Vec<Litter> = Vec::new();
         let mut open: BTreeMap<(u32, u64, Vec<Handle>), usize> = BTreeMap::new();
+        let in_outer_group = |pid: u32| {
+            let mut births = self.tree.births.iter();
+            births.any(|birth| birth.pid == pid && is_put_into_group(birth))
+        };
         for birth in &self.tree.births {
             let Some(parent) = birth.parent else { continue };
             let pid = birth.pid;
@@ -123,23 +135,36 @@ impl Births<'_> {
             if self.movers.contains(&parent) {
                 needs.push(floe_resources::cgroup::entered(parent));
             }
+            if is_nested && in_outer_group(parent) {
+                needs.push(outer_group(parent));
+            }
+            if let Place::Other(namespace) = birth.place {
+                needs.extend(nested::begun(planner.images, namespace));
+            }
+            let child = Child {
+                pid,
+                numbers: birth.numbers.clone(),
+                place: birth.place,
+            };
             let key = (parent, flags, needs.clone());
             match open.get(&key) {
-                Some(at) if litters[*at].pids.len() < FORKS_AT_ONCE => litters[*at].pids.push(pid),
+                Some(at) if litters[*at].children.len() < FORKS_AT_ONCE => {
+                    litters[*at].children.push(child);
+                }
                 _ => {
                     open.insert(key, litters.len());
                     litters.push(Litter {
                         parent,
                         flags,
                         needs,
-                        pids: vec![pid],
+                        children: vec![child],
                     });
                 }
             }
         }
         Ok(litters
             .into_iter()
-            .map(|litter| (litter.pids[0], litter))
+            .map(|litter| (litter.children[0].pid, litter))
             .collect())
     }
 
@@ -152,11 +177,15 @@ impl Births<'_> {
             .filter(|child| child.parent == Some(pid) && child.before_session);
         let needs: Vec<Handle> = early.map(|child| Handle::Born(child.pid)).collect();
         if !birth.leads_session {
+            let leads = birth.early_group == Some(EarlyGroup::Leads);
             planner.task_step(
                 pid,
                 "stay in the session",
                 (&needs, &[Handle::Session(pid)]),
-                |_| Ok(()),
+                move |world| match leads {
+                    true => set_group(world, pid, (0, 0)),
+                    false => Ok(()),
+                },
             );
             return;
         }
@@ -174,10 +203,8 @@ impl Births<'_> {
     }
 
     fn plan_groups(&self, planner: &mut Planner<'_>) {
-        let members: Vec<(u32, u32)> = self
-            .tree
-            .births
-            .iter()
+        let births = self.tree.births.iter();
+        let members: Vec<(u32, u32)> = births
             .filter_map(|birth| Some((birth.pid, birth.group?)))
             .collect();
         planner.step(
@@ -187,13 +214,8 @@ impl Births<'_> {
                 let (leaders, others): (Vec<_>, Vec<_>) =
                     members.into_iter().partition(|(pid, group)| pid == group);
                 for (pid, group) in leaders.into_iter().chain(others) {
-                    let mut program = Program::new();
-                    program.call(
-                        format!("setpgid to {group}"),
-                        libc::SYS_setpgid,
-                        &[Arg::from(0), Arg::from(group)],
-                    );
-                    world.run(pid, &program)?;
+                    let group = world.images.nested.seen_by(pid, group);
+                    set_group(world, pid, (0, group))?;
                 }
                 Ok(())
             },
@@ -285,9 +307,10 @@ pub fn clone_program(
     program: &mut Program,
     label: String,
     flags: u64,
-    (tid, exit_signal): (u32, i32),
+    (numbers, exit_signal): (&[u32], i32),
 ) -> (CallId, BufferId) {
-    let set_tid = program.buffer(&tid.to_le_bytes());
+    let tids: Vec<u8> = numbers.iter().flat_map(|tid| tid.to_le_bytes()).collect();
+    let set_tid = program.buffer(&tids);
     // flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
     let words = [
         flags | libc::CLONE_PTRACE as u64,
@@ -299,7 +322,7 @@ pub fn clone_program(
         0,
         0,
         0,
-        1,
+        numbers.len() as u64,
         0,
     ];
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
@@ -310,21 +333,31 @@ pub fn clone_program(
     (call, args)
 }
 
+/// A child as its parent forks it.
+#[derive(Clone, Debug)]
+struct Child {
+    pid: u32,
+    /// Of `set_tid`.
+    numbers: Vec<u32>,
+    place: Place,
+}
+
 /// Children that one program forks.
 struct Litter {
     parent: u32,
     /// Of `clone3`.
     flags: u64,
     needs: Vec<Handle>,
-    pids: Vec<u32>,
+    children: Vec<Child>,
 }
 
 /// Children of one program. Each has a copy of its parent's arena as it was then.
 const FORKS_AT_ONCE: usize = 64;
 
 fn plan_forks(litter: Litter, planner: &mut Planner<'_>) {
-    let made: Vec<Handle> = litter.pids.iter().map(|pid| Handle::Born(*pid)).collect();
-    let name = match &litter.pids[..] {
+    let pids: Vec<u32> = litter.children.iter().map(|child| child.pid).collect();
+    let made: Vec<Handle> = pids.iter().map(|pid| Handle::Born(*pid)).collect();
+    let name = match &pids[..] {
         [pid] => format!("fork task {pid}"),
         pids => format!("fork {} tasks from {} on", pids.len(), pids[0]),
     };
@@ -337,28 +370,31 @@ fn plan_forks(litter: Litter, planner: &mut Planner<'_>) {
 /// If one cannot be forked, those before it end with the coordinator: nobody has let them run.
 fn fork(world: &mut World<'_>, litter: &Litter) -> Result<(), ExecuteError> {
     let mut program = Program::new();
-    let mut calls = Vec::with_capacity(litter.pids.len());
-    for pid in &litter.pids {
-        let label = format!("clone3 of task {pid}");
-        let who = (*pid, libc::SIGCHLD);
-        calls.push((
-            *pid,
-            clone_program(&mut program, label, litter.flags, who).0,
-        ));
+    let mut calls = Vec::with_capacity(litter.children.len());
+    let mut doors = Doors::default();
+    for child in &litter.children {
+        let label = format!("clone3 of task {}", child.pid);
+        let flags = match child.place {
+            Place::New(_) => litter.flags | libc::CLONE_NEWPID as u64,
+            _ => litter.flags,
+        };
+        let who = (&child.numbers[..], libc::SIGCHLD);
+        doors.open(world, litter.parent, child.place)?;
+        doors.go(&mut program, child.place);
+        calls.push((child, clone_program(&mut program, label, flags, who).0));
     }
-    let mut known = known_children(world);
+    doors.leave(&mut program);
+    let mut known = known_children(world)?;
     let puppet = world.puppet(litter.parent)?;
     let outcome = puppet.run(&program)?.expect("the program has a call");
     let (arena, parent) = (puppet.arena.clone(), puppet.pid());
     // The newest child is found first.
-    for (pid, call) in calls.into_iter().rev() {
+    for (child, call) in calls.into_iter().rev() {
         let host = match &mut known {
+            // Ours are the numbers of the images.
+            None if !world.images.nested.is_empty() => HostPid(child.pid.cast_signed()),
             None => HostPid(outcome.result(call) as i32),
-            Some(known) => {
-                let host = find_child(parent, pid, known)?;
-                known.insert(host);
-                host
-            }
+            Some(known) => known.find_child(parent, child.pid)?,
         };
         let leader = Seized::born(host).wait_stopped()?;
         let puppet = Puppet {
@@ -366,9 +402,54 @@ fn fork(world: &mut World<'_>, litter: &Litter) -> Result<(), ExecuteError> {
             leader,
             threads: Default::default(),
         };
-        world.puppets.insert(pid, puppet);
+        world.puppets.insert(child.pid, puppet);
+        if let Place::New(namespace) = child.place {
+            let what = || format!("pid namespace {namespace}");
+            let begun = Namespace::of_task(host, NsKind::Pid).during("Opening", what)?;
+            world.namespaces().keep(namespace, begun);
+        }
     }
     Ok(())
+}
+
+/// The task is in a group that it cannot name, before it has children.
+fn outer_group(pid: u32) -> Handle {
+    Handle::Object("outer group", u64::from(pid))
+}
+
+fn is_put_into_group(birth: &Birth) -> bool {
+    matches!(birth.early_group, Some(EarlyGroup::ByParent(_)))
+}
+
+/// Has a parent put its child into a group that the child cannot name.
+fn plan_early_group(birth: &Birth, planner: &mut Planner<'_>) {
+    let (Some(EarlyGroup::ByParent(group)), Some(parent)) = (birth.early_group, birth.parent)
+    else {
+        return;
+    };
+    let pid = birth.pid;
+    let needs = [Handle::Born(pid), Handle::Session(group)];
+    let name = format!("put task {pid} into group {group}");
+    planner.task_step(parent, name, (&needs, &[outer_group(pid)]), move |world| {
+        let seen = |id| world.images.nested.seen_by(parent, id);
+        let numbers = (seen(pid), seen(group));
+        set_group(world, parent, numbers)
+    });
+}
+
+/// Has a task set the group of a process; numbers are those that it knows.
+fn set_group(
+    world: &mut World<'_>,
+    pid: u32,
+    (process, group): (u32, u32),
+) -> Result<(), ExecuteError> {
+    let mut program = Program::new();
+    program.call(
+        format!("setpgid to {group}"),
+        libc::SYS_setpgid,
+        &[Arg::from(process), Arg::from(group)],
+    );
+    world.run(pid, &program).map(drop)
 }
 
 /// Adds the steps that make the threads of every task.
@@ -407,7 +488,8 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
     if tids.is_empty() {
         return Ok(());
     }
-    let own_pids = has_own_pids(world.images);
+    let images = world.images;
+    let own_pids = known_children(world)?;
     let puppet = world.puppet(pid)?;
     for some in tids.chunks(THREADS_AT_ONCE) {
         let mut program = Program::new();
@@ -418,18 +500,21 @@ fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), Exe
                     &mut program,
                     format!("clone3 of thread {tid}"),
                     flags as u64,
-                    (*tid, 0),
+                    (&images.nested.numbers(*tid), 0),
                 )
                 .0
             })
             .collect();
         let outcome = puppet.run(&program)?.expect("chunks are not empty");
-        let hosts = match own_pids {
-            true => threads_by_number(puppet.pid())?,
-            false => BTreeMap::new(),
+        let hosts = match &own_pids {
+            Some(known) => known.threads_by_number(puppet.pid())?,
+            None => BTreeMap::new(),
         };
         for (tid, call) in some.iter().zip(calls) {
-            let number = outcome.result(call) as i32;
+            let number = match images.nested.is_empty() {
+                true => outcome.result(call) as i32,
+                false => tid.cast_signed(),
+            };
             let host = hosts.get(tid).copied().unwrap_or(HostPid(number));
             let thread = Seized::born(host).wait_stopped()?;
             puppet.threads.insert(*tid, thread);
@@ -459,8 +544,11 @@ fn dismiss(world: &mut World<'_>, helper: &Birth) -> Result<(), ExecuteError> {
     }
     die(world, pid, 0)?;
     let mut program = Program::new();
+    // Both are in one namespace, or the parent is in that of the images.
+    let depth = world.images.nested.below(parent).len();
+    let number = helper.numbers.iter().rev().nth(depth).copied();
     let args = [
-        Arg::from(pid),
+        Arg::from(number.unwrap_or(pid)),
         Arg::from(0),
         Arg::from(libc::__WALL),
         Arg::from(0),
@@ -488,6 +576,13 @@ fn die(world: &mut World<'_>, pid: u32, status: u32) -> Result<(), ExecuteError>
         Arg::from(0),
     ];
     program.call("prlimit64(RLIMIT_CORE)", libc::SYS_prlimit64, &args);
+    let core = world
+        .images
+        .task(pid)
+        .and_then(|task| task.core.tc.as_ref());
+    if let Some(core) = core.filter(|core| !core.comm.is_empty()) {
+        attributes::plan_comm(&core.comm, &mut program);
+    }
     puppet.run(&program)?;
     let Puppet { arena, leader, .. } = puppet;
     Ok(arena.end_task(leader, (status >> 8 & 0xff) as i32, signal)?)

@@ -18,7 +18,7 @@ use floe_plan::Plan;
 use floe_resources::cpu;
 use floe_resources::fd::inet::release_connections;
 use floe_resources::namespace::has_own_pids;
-use floe_resources::restore::{Op, PlanError, Planner, TreeImages, World};
+use floe_resources::restore::{Op, PlanError, Planner, Puppet, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
 use crate::error::RestoreError;
@@ -66,6 +66,7 @@ pub fn plan<'i>(
     descriptors::plan(&mut planner)?;
     floe_resources::file_lock::plan_locks(&mut planner)?;
     plan_threads(&mut planner);
+    floe_resources::namespace::nested::plan_children(&mut planner)?;
     let background = Rc::new(Background::new(&planner)?);
     state::plan(&mut planner, &background)?;
     Ok((planner.finish()?, background))
@@ -205,9 +206,16 @@ fn abort(world: &mut World<'_>) {
     // The first process of a pid namespace ends only after all others of it.
     world.give_up();
     let made = std::mem::take(&mut world.puppets);
+    let nested = &world.images.nested;
+    // Inner namespaces end before outer ones.
+    let mut order: Vec<(&u32, &Puppet)> = made.iter().rev().collect();
+    order.sort_by_key(|(pid, _)| {
+        let below = nested.below(**pid);
+        std::cmp::Reverse((below.len(), below.last() != Some(&1)))
+    });
     // The end of a leader is reported after that of its threads, and that of the first task of a pid
     // namespace after all others.
-    let all = made.values().rev().flat_map(|puppet| {
+    let all = order.into_iter().flat_map(|(_, puppet)| {
         let threads = puppet.threads.values().map(Stopped::pid);
         threads.chain([puppet.pid()])
     });

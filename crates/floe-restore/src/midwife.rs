@@ -90,7 +90,7 @@ fn born_of(
     program.call("setresuid", libc::SYS_setresuid, &[Arg::from(uid); 3]);
     let flags = pids | (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
     let label = format!("clone3 of the root, pid {number}");
-    let (_, args) = clone_program(&mut program, label, flags, (number, 0));
+    let (_, args) = clone_program(&mut program, label, flags, (&[number], 0));
     let pidfd = program.zeroed(8);
     program.point(args, PIDFD_OFFSET, pidfd);
     let outcome = arena.run(&mut midwife, &program)?;

@@ -10,6 +10,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
 use floe_resources::fd::unix::Listeners;
+use floe_resources::namespace::nested::Nested;
 use floe_resources::namespace::own_of_root;
 use floe_resources::restore::{
     Attempt, ExecuteError, PlanError, Planner, Puppet, TaskImages, World,
@@ -27,6 +28,7 @@ pub struct Background<'i> {
     pub birth: Birth,
     seccomp: Vec<SeccompFilter>,
     features: &'i KernelFeatures,
+    nested: &'i Nested,
 }
 
 impl<'i> Background<'i> {
@@ -46,6 +48,7 @@ impl<'i> Background<'i> {
             birth,
             seccomp: seccomp.unwrap_or_default().seccomp_filters,
             features: planner.features,
+            nested: &planner.images.nested,
         })
     }
 
@@ -57,6 +60,7 @@ impl<'i> Background<'i> {
             birth: &self.birth,
             mm: task.mm.as_ref(),
             seccomp: &self.seccomp,
+            nested: self.nested,
         }
     }
 }

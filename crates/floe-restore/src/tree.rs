@@ -11,6 +11,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use floe_resources::restore::{PlanError, TaskState, TreeImages};
 
+pub use nested::{EarlyGroup, Place};
+
 /// How one task comes to be.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Birth {
@@ -28,6 +30,12 @@ pub struct Birth {
     pub helper: bool,
     /// Of a helper: the task that must adopt its orphans, a subreaper for that time.
     pub adopter: Option<u32>,
+    /// The pid in all namespaces down to its own, innermost first, as `set_tid` takes them.
+    pub numbers: Vec<u32>,
+    /// In which pid namespace it is born.
+    pub place: Place,
+    /// A group that it is in before it has children itself.
+    pub early_group: Option<EarlyGroup>,
 }
 
 /// The births of a tree, parents before children.
@@ -82,13 +90,14 @@ impl Tree {
         let unused = highest_id(images) + 1;
         add_session_helpers(&mut nodes, &mut order, unused, &outside)?;
         add_group_helpers(&mut nodes, &mut order, &outside)?;
-        let births = births(&nodes, &order, &outside);
+        let mut births = births(&nodes, &order, &outside);
+        nested::settle(&mut births, (&nodes, &outside), images)?;
         let places = outcome(&births);
         for task in &images.tasks[1..] {
             let (pid, parent, sid) = (task.pid(), task.entry.ppid, task.entry.sid);
             let inherits = outside.contains(&sid);
             let found = places.get(&pid).copied();
-            if !inherits && found != Some(Place { parent, sid }) {
+            if !inherits && found != Some(Family { parent, sid }) {
                 return Err(PlanError::Unsupported {
                     object: format!("task {pid}, adopted by {parent} from session {sid},"),
                     remedy: "no order of births leads there; end that task before the dump",
@@ -291,14 +300,14 @@ fn sort_parents_first(nodes: &BTreeMap<u32, Node>, order: &mut Vec<u32>) -> Resu
 
 /// Where a task ends up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Place {
+struct Family {
     parent: u32,
     sid: u32,
 }
 
 /// What the kernel makes of the births, when all helpers have ended.
-fn outcome(births: &[Birth]) -> BTreeMap<u32, Place> {
-    let mut places: BTreeMap<u32, Place> = BTreeMap::new();
+fn outcome(births: &[Birth]) -> BTreeMap<u32, Family> {
+    let mut places: BTreeMap<u32, Family> = BTreeMap::new();
     let mut born_in: BTreeMap<u32, u32> = BTreeMap::new();
     for birth in births {
         let parent = birth.parent.unwrap_or(0);
@@ -313,7 +322,7 @@ fn outcome(births: &[Birth]) -> BTreeMap<u32, Place> {
         } else {
             inherited
         };
-        places.insert(birth.pid, Place { parent, sid });
+        places.insert(birth.pid, Family { parent, sid });
     }
     let root = births.first().map_or(0, |birth| birth.pid);
     for helper in births.iter().rev().filter(|birth| birth.helper) {
@@ -358,6 +367,9 @@ fn birth(
         group: (node.sid != pid && !inherited).then_some(node.pgid),
         helper: node.helper,
         adopter: node.adopter,
+        numbers: vec![pid],
+        place: Place::OfParent,
+        early_group: None,
     }
 }
 
@@ -370,3 +382,4 @@ pub fn is_zombie(images: &TreeImages, pid: u32) -> bool {
 
 #[cfg(test)]
 mod history;
+mod nested;

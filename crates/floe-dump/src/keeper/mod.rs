@@ -30,7 +30,9 @@ pub struct TreeKey {
     pub root: HostPid,
     /// Clock ticks since boot: tells a reused pid.
     pub start_time: u64,
-    boot: String,
+    /// Which boot it is, and in which pid namespace the number of the root is: names of keepers are those of
+    /// a network, which others may share.
+    place: String,
 }
 
 impl TreeKey {
@@ -40,17 +42,18 @@ impl TreeKey {
         let stat = parse_stat(&proc.read("stat")?).map_err(|error| proc.bad(error))?;
         // Without it two boots cannot be told apart, but no keeper lives through one either.
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        let pids = std::fs::read_link("/proc/self/ns/pid").unwrap_or_default();
         Ok(TreeKey {
             root,
             start_time: stat.start_time,
-            boot: boot.trim_end().to_string(),
+            place: format!("{}-{}", boot.trim_end(), pids.display()),
         })
     }
 
     fn address(&self) -> io::Result<SocketAddrUnix> {
         let name = format!(
             "floe/keeper/{}-{}-{}",
-            self.root, self.start_time, self.boot
+            self.root, self.start_time, self.place
         );
         Ok(SocketAddrUnix::new_abstract_name(name.as_bytes())?)
     }

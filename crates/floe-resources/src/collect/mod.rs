@@ -113,6 +113,11 @@ impl<'a> Collector<'a> {
         &self.pids
     }
 
+    /// The processes that are dumped.
+    pub fn tree(&self) -> impl Iterator<Item = HostPid> {
+        self.tree.iter().copied()
+    }
+
     /// Whether a process is dumped.
     pub fn is_in_tree(&self, process: HostPid) -> bool {
         self.tree.contains(&process)
@@ -131,6 +136,11 @@ impl<'a> Collector<'a> {
     /// Notes the namespaces of a living task, the root's before all others.
     pub fn learn_namespaces(&mut self, task: &ProcDir) -> Result<(), CollectError> {
         self.namespaces.learn(task)
+    }
+
+    /// Notes in which pid namespace a zombie is.
+    pub fn learn_zombie(&mut self, zombie: &ProcDir) -> Result<(), CollectError> {
+        self.namespaces.learn_zombie(zombie)
     }
 
     /// Where images go.

@@ -10,15 +10,9 @@ use floe_options::External;
 
 use super::split::SPLIT;
 use super::tree::identity_of;
-use super::{TreeNamespace, owners, time, uts};
+use super::{TreeNamespace, nested, owners, time, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::{ipc, mount, net};
-
-/// Namespaces that only children will be in.
-const OF_CHILDREN: [(NsKind, &str); 2] = [
-    (NsKind::Pid, "pid_for_children"),
-    (NsKind::Time, "time_for_children"),
-];
 
 /// Writes the images of all namespaces that the collector knows of.
 pub fn collect_namespaces(
@@ -38,7 +32,8 @@ fn collect_one(
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
     // A task may leave the network of the others, their mounts, and the like.
-    let may_differ = namespace.kind() == NsKind::Mnt || SPLIT.contains(&namespace.kind());
+    let may_differ =
+        matches!(namespace.kind(), NsKind::Mnt | NsKind::Pid) || SPLIT.contains(&namespace.kind());
     if !namespace.of_root && !may_differ {
         return Err(refused(
             namespace,
@@ -46,6 +41,7 @@ fn collect_one(
         ));
     }
     match namespace.kind() {
+        NsKind::Pid if !namespace.of_root => nested::check(root, namespace, collector),
         NsKind::Pid => collect_pids(root, namespace, collector),
         // Groups are saved with their hierarchy.
         NsKind::Cgroup => Ok(()),
@@ -92,7 +88,7 @@ fn collect_pids(
     }
 }
 
-fn refused(namespace: &TreeNamespace, remedy: &str) -> CollectError {
+pub(super) fn refused(namespace: &TreeNamespace, remedy: &str) -> CollectError {
     CollectError::Unsupported(Obstacle {
         pid: namespace.member,
         object: format!("a {} namespace of its own", namespace.kind()),
@@ -116,10 +112,11 @@ pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), C
             foreign.push(format!("the {kind} namespace of its caller"));
         }
     }
-    for (kind, name) in OF_CHILDREN {
-        if identity_of(task, name)? != namespaces.identity(task, kind)? {
-            foreign.push(format!("a {kind} namespace for its children"));
-        }
+    if identity_of(task, "time_for_children")? != namespaces.identity(task, NsKind::Time)? {
+        foreign.push("a time namespace for its children".to_string());
+    }
+    if !nested::children_can_follow(task, collector)? {
+        foreign.push("a pid namespace for its children".to_string());
     }
     for object in foreign {
         collector.obstacle(Obstacle {

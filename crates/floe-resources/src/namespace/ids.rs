@@ -6,6 +6,9 @@ use floe_kernel::namespace::NsKind;
 /// The number of the tree's first own namespace; the coordinator's have the numbers before it.
 pub const FIRST_OF_TREE: u32 = 9;
 
+/// `pstree_entry.floe_child_pid_ns` of a pid namespace that has no process yet.
+pub const UNBEGUN: u32 = u32::MAX;
+
 /// The number of the coordinator's own namespace of a kind.
 pub fn host_number(kind: NsKind) -> u32 {
     let place = NsKind::ALL.iter().position(|known| *known == kind);

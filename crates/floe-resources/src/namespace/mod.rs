@@ -21,6 +21,7 @@
 mod collect;
 mod given;
 pub mod ids;
+pub mod nested;
 mod owners;
 mod pids;
 mod plan;

@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
+use floe_image::messages::FloeNestedId;
 use floe_kernel::ids::{HostPid, NsPid};
-use floe_kernel::namespace::NsKind;
+use floe_kernel::namespace::{NsIdentity, NsKind};
 use floe_kernel::proc::{ProcDir, ProcError, Status, parse_status};
 
 use super::OwnerMap;
@@ -14,6 +15,10 @@ pub struct PidView {
     /// How many pid namespaces lie between ours and the root's.
     depth: usize,
     known: HashMap<HostPid, u32>,
+    /// Which pid namespace the root is in.
+    namespace: Option<NsIdentity>,
+    /// The numbers in namespaces below the root's, outermost first, of ids that have any.
+    nested: HashMap<HostPid, Vec<u32>>,
     owners: OwnerMap,
 }
 
@@ -31,6 +36,8 @@ impl PidView {
                 false => status(root, "status")?.ns_pids.len().saturating_sub(1),
             },
             known: HashMap::new(),
+            namespace: Some(identity(root)?),
+            nested: HashMap::new(),
             owners: match same(NsKind::User)? {
                 true => OwnerMap::default(),
                 false => OwnerMap::of_task(root)?,
@@ -54,7 +61,7 @@ impl PidView {
         process: &ProcDir,
         threads: impl IntoIterator<Item = HostPid>,
     ) -> Result<(), ProcError> {
-        if !self.is_foreign() {
+        if !self.is_foreign() && self.namespace == identity(process).ok() {
             return Ok(());
         }
         let leader = status(process, "status")?;
@@ -69,9 +76,48 @@ impl PidView {
 
     /// Notes an id as `/proc` shows it: ours first, then those of inner namespaces.
     fn note(&mut self, ids: &[NsPid]) {
-        if let (Some(host), Some(inner)) = (ids.first(), ids.get(self.depth)) {
-            self.known.insert(HostPid(host.0), inner.0.cast_unsigned());
+        let (Some(host), Some(inner)) = (ids.first(), ids.get(self.depth)) else {
+            return;
+        };
+        self.known.insert(HostPid(host.0), inner.0.cast_unsigned());
+        // A session that began outside has no number inside.
+        let below = ids[self.depth + 1..].iter();
+        let nested: Vec<u32> = below
+            .map(|id| id.0.cast_unsigned())
+            .take_while(|id| *id != 0)
+            .collect();
+        if !nested.is_empty() {
+            self.nested.insert(HostPid(host.0), nested);
         }
+    }
+
+    /// The numbers of an id in pid namespaces below the root's, outermost first; none for most.
+    pub fn nested(&self, host: HostPid) -> &[u32] {
+        self.nested.get(&host).map_or(&[], Vec::as_slice)
+    }
+
+    /// The inner numbers that a task's line of `pstree.img` needs, with `others` as the images number them.
+    pub fn nested_ids(
+        &self,
+        process: HostPid,
+        threads: &[HostPid],
+        (pgid, sid): (u32, u32),
+    ) -> Vec<FloeNestedId> {
+        let own = std::iter::once(process).chain(threads.iter().copied());
+        let others = [pgid, sid];
+        let others = self
+            .nested
+            .keys()
+            .copied()
+            .filter(|id| others.contains(&self.number(*id)));
+        let mut ids: Vec<HostPid> = own.chain(others).collect();
+        ids.sort();
+        ids.dedup();
+        let ids = ids.into_iter().map(|id| FloeNestedId {
+            id: self.number(id),
+            inner: self.nested(id).to_vec(),
+        });
+        ids.filter(|id| !id.inner.is_empty()).collect()
     }
 
     /// The number in the images; zero for what is not in the tree's pid namespace, or not known there.
@@ -89,6 +135,14 @@ impl PidView {
             _ => self.number(HostPid(pid.cast_signed())),
         }
     }
+}
+
+fn identity(process: &ProcDir) -> Result<NsIdentity, ProcError> {
+    let stat = process.stat("ns/pid")?;
+    Ok(NsIdentity {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    })
 }
 
 fn status(proc: &ProcDir, name: &str) -> Result<Status, ProcError> {
@@ -109,6 +163,10 @@ mod tests {
         view.note(&[NsPid(50)]);
         assert_eq!(view.number(HostPid(900)), 3);
         assert_eq!(view.number(HostPid(50)), 0);
+        assert!(view.nested(HostPid(50)).is_empty());
+        assert_eq!(view.nested(HostPid(900)), [1]);
+        view.note(&[NsPid(80), NsPid(8), NsPid(0)]);
+        assert!(view.nested(HostPid(80)).is_empty());
         assert_eq!(PidView::default().number(HostPid(50)), 50);
     }
 }

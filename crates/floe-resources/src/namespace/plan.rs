@@ -170,6 +170,7 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
                 kind if SPLIT.contains(&kind) => true,
                 // Only beside mounts of the root's own.
                 NsKind::Mnt => own_of_root(images, kind).is_some(),
+                NsKind::Pid => images.nested.namespace_of(task.pid()) == number,
                 _ => false,
             };
             if number.is_some() && number != ids::get(root, kind) && !split {

@@ -114,9 +114,26 @@ impl TreeNamespaces {
             if of_root {
                 self.root_is_in.insert(kind, found);
             }
-            if self.number(kind, found).is_some() {
-                continue;
-            }
+            self.learn_one(kind, found, (member, of_root))?;
+        }
+        Ok(())
+    }
+
+    /// Notes the pid namespace of a zombie, which is in no other any more.
+    pub fn learn_zombie(&mut self, zombie: &ProcDir) -> Result<(), CollectError> {
+        match identity(zombie, NsKind::Pid)? {
+            Some(found) => self.learn_one(NsKind::Pid, found, (zombie.pid(), false)),
+            None => Ok(()),
+        }
+    }
+
+    fn learn_one(
+        &mut self,
+        kind: NsKind,
+        found: NsIdentity,
+        (member, of_root): (HostPid, bool),
+    ) -> Result<(), CollectError> {
+        if self.number(kind, found).is_none() {
             let namespace = Namespace::of_task(member, kind);
             let namespace = namespace.map_err(|source| CollectError::Task {
                 pid: member,
@@ -143,6 +160,28 @@ impl TreeNamespaces {
             Some(found) => Ok(found.get(&kind).copied()),
             None => identity(task, kind),
         }
+    }
+
+    /// The number of the pid namespace that a process is in.
+    pub fn pid_namespace(&self, process: &ProcDir) -> Result<Option<u32>, CollectError> {
+        let found = self.identity(process, NsKind::Pid)?;
+        Ok(found.and_then(|found| self.number(NsKind::Pid, found)))
+    }
+
+    /// The number of the pid namespace that new children of a process will be in, where that is not its own:
+    /// [`ids::UNBEGUN`] for one that has no process yet.
+    pub fn pid_namespace_of_children(
+        &self,
+        process: &ProcDir,
+    ) -> Result<Option<u32>, CollectError> {
+        let of_children = identity_of(process, "pid_for_children")?;
+        if of_children == self.identity(process, NsKind::Pid)? {
+            return Ok(None);
+        }
+        Ok(match of_children {
+            None => Some(ids::UNBEGUN),
+            Some(found) => self.number(NsKind::Pid, found),
+        })
     }
 
     /// Which namespaces a task is in; what does not concern namespaces is zero.
@@ -176,7 +215,12 @@ pub(super) fn identity(task: &ProcDir, kind: NsKind) -> Result<Option<NsIdentity
 
 /// As [`identity`], for any name in `ns/`.
 pub(super) fn identity_of(task: &ProcDir, name: &str) -> Result<Option<NsIdentity>, CollectError> {
-    match task.stat(&format!("ns/{name}")) {
+    identity_at(task, &format!("ns/{name}"))
+}
+
+/// As [`identity`], of a link anywhere below `/proc/<pid>`.
+pub(super) fn identity_at(task: &ProcDir, path: &str) -> Result<Option<NsIdentity>, CollectError> {
+    match task.stat(path) {
         Ok(stat) => Ok(Some(NsIdentity {
             device: stat.st_dev,
             inode: stat.st_ino,

@@ -11,6 +11,7 @@ use floe_image::{ImageDir, ImageKind};
 use floe_kernel::namespace::NsKind;
 
 use super::PlanError;
+use crate::namespace::nested::Nested;
 use crate::namespace::{self, OwnerMap};
 
 /// `vma_entry.status`: a shared mapping of a file.
@@ -98,6 +99,8 @@ pub struct TreeImages {
     pub owners: OwnerMap,
     /// Mounts by the number of their namespace.
     pub mounts: BTreeMap<u32, Vec<MntEntry>>,
+    /// Pid namespaces below the root's.
+    pub nested: Nested,
     holders: BTreeMap<u32, Vec<Holder>>,
     /// The ids of open files by their type.
     types: BTreeMap<i32, Vec<u32>>,
@@ -143,6 +146,7 @@ impl TreeImages {
         let mut images = TreeImages {
             owners: OwnerMap::default(),
             mounts: read_mounts(&dir)?,
+            nested: Nested::read(&tasks)?,
             holders: holders(&tasks),
             types: types(&files),
             named: named(&files),

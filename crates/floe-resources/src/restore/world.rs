@@ -169,7 +169,8 @@ impl<'i> World<'i> {
     /// From now on files are not inherited any more: the first task exists soon.
     pub fn end_of_inheritance(&mut self) -> Result<(), ExecuteError> {
         self.born = true;
-        if has_own_pids(self.images) {
+        // Tasks in a pid namespace of their own do not see the coordinator.
+        if has_own_pids(self.images) || !self.images.nested.is_empty() {
             self.courier = Some(Courier::new(self)?);
         }
         Ok(())

@@ -173,7 +173,8 @@ fn create(
     context: &TaskContext<'_>,
     program: &mut Program,
 ) -> Result<(), PlanError> {
-    let thread = timer.notify_thread_id.unwrap_or(0);
+    let thread = timer.notify_thread_id.unwrap_or(0).cast_unsigned();
+    let thread = context.nested.seen_by(context.tid, thread);
     if timer.it_sigev_notify & SIGEV_THREAD_ID != 0 && thread == 0 {
         return Err(context.damaged(format!("timer {} notifies no thread", timer.it_id)));
     }

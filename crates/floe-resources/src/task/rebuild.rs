@@ -35,6 +35,7 @@ use super::{
     alt_stack, credentials, itimers, pending, posix_timers, rlimits, scheduling, seccomp,
     sigactions,
 };
+use crate::namespace::nested::Nested;
 use crate::restore::PlanError;
 
 pub use super::birth::Birth;
@@ -53,6 +54,8 @@ pub struct TaskContext<'a> {
     pub mm: Option<&'a MmEntry>,
     /// All filters of `seccomp.img`.
     pub seccomp: &'a [SeccompFilter],
+    /// By which numbers tasks know each other.
+    pub nested: &'a Nested,
 }
 
 impl TaskContext<'_> {

@@ -11,6 +11,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::ptrace::{self, WaitStatus};
+use floe_resources::namespace::nested::Nested;
 use floe_resources::task::rebuild::{Birth, TaskContext, plan_last, plan_task, plan_thread};
 
 /// A puppet with the memory of this test, and what its plans depend on.
@@ -21,6 +22,7 @@ pub struct Fixture {
     pub features: KernelFeatures,
     pub mm: MmEntry,
     pub seccomp: Vec<SeccompFilter>,
+    pub nested: Nested,
     threads: Vec<HostPid>,
 }
 
@@ -42,6 +44,7 @@ impl Fixture {
             features: KernelFeatures::probe(),
             mm: MmEntry::default(),
             seccomp: Vec::new(),
+            nested: Nested::default(),
             threads: Vec::new(),
         };
         fixture.forget_rseq();
@@ -64,6 +67,7 @@ impl Fixture {
             birth: &self.birth,
             mm: Some(&self.mm),
             seccomp: &self.seccomp,
+            nested: &self.nested,
         }
     }
 

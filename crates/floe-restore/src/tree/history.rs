@@ -17,8 +17,8 @@ impl Dice {
 const ROOT: u32 = 1;
 
 /// A tree that forked, began sessions, adopted and died.
-fn live(dice: &mut Dice, steps: usize) -> BTreeMap<u32, Place> {
-    let root = Place {
+fn live(dice: &mut Dice, steps: usize) -> BTreeMap<u32, Family> {
+    let root = Family {
         parent: 0,
         sid: ROOT,
     };
@@ -31,7 +31,7 @@ fn live(dice: &mut Dice, steps: usize) -> BTreeMap<u32, Place> {
         match dice.below(10) {
             0..=4 => {
                 let sid = tasks[&pid].sid;
-                tasks.insert(next, Place { parent: pid, sid });
+                tasks.insert(next, Family { parent: pid, sid });
                 next += 1;
             }
             5 | 6 => tasks.get_mut(&pid).expect("it lives").sid = pid,
@@ -47,7 +47,7 @@ fn live(dice: &mut Dice, steps: usize) -> BTreeMap<u32, Place> {
 }
 
 /// Children of `dead` go to the nearest ancestor that adopts.
-fn orphan(tasks: &mut BTreeMap<u32, Place>, dead: u32, mut at: u32, adopts: impl Fn(u32) -> bool) {
+fn orphan(tasks: &mut BTreeMap<u32, Family>, dead: u32, mut at: u32, adopts: impl Fn(u32) -> bool) {
     while at != ROOT && !adopts(at) {
         at = tasks[&at].parent;
     }
@@ -56,8 +56,8 @@ fn orphan(tasks: &mut BTreeMap<u32, Place>, dead: u32, mut at: u32, adopts: impl
     }
 }
 
-fn plan(tasks: &BTreeMap<u32, Place>) -> Result<Vec<Birth>, PlanError> {
-    let node = |(pid, task): (&u32, &Place)| {
+fn plan(tasks: &BTreeMap<u32, Family>) -> Result<Vec<Birth>, PlanError> {
+    let node = |(pid, task): (&u32, &Family)| {
         let node = Node {
             parent: (*pid != ROOT).then_some(task.parent),
             sid: task.sid,

@@ -207,6 +207,7 @@ pub(super) fn set_foreground(
     let number = world.file(file)?.as_raw_fd();
     let fd = Arg::from(world.hand_over(pid, number)?);
     let mut program = Program::new();
+    let group = world.images.nested.seen_by(pid, group);
     let group = program.buffer(&group.to_le_bytes());
     let args = [fd, Arg::from(tty::TIOCSPGRP), Arg::from(group)];
     program.call("ioctl(TIOCSPGRP)", libc::SYS_ioctl, &args);
