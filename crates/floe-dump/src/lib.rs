@@ -43,6 +43,7 @@ use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
+use floe_resources::ipc::posix::{take_telling, write_telling};
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::vma::MappingReader;
@@ -338,11 +339,13 @@ fn save(
     for segment in collector.take_segments().into_values() {
         memory.send_segment(segment)?;
     }
+    let mut telling = take_telling(&mut collector);
     for (task, draft) in tree.tasks.iter_mut().zip(&mut drafts) {
         if let Draft::Living(draft) = draft {
-            remote::ask(task, draft, &tree.pids)?;
+            remote::ask(task, draft, (&tree.pids, &mut telling))?;
         }
     }
+    write_telling(telling, &mut collector)?;
     tracing::info!("asked the tasks");
     let lines: Vec<_> = tree
         .tasks

@@ -3,6 +3,7 @@
 use floe_inject::{Arena, InjectError, Outcome, Program, QuietSignal, Saved, Stopped, find_gate};
 use floe_kernel::proc::ProcDir;
 use floe_resources::CollectError;
+use floe_resources::ipc::posix::Telling;
 use floe_resources::namespace::{OwnerMap, PidView};
 use floe_resources::task::alt_stack::AltStack;
 use floe_resources::task::attributes::{TaskAttributes, ThreadAttributes};
@@ -35,7 +36,7 @@ struct TaskQuestions {
 pub fn ask(
     task: &mut FrozenTask,
     draft: &mut TaskDraft,
-    pids: &PidView,
+    (pids, telling): (&PidView, &mut [Telling]),
 ) -> Result<(), CollectError> {
     redirect_out_of_sequences(task, draft)?;
     let pid = task.pid;
@@ -54,6 +55,9 @@ pub fn ask(
         .ok_or(InjectError::NoGate { pid })?;
     let arena = Arena::inject(leader, gate, signal)?;
     let mut answered = ask_leader((&task.proc, pids), &arena, leader, draft);
+    for queue in telling.iter_mut().filter(|queue| queue.pid == pid) {
+        answered = answered.and_then(|()| queue.ask(|program| arena.run(leader, program)));
+    }
     if let Some((_, drafts)) = draft.threads.split_first_mut() {
         answered = answered.and_then(|()| ask_threads(&arena, others, drafts, pids.owners()));
     }

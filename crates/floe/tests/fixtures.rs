@@ -60,7 +60,15 @@ fn programs_run_on_after_a_dump_that_leaves_them() {
     if !skips::is_root("programs_run_on_after_a_dump_that_leaves_them") {
         return;
     }
-    for name in ["threads", "tree", "blocked", "signals-pending", "pipes"] {
+    let names = [
+        "threads",
+        "tree",
+        "blocked",
+        "signals-pending",
+        "pipes",
+        "posix-queues",
+    ];
+    for name in names {
         let mut fixture = Fixture::start(name).expect("the program starts");
         for _ in 0..2 {
             let dumped = fixture.dump(&floe(), &["--leave-running"]);

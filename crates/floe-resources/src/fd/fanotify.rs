@@ -1,6 +1,6 @@
 //! Groups of fanotify marks (`fanotify(7)`).
 //!
-//! Saved:    flags and owner, masks of each mark on a file or mount, and what it is on as handle and path
+//! Saved:    flags and owner, masks of each mark on a file, mount or file system, and what it is on as handle and path
 //!           (`/proc/<pid>/fdinfo/<fd>`).
 //! Rebuilt:  created, then each mark. Needs: all files, whose opening would be seen.
 //! Not kept: events that were not read yet, permissions that were not given yet.
@@ -25,12 +25,17 @@ use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owne
 /// See the module.
 pub struct Fanotify;
 
+/// The type of a mark on a whole file system, which it shows by one of its mounts. CRIU has none.
+const ON_FILE_SYSTEM: i32 = 3;
+
 /// `linux/fanotify.h`.
 mod flag {
     pub const NONBLOCK: u32 = 2;
     pub const MARK_ADD: u32 = 1;
     pub const MARK_MOUNT: u32 = 0x10;
     pub const MARK_IGNORED_MASK: u32 = 0x20;
+    pub const MARK_FILESYSTEM: u32 = 0x100;
+    pub const MARK_IGNORE: u32 = 0x400;
 }
 
 impl FdKind for Fanotify {
@@ -81,15 +86,13 @@ impl FdKind for Fanotify {
             let number = fields.short("mnt_id").ok_or_else(garbled)?;
             entry.mark.push(on_mount(mark, number, (fd, collector))?);
         }
-        if fd.info().values("fanotify sdev").next().is_some() {
-            let remedy = "remove the mark: only those on files and mounts can be saved";
-            let what = "a fanotify mark on a whole file system";
-            return Err(CollectError::Unsupported(Obstacle::fd(
-                fd.pid(),
-                fd.fd(),
-                what,
-                remedy,
-            )));
+        for line in fd.info().values("fanotify sdev") {
+            let fields = Fields::of("sdev", line).ok_or_else(garbled)?;
+            let mut mark = mark_of(id, &fields, MarkType::Mount).ok_or_else(garbled)?;
+            mark.r#type = ON_FILE_SYSTEM;
+            let device = fields.short("sdev").ok_or_else(garbled)?;
+            let number = a_mount_of(device, (fd, collector))?;
+            entry.mark.push(on_mount(mark, number, (fd, collector))?);
         }
         Ok(FileEntry {
             ffy: Some(entry),
@@ -106,6 +109,27 @@ fn mark_of(id: FileId, fields: &Fields<'_>, kind: MarkType) -> Option<FanotifyMa
         mask: fields.short("mask")?,
         ignored_mask: fields.short("ignored_mask")?,
         ..FanotifyMarkEntry::default()
+    })
+}
+
+/// A mount of a file system.
+fn a_mount_of(
+    device: u32,
+    (fd, collector): (&FdProbe<'_>, &mut Collector<'_>),
+) -> Result<u32, CollectError> {
+    let mut known = collector.cache(KnownMounts::default).of_device(device);
+    if let Some((_, entry)) = known.next() {
+        return Ok(entry.mnt_id);
+    }
+    let proc = fd.proc();
+    let mounts = parse_mountinfo(&proc.read("mountinfo")?).map_err(|error| proc.bad(error))?;
+    let mut mounts = mounts.iter();
+    let found = mounts.find(|mount| mount.dev_major << 20 | mount.dev_minor == device);
+    found.map(|mount| mount.id.cast_unsigned()).ok_or_else(|| {
+        let what =
+            format!("a fanotify mark on the file system {device:#x}, which is mounted nowhere");
+        let remedy = "remove the mark, or mount the file system in the tree";
+        CollectError::Unsupported(Obstacle::fd(fd.pid(), fd.fd(), what, remedy))
     })
 }
 
@@ -204,14 +228,18 @@ fn make(
         fanotify_init(flags, entry.evflags).during("Making", || "a fanotify group".into())?;
     for (mark, target) in marks {
         let (path, _held) = target.find(world)?;
-        let mut flags = flag::MARK_ADD | mark.mflags;
-        if mark.r#type() == MarkType::Mount {
-            flags |= flag::MARK_MOUNT;
+        let mut flags = flag::MARK_ADD | mark.mflags & !flag::MARK_IGNORE;
+        match mark.r#type {
+            ON_FILE_SYSTEM => flags |= flag::MARK_FILESYSTEM,
+            _ if mark.r#type() == MarkType::Mount => flags |= flag::MARK_MOUNT,
+            _ => {}
         }
-        let masks = [
-            (flags, mark.mask),
-            (flags | flag::MARK_IGNORED_MASK, mark.ignored_mask),
-        ];
+        // There are two ways of ignoring, of which a mark has one.
+        let ignoring = match mark.mflags & flag::MARK_IGNORE {
+            0 => flag::MARK_IGNORED_MASK,
+            ignore => ignore,
+        };
+        let masks = [(flags, mark.mask), (flags | ignoring, mark.ignored_mask)];
         for (flags, mask) in masks.into_iter().filter(|(_, mask)| *mask != 0) {
             fanotify_mark(group.as_fd(), flags, u64::from(mask), &path)
                 .during("Making a fanotify mark on", || path.display().to_string())?;

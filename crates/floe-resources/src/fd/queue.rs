@@ -208,10 +208,7 @@ fn plan_notification(
         found.filter(|_| same).map(|fd| fd.fd)
     });
     let number = number.ok_or_else(damaged)?;
-    // `struct sigevent`: value, signal, way of notifying.
-    let mut event = [0_u8; 64];
-    event[8..12].copy_from_slice(&notify.signal.to_ne_bytes());
-    event[12..16].copy_from_slice(&notify.kind.to_ne_bytes());
+    let event = posix::event_of(notify);
     let name = format!("ask for the notification of /{}", queue.name);
     let makes = [Handle::Object("notification", u64::from(queue.files[0]))];
     planner.task_step(

@@ -4,7 +4,9 @@
 //!           and of those of any that are open without a name; their messages; who is notified by which
 //!           signal. Of named queues of the host's namespace only the name: they stay there.
 //! Rebuilt:  made with their sizes, then the messages are sent again. Needs: the namespace and its limits.
-//! Not kept: times; the value that a notification hands over, which the kernel does not tell.
+//! Not kept: times.
+
+mod telling;
 
 use std::fs::File;
 use std::io;
@@ -20,6 +22,9 @@ use floe_kernel::namespace::{NsKind, own_fd_path};
 use floe_plan::Handle;
 use rustix::fs::{Dir, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
+
+use telling::AllTelling;
+pub use telling::{Telling, event_of, take_telling, write_telling};
 
 use super::{failed_on, limited};
 use crate::collect::{CollectError, Collector, Obstacle};
@@ -53,6 +58,17 @@ struct Begun(bool);
 /// A queue that is to be saved, and our own descriptor where its messages are.
 type Found = (PosixQueueEntry, Option<OwnedFd>);
 
+trait Contained {
+    /// Whether its messages are saved: they would be gone otherwise.
+    fn has_content(&self) -> bool;
+}
+
+impl Contained for PosixQueueEntry {
+    fn has_content(&self) -> bool {
+        self.unlinked == Some(true) || self.outside != Some(true)
+    }
+}
+
 /// Notes a descriptor.
 pub fn add(queue: OpenQueue, collector: &mut Collector<'_>) {
     collector.cache(Open::default).0.push(queue);
@@ -68,11 +84,14 @@ pub fn begin(collector: &mut Collector<'_>) {
         let found = find_all(collector)?;
         collector.after_preflight(move |collector| {
             for (mut entry, file) in found {
-                if let Some(file) = file {
-                    let read = copy_messages(&file, &mut entry);
+                if let Some(file) = file.as_ref().filter(|_| entry.has_content()) {
+                    let read = copy_messages(file, &mut entry);
                     read.map_err(failed_on("Copying the messages of queue", &entry.name))?;
                 }
-                collector.append_side(ImageKind::PosixQueues, &entry)?;
+                match Telling::of(entry, file, collector)? {
+                    Ok(telling) => collector.cache(AllTelling::default).0.push(telling),
+                    Err(entry) => collector.append_side(ImageKind::PosixQueues, &entry)?,
+                }
             }
             Ok(())
         });
@@ -187,7 +206,7 @@ fn describe(
         name,
         ..PosixQueueEntry::default()
     };
-    let has_content = unlinked || !outside;
+    let has_content = entry.has_content();
     entry.notify = notification(&entry.name, &file, collector)?;
     let refuse = |object: String, remedy: &str| {
         let remedy = remedy.to_string();
@@ -207,7 +226,7 @@ fn describe(
             format!("queue /{name}, which has messages and a notification"),
             "dump again when the program has read its messages: taking them out would set it off",
         ),
-        _ => Ok(Some((entry, has_content.then_some(file)))),
+        _ => Ok(Some((entry, Some(file)))),
     }
 }
 
@@ -231,14 +250,11 @@ fn notification(
     if pid == 0 || !collector.is_in_tree(process) {
         return Ok(None);
     }
-    tracing::warn!(
-        pid,
-        "the value of the notification of queue /{name} is lost: the kernel does not tell it"
-    );
     Ok(Some(PosixNotifyEntry {
         pid: collector.pids().number(process),
         kind: number(" NOTIFY:").unwrap_or(0),
         signal: number(" SIGNO:").unwrap_or(0),
+        value: None,
     }))
 }
 

@@ -18,6 +18,9 @@ pub const PROGRAMS: &[Program] = &[
 /// Programs that cannot be dumped.
 pub const REFUSED: &[Program] = &[Program::new("posix-queue-by-thread", by_thread)];
 
+/// The signal and the value of a notification.
+const TOLD: (i32, usize) = (libc::SIGUSR2, 123_456);
+
 const WAITING: [(u32, &str); 5] = [
     (9, "first"),
     (9, "second"),
@@ -85,7 +88,7 @@ fn queues(_: &Place) -> anyhow::Result<Check> {
     fill(&queue)?;
     let writer = mqueue::open("/open", libc::O_WRONLY, None)?;
     let telling = made("/telling", (3, 64))?;
-    mqueue::notify(&telling, libc::SIGEV_SIGNAL, libc::SIGUSR2)?;
+    mqueue::notify(&telling, libc::SIGEV_SIGNAL, TOLD)?;
     signal::block(&[libc::SIGUSR1, libc::SIGUSR2]);
     let gone = made("/gone", (10, 64))?;
     fill(&gone)?;
@@ -105,9 +108,10 @@ fn queues(_: &Place) -> anyhow::Result<Check> {
         }
         mqueue::send(&telling, 1, b"x")?;
         let taken = signal::take(&[libc::SIGUSR2], Some(Duration::from_secs(5)));
-        taken.map_err(|error| anyhow::anyhow!("no notification: {error}"))?;
+        let taken = taken.map_err(|error| anyhow::anyhow!("no notification: {error}"))?;
+        ensure!(taken.value == TOLD.1 as i32, "the value is {}", taken.value);
         mqueue::receive(&telling)?;
-        mqueue::notify(&telling, libc::SIGEV_SIGNAL, libc::SIGUSR2)?;
+        mqueue::notify(&telling, libc::SIGEV_SIGNAL, TOLD)?;
         Ok(())
     }))
 }

@@ -20,6 +20,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("watches-overlay-one-layer", on_overlay_of_one).in_own_mounts(),
     Program::new("watches-elsewhere", in_another_namespace).in_own_mounts(),
     Program::new("fanotify-overlay", fanotify_on_overlay).in_own_mounts(),
+    Program::new("fanotify-file-system", fanotify_on_file_system).in_own_mounts(),
     Program::new("names-apart", names_apart)
         .in_own_mounts()
         .with(&["--link-remap"]),
@@ -161,6 +162,45 @@ fn fanotify_on_overlay(place: &Place) -> anyhow::Result<Check> {
         }
         let found = (notify::events(&inodes)?, notify::events(&all)?);
         ensure!(found == (2, 3), "{found:?} events");
+        Ok(())
+    }))
+}
+
+/// Marks on a whole file system, one of which ignores a file, and a group that tells names.
+fn fanotify_on_file_system(place: &Place) -> anyhow::Result<Check> {
+    let point = place.path("memory");
+    memory(&point)?;
+    for name in ["one", "two"] {
+        fs::write(point.join(name), name)?;
+    }
+    let opens = libc::FAN_OPEN;
+    let all = notify::fanotify()?;
+    notify::mark(&all, libc::FAN_MARK_FILESYSTEM, opens, &point)?;
+    let some = notify::fanotify()?;
+    notify::mark(&some, libc::FAN_MARK_FILESYSTEM, opens, &point)?;
+    let ignoring = libc::FAN_MARK_IGNORE | libc::FAN_MARK_IGNORED_SURV_MODIFY;
+    let ignored = notify::mark(&some, ignoring, opens, &point.join("one"));
+    // Linux 6.0.
+    ignored.map_err(|error| super::Missing(format!("no marks that ignore: {error}")))?;
+    let names = notify::fanotify_of_names()?;
+    let mask = libc::FAN_CREATE | libc::FAN_DELETE | libc::FAN_ONDIR;
+    notify::mark(&names, 0, mask, &point)?;
+    Ok(Box::new(move || {
+        for group in [&all, &some, &names] {
+            let before = notify::events(group)?;
+            ensure!(before == 0, "{before} events");
+        }
+        for name in ["one", "two"] {
+            fs::read(point.join(name))?;
+        }
+        let found = (notify::events(&all)?, notify::events(&some)?);
+        ensure!(found == (2, 1), "{found:?} events");
+        fs::create_dir(point.join("new"))?;
+        fs::remove_dir(point.join("new"))?;
+        let told = notify::words(&names)?;
+        ensure!(told.contains("new"), "{told:?}");
+        notify::events(&all)?;
+        notify::events(&some)?;
         Ok(())
     }))
 }

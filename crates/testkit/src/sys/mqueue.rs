@@ -78,10 +78,11 @@ pub fn size(queue: &OwnedFd) -> io::Result<(i64, i64, i64)> {
 }
 
 /// Asks for a signal when a message comes to the empty queue; how is `SIGEV_SIGNAL` or the like.
-pub fn notify(queue: &OwnedFd, how: i32, signal: i32) -> io::Result<()> {
+pub fn notify(queue: &OwnedFd, how: i32, (signal, value): (i32, usize)) -> io::Result<()> {
     // SAFETY: all-zero bytes are a valid `sigevent`.
     let mut event: libc::sigevent = unsafe { std::mem::zeroed() };
     (event.sigev_notify, event.sigev_signo) = (how, signal);
+    event.sigev_value.sival_ptr = std::ptr::without_provenance_mut(value);
     // The call of the kernel itself: glibc makes threads.
     // SAFETY: `event` is a live structure, which the kernel reads.
     check(unsafe { libc::syscall(libc::SYS_mq_notify, queue.as_raw_fd(), &raw const event) })

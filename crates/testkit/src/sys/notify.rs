@@ -17,6 +17,22 @@ pub fn fanotify() -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// A group that tells of events with the name of the file.
+pub fn fanotify_of_names() -> io::Result<OwnedFd> {
+    let flags = libc::FAN_CLASS_NOTIF | libc::FAN_NONBLOCK | libc::FAN_REPORT_DFID_NAME;
+    // SAFETY: integers only.
+    let fd = check(unsafe { libc::syscall(libc::SYS_fanotify_init, flags, 0) })?;
+    // SAFETY: the kernel has just made the descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// What can be read of the next events, as text.
+pub fn words(group: &OwnedFd) -> io::Result<String> {
+    let mut bytes = [0; 4096];
+    let length = rustix::io::read(group, &mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes[..length]).into_owned())
+}
+
 /// Marks a path; `flags` beside `FAN_MARK_ADD`.
 pub fn mark(group: &OwnedFd, flags: u32, mask: u64, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
