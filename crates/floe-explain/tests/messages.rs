@@ -316,6 +316,77 @@ const MESSAGES: &[(&str, &str)] = &[
         "Error (criu/proc_parse.c:1): PID 55 has uprobes vma. Consider using --allow-uprobes.",
         "--allow-uprobes",
     ),
+    (
+        "floe: directory /c/none (--images-dir): No such file or directory (os error 2)",
+        "floe inspect DIR",
+    ),
+    (
+        "floe: making /none/c (--images-dir): No such file or directory (os error 2)",
+        "mkdir -p DIR",
+    ),
+    (
+        "floe: directory /c/file (--images-dir): Not a directory (os error 20)",
+        "floe unpack FILE",
+    ),
+    (
+        "floe: directory /none (--work-dir): No such file or directory (os error 2)",
+        "mkdir -p WORK",
+    ),
+    (
+        "floe: Reading the archive /none.floe: No such file or directory (os error 2)",
+        "ls -l",
+    ),
+    (
+        "floe: the archive /c: Is a directory (os error 21)",
+        "floe restore -D DIR",
+    ),
+    (
+        "floe: /c/file is no whole archive of Floe",
+        "sha256sum FILE",
+    ),
+    (
+        "floe: /c/a.floe has a format 9; this version of Floe knows 2",
+        "floe --version",
+    ),
+    ("floe: There is no task 99999", "pgrep -a NAME"),
+    (
+        "floe: Task 77 is dead already: it waits for its parent to take note",
+        "ps -o pid,ppid,stat,cmd -p PID",
+    ),
+    (
+        "floe: Task 2 is a thread of the kernel, which cannot be checkpointed: give the pid of a program",
+        "pgrep -a NAME",
+    ),
+    (
+        "floe: Task 77 may not be traced: run Floe as root, or with CAP_SYS_PTRACE and all capabilities that the task has",
+        "sudo floe dump ...",
+    ),
+    (
+        "floe: creating /c: Is a directory (os error 21)",
+        "mkdir -p DIR",
+    ),
+    (
+        "floe: /c must be new or empty",
+        "floe unpack FILE -C NEW_DIR",
+    ),
+    (
+        "floe: Reading the parent generation (--prev-images-dir ../0)",
+        "floe dump -t PID -D new --prev-images-dir ../old",
+    ),
+    (
+        "floe: creating /c/x: Read-only file system (os error 30)",
+        "findmnt -T DIR",
+    ),
+    ("floe: /c: Permission denied (os error 13)", "sudo floe ..."),
+    ("floe: /c holds no checkpoint", "ls DIR"),
+    (
+        "floe: /c/file begins with no known magic",
+        "floe image ls DIR",
+    ),
+    (
+        "floe: Reading /c/x.img at offset 0: No such file or directory (os error 2)",
+        "floe image ls DIR",
+    ),
 ];
 
 fn known(text: &str) -> Explanation {

@@ -160,7 +160,7 @@ fn a_network_namespace_is_taken_from_the_caller() {
 #[test]
 fn a_mount_is_made_from_the_device_that_is_named() {
     run("a_mount_is_made_from_the_device_that_is_named", || {
-        let script = "mkdir $DIR/m; mount -t ramfs nodev $DIR/m";
+        let script = "mkdir $DIR/m; mount -t bpf nodev $DIR/m";
         let tree = Tree::start(&["-m"], script)?;
         let number = || -> anyhow::Result<String> {
             let mounts = fs::read_to_string(tree.proc("mountinfo"))?;
@@ -181,7 +181,7 @@ fn a_mount_is_made_from_the_device_that_is_named() {
             None,
             &[&around[..], &["--external", "dev[disk]:/dev/other"]].concat(),
         )?;
-        ensure!(number()?.contains("ramfs /dev/other"), "{}", number()?);
+        ensure!(number()?.contains("bpf /dev/other"), "{}", number()?);
         Ok(())
     });
 }
@@ -234,10 +234,10 @@ fn a_pair_of_devices_is_made_anew() {
 fn files_in_memory_are_left_alone_by_a_refused_dump() {
     run("files_in_memory_are_left_alone_by_a_refused_dump", || {
         let script = "mkdir $DIR/m; mount -t tmpfs nodev $DIR/m; echo in > $DIR/m/file
-            mkdir $DIR/m/odd; mount -t ramfs nodev $DIR/m/odd";
+            mkdir $DIR/m/odd; mount -t bpf nodev $DIR/m/odd";
         let tree = Tree::start(&["-m"], script)?;
         let refused = tree.dump(&["--external", "mnt[]:ms"]);
-        let said = format!("{:#}", refused.err().context("ramfs cannot be saved")?);
+        let said = format!("{:#}", refused.err().context("bpf cannot be saved")?);
         ensure!(said.contains("m/odd"), "{said}");
         for image in fs::read_dir(tree.path("images"))? {
             let name = image?.file_name();

@@ -201,3 +201,19 @@ fn a_chain_of_a_tree_with_a_pid_namespace_comes_back() {
         Ok(())
     });
 }
+
+#[test]
+fn a_proc_of_a_pid_namespace_within_the_tree_is_refused() {
+    if !skips::is_root("a_proc_of_a_pid_namespace_within_the_tree_is_refused") {
+        return;
+    }
+    let refused = run(&Case {
+        wrap: "",
+        tree: "unshare --pid --fork --mount-proc sh -c 'sleep 100; :' & wait",
+        sleeps: 1,
+        dump: "",
+    });
+    let error = refused.expect_err("it would come back as another proc");
+    let text = error.to_string();
+    assert!(text.contains("a pid namespace within"), "{text}");
+}

@@ -26,7 +26,7 @@ use super::overlay_layers;
 use super::tree::{Request, external_value, plan_tree};
 use super::uncover::pristine;
 use crate::collect::{CollectError, Collector, Obstacle};
-use crate::namespace::TreeNamespace;
+use crate::namespace::{TreeNamespace, nested};
 use crate::restore::PlanError;
 
 /// The mounts of the tree's namespaces.
@@ -214,6 +214,13 @@ fn describe(
                 );
                 return refuse(", one of whose layers is not at its old place", remedy);
             }
+        }
+        Some(Fstype::Proc) if nested::may_show((mount.dev_major, mount.dev_minor), collector) => {
+            let remedy = "unmount it: only the proc of the tree's outermost pid namespace can be mounted again";
+            return refuse(
+                ", of a pid namespace within that of the tree",
+                remedy.into(),
+            );
         }
         Some(Fstype::Devpts) if !has_device(own, mount) => add_option(&mut entry, "newinstance"),
         _ => {}

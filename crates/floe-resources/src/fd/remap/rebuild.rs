@@ -58,6 +58,7 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let gone: Vec<Handle> = users.keys().map(|id| ghost_handle(*id)).collect();
     for (id, users) in users {
         let image = images.dir.open_ghost(u64::from(id))?;
+        check_kind(images, id, &users, &image)?;
         let name = format!("open the deleted {}", users[0].0.name);
         let needs: Vec<Handle> = users
             .iter()
@@ -73,6 +74,24 @@ pub fn plan_names(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         |_| Ok(()),
     );
     Ok(())
+}
+
+/// Only the ends of a fifo may open one: to others it would be a file that nobody ever writes.
+fn check_kind(
+    images: &TreeImages,
+    id: u32,
+    users: &[User<'_>],
+    image: &GhostImage,
+) -> Result<(), PlanError> {
+    let is_fifo = FileType::from_raw_mode(image.entry.mode) == FileType::Fifo;
+    let stranger = |(file, _): &&User<'_>| images.named_by(file.id).is_empty();
+    match users.iter().find(stranger) {
+        Some((file, _)) if is_fifo => {
+            let what = format!("it is a fifo, and {} is open as a file", file.name);
+            Err(PlanError::damaged(format!("ghost-file-{id:x}.img"), what))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Makes the file, opens it for its users, each where it had its name, and removes it again.
