@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use floe_image::messages::{CoreEntry, PstreeEntry};
 use floe_image::{ImageDir, ImageKind};
 use floe_memory::{PageIndex, StoredRun};
 use rustix::process::{Pid, Signal, kill_process};
@@ -57,16 +58,51 @@ fn compare(chain: &Path, full: &Path, file: &[u8]) -> anyhow::Result<u64> {
         for id in ids {
             let found = PageIndex::read(&chain, kind, id)?;
             let wanted = PageIndex::read(&full, kind, id)?;
+            let rseq = match kind {
+                ImageKind::Pagemap => rseq_areas(&full, id)?,
+                _ => Vec::new(),
+            };
+            let known = (file, rseq.as_slice());
             let pages =
-                contains(&found, &wanted, file).and_then(|_| contains(&wanted, &found, file));
+                contains(&found, &wanted, known).and_then(|_| contains(&wanted, &found, known));
             compared += pages.with_context(|| format!("{kind:?} {id}"))?;
         }
     }
     Ok(compared)
 }
 
+/// Where the threads of a process have registered restartable sequences (`rseq(2)`).
+fn rseq_areas(images: &ImageDir, pid: u64) -> anyhow::Result<Vec<u64>> {
+    let tree: Vec<PstreeEntry> = images.read_all(ImageKind::Pstree, 0)?;
+    let task = tree.iter().find(|task| u64::from(task.pid) == pid);
+    let mut areas = Vec::new();
+    for tid in &task.context("a pagemap of no task")?.threads {
+        let core: CoreEntry = images.read_one(ImageKind::Core, u64::from(*tid))?;
+        let rseq = core.thread_core.and_then(|thread| thread.rseq_entry);
+        areas.extend(rseq.map(|rseq| rseq.rseq_abi_pointer));
+    }
+    Ok(areas)
+}
+
+/// Empties what the kernel itself writes into the areas when a thread comes to another processor, which our
+/// own calls let it do while the program is stopped: `cpu_id_start`, `cpu_id`, `node_id`, `mm_cid`.
+fn without_processor(page: &mut [u8], at: u64, rseq: &[u64]) {
+    for area in rseq {
+        for word in [0, 4, 20, 24] {
+            let offset = (area + word).checked_sub(at).map(|offset| offset as usize);
+            if let Some(bytes) = offset.and_then(|offset| page.get_mut(offset..offset + 4)) {
+                bytes.fill(0);
+            }
+        }
+    }
+}
+
 /// All that `wanted` has is in `found`; answers how many pages that are.
-fn contains(found: &PageIndex, wanted: &PageIndex, file: &[u8]) -> anyhow::Result<u64> {
+fn contains(
+    found: &PageIndex,
+    wanted: &PageIndex,
+    (file, rseq): (&[u8], &[u64]),
+) -> anyhow::Result<u64> {
     let mut compared = 0;
     for run in wanted.runs() {
         let mut there = vec![0; run.len as usize];
@@ -74,17 +110,40 @@ fn contains(found: &PageIndex, wanted: &PageIndex, file: &[u8]) -> anyhow::Resul
             let from = (piece.start - run.start) as usize;
             there[from..from + piece.len as usize].copy_from_slice(&read(found, piece)?);
         }
-        let bytes = read(wanted, *run)?;
+        let mut bytes = read(wanted, *run)?;
+        without_processor(&mut there, run.start, rseq);
+        without_processor(&mut bytes, run.start, rseq);
         let pages = there.chunks(PAGE).zip(bytes.chunks(PAGE)).enumerate();
         for (page, (there, wanted)) in pages {
             let at = run.start + (page * PAGE) as u64;
             let is_stored = found.runs_in(at..at + PAGE as u64).next().is_some();
             let is_of_file = !is_stored && file.chunks(PAGE).any(|page| page == wanted);
-            ensure!(there == wanted || is_of_file, "page {at:#x} differs");
+            ensure!(
+                there == wanted || is_of_file,
+                "page {at:#x} differs{}: {}",
+                if is_stored { "" } else { " and is not stored" },
+                difference(there, wanted)
+            );
             compared += 1;
         }
     }
     Ok(compared)
+}
+
+/// The bytes from the first to the last that differ.
+fn difference(there: &[u8], wanted: &[u8]) -> String {
+    let differs = |at: &usize| there[*at] != wanted[*at];
+    let (first, last) = (
+        (0..wanted.len()).find(differs),
+        (0..wanted.len()).rfind(differs),
+    );
+    let (first, last) = (first.unwrap_or(0), last.unwrap_or(0));
+    let end = (last + 1).min(first + 32);
+    format!(
+        "{first:#x} to {last:#x}, {:02x?} for {:02x?}",
+        &there[first..end],
+        &wanted[first..end]
+    )
 }
 
 /// Rounds with one tracker, then final dumps with all of them and a full one, and a restore.
