@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use testkit::skips;
+
 fn floe(directory: &Path, line: &str) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
     command
@@ -97,17 +99,26 @@ fn start(program: &str, args: &[&str]) -> Child {
     child
 }
 
-/// Dumps a task of a group, and removes the group; the task's pid.
-fn dump_away(group: &Group, images: &Path) -> u32 {
-    let mut task = start_in(group);
-    fs::write(group.file("cgroup.max.descendants"), "7").expect("every group has it");
+fn expect_success(output: &Output) {
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+}
+
+/// Dumps a task, which is ended by that or because that failed.
+fn dump(task: &mut Child, images: &Path) -> Output {
     let output = floe(images, &format!("dump -t {}", task.id()));
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
     if !output.status.success() {
         let _ = task.kill();
     }
     task.wait().expect("our own child");
-    assert!(output.status.success(), "{errors}");
+    output
+}
+
+/// Dumps a task of a group, and removes the group; the task's pid.
+fn dump_away(group: &Group, images: &Path) -> u32 {
+    let mut task = start_in(group);
+    fs::write(group.file("cgroup.max.descendants"), "7").expect("every group has it");
+    expect_success(&dump(&mut task, images));
     patiently(|| fs::remove_dir(&group.path));
     task.id()
 }
@@ -119,8 +130,7 @@ fn end(pid: u32) {
 
 #[test]
 fn a_missing_group_is_made_with_its_properties_and_entered() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: not root");
+    if !skips::is_root("a_missing_group_is_made_with_its_properties_and_entered") {
         return;
     }
     let Some(group) = Group::make("made") else {
@@ -128,9 +138,7 @@ fn a_missing_group_is_made_with_its_properties_and_entered() {
     };
     let images = tempfile::tempdir().expect("a temporary directory");
     let pid = dump_away(&group, images.path());
-    let output = floe(images.path(), "restore -d");
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{errors}");
+    expect_success(&floe(images.path(), "restore -d"));
     let (member, limit) = (
         group.has(pid),
         fs::read_to_string(group.file("cgroup.max.descendants")),
@@ -143,8 +151,7 @@ fn a_missing_group_is_made_with_its_properties_and_entered() {
 /// A service manager keeps groups that no task is in.
 #[test]
 fn empty_groups_that_a_cgroup_namespace_shows_come_back() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: not root");
+    if !skips::is_root("empty_groups_that_a_cgroup_namespace_shows_come_back") {
         return;
     }
     let Some(group) = Group::make("empty") else {
@@ -161,20 +168,13 @@ fn empty_groups_that_a_cgroup_namespace_shows_come_back() {
     );
     fs::create_dir(group.file("busy")).expect("the group is ours");
     let mut task = start("sh", &["-c", &script]);
-    let output = floe(images.path(), &format!("dump -t {}", task.id()));
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    if !output.status.success() {
-        let _ = task.kill();
-    }
-    task.wait().expect("our own child");
+    let output = dump(&mut task, images.path());
     let below = [empty.clone(), group.file("busy"), group.path.clone()];
     below
         .iter()
         .for_each(|path| patiently(|| fs::remove_dir(path)));
-    assert!(output.status.success(), "{errors}");
-    let output = floe(images.path(), "restore -d");
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{errors}");
+    expect_success(&output);
+    expect_success(&floe(images.path(), "restore -d"));
     let found = empty.exists();
     end(task.id());
     for path in &below[..2] {
@@ -188,8 +188,7 @@ fn empty_groups_that_a_cgroup_namespace_shows_come_back() {
 
 #[test]
 fn groups_are_left_alone_when_told_so() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: not root");
+    if !skips::is_root("groups_are_left_alone_when_told_so") {
         return;
     }
     let Some(group) = Group::make("ignored") else {
@@ -199,9 +198,7 @@ fn groups_are_left_alone_when_told_so() {
     let pid = dump_away(&group, images.path());
     let refused = floe(images.path(), "restore -d --manage-cgroups=props");
     assert!(!refused.status.success(), "the group is missing");
-    let output = floe(images.path(), "restore -d --manage-cgroups=ignore");
-    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{errors}");
+    expect_success(&floe(images.path(), "restore -d --manage-cgroups=ignore"));
     let member = group.has(pid);
     end(pid);
     assert!(!member && !group.path.exists());
@@ -209,8 +206,7 @@ fn groups_are_left_alone_when_told_so() {
 
 #[test]
 fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("skipped: not root");
+    if !skips::is_root("a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was") {
         return;
     }
     let Some(group) = Group::make("frozen") else {
@@ -235,8 +231,7 @@ fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
     task.kill().expect("our own child");
     task.wait().expect("our own child");
     for (output, before, after) in ends {
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "{errors}");
+        expect_success(&output);
         assert_eq!(after.trim(), before);
     }
     assert!(log.contains("seized in a frozen group"), "{log}");
