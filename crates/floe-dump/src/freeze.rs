@@ -360,8 +360,9 @@ pub fn look(root: HostPid) -> Result<(), FreezeError> {
 
 /// Whether it is a thread of the kernel: a process without a program, and not dead (proc_pid_exe(5)).
 fn is_of_kernel(proc: &ProcDir) -> bool {
-    let maps = proc.read("maps");
-    maps.is_ok_and(|maps| maps.is_empty()) && proc.read("cmdline").is_ok_and(|line| line.is_empty())
+    // The line first: the mappings of a program may be thousands.
+    let is_empty = |name: &str| proc.read(name).is_ok_and(|text| text.is_empty());
+    is_empty("cmdline") && is_empty("maps")
 }
 
 /// Finds out what a refused seizing means.

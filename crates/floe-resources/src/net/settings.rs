@@ -42,18 +42,23 @@ fn walk(directory: &Path, found: &mut Vec<String>) -> Result<(), NetError> {
         other => other.during("Listing", what)?,
     };
     for entry in entries {
-        let path = entry.during("Listing", what)?.path();
-        let Ok(about) = fs::symlink_metadata(&path) else {
-            continue;
-        };
-        if about.is_dir() {
+        let entry = entry.during("Listing", what)?;
+        let path = entry.path();
+        // The listing tells it: the program is stopped, and there are hundreds of files.
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             walk(&path, found)?;
             continue;
         }
         let name = path.strip_prefix(ROOT).ok().and_then(Path::to_str);
-        let Some(name) = name.filter(|name| about.mode() & 0o600 == 0o600 && is_kept(name)) else {
+        let Some(name) = name.filter(|name| is_kept(name)) else {
             continue;
         };
+        if !entry
+            .metadata()
+            .is_ok_and(|about| about.mode() & 0o600 == 0o600)
+        {
+            continue;
+        }
         // Some cannot be read until they are set.
         if let Ok(text) = read_setting(path.to_str().unwrap_or_default()) {
             let text = text.trim();
