@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 
@@ -37,6 +37,19 @@ impl Scratch {
                 Ok(File::from(made))
             }
         }
+    }
+
+    /// All that a source has: in memory up to so many bytes, and elsewhere if it is more.
+    pub(crate) fn keep(&self, mut source: impl Read, in_memory: u64) -> io::Result<File> {
+        let mut file = self.file(0)?;
+        let held = io::copy(&mut source.by_ref().take(in_memory), &mut file)?;
+        if held < in_memory {
+            return Ok(file);
+        }
+        file.seek(SeekFrom::Start(0))?;
+        let mut larger = self.file(u64::MAX)?;
+        io::copy(&mut file.chain(source), &mut larger)?;
+        Ok(larger)
     }
 }
 
@@ -130,7 +143,19 @@ impl HeldFiles {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
+
+    #[test]
+    fn a_stream_is_kept_whole_wherever_it_goes() {
+        let all: Vec<u8> = (0..3_000_000u32).map(|at| (at % 251) as u8).collect();
+        for in_memory in [0, 1_000_000, 3_000_000, 4_000_000] {
+            let kept = Scratch::open().keep(all.as_slice(), in_memory);
+            let mut kept = kept.expect("there is room");
+            let mut bytes = Vec::new();
+            kept.seek(SeekFrom::Start(0)).expect("a file");
+            kept.read_to_end(&mut bytes).expect("read");
+            assert!(bytes == all, "{in_memory}");
+        }
+    }
 
     #[test]
     fn files_of_every_size_are_read_as_they_were_written() {

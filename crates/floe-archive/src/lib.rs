@@ -10,6 +10,7 @@ pub mod compress;
 pub mod direct;
 mod early;
 mod frame_stream;
+mod front;
 mod held;
 pub mod merged;
 pub mod pack;

@@ -17,6 +17,7 @@ use crate::archive::{
     BLOCK, Base, EARLY_NAME, HEAD_NAME, Head, IMAGES, INDEX_FORMAT, INDEX_NAME, Index, Member,
 };
 use crate::early;
+use crate::front::Front;
 use crate::merged::{MergeError, Merged, MergedPages};
 
 /// Pages are given back in pieces of so many bytes.
@@ -100,9 +101,10 @@ fn pack_all(
     let mut packer = Packer::new(frames, since_epoch(merged.created()));
     packer.consume = consume;
     let mut head = head(&merged, options.since)?;
-    let copies = early::collect(&merged, &mut head.early)?;
+    let copies = early::of_chain(&merged)?;
+    head.early = copies.places;
     packer.head(&head)?;
-    packer.unlisted(EARLY_NAME, &copies)?;
+    packer.unlisted(EARLY_NAME, &copies.bytes)?;
     for name in &merged.files {
         packer.file(newest, name)?;
     }
@@ -163,6 +165,8 @@ fn head(merged: &Merged, since: Option<u32>) -> Result<Head, PackError> {
 pub(crate) struct Packer<W: Write> {
     pub(crate) frames: FrameWriter<W>,
     pub(crate) members: BTreeMap<String, Member>,
+    /// Content that stands before ours.
+    shift: u64,
     modified: u64,
     /// Pages below this directory are given back.
     consume: Option<PathBuf>,
@@ -174,6 +178,7 @@ impl<W: Write> Packer<W> {
         Packer {
             frames,
             members: BTreeMap::new(),
+            shift: 0,
             modified,
             consume: None,
         }
@@ -184,7 +189,18 @@ impl<W: Write> Packer<W> {
         self.frames
             .write_all(header.as_bytes())
             .map_err(PackError::Write)?;
-        Ok(self.frames.position())
+        Ok(self.shift + self.frames.position())
+    }
+
+    /// Notes members that stand before all others, and their frames.
+    pub(crate) fn put_before(&mut self, front: Front) {
+        self.shift = front.content();
+        let mut behind = std::mem::replace(&mut self.members, front.members);
+        for member in behind.values_mut() {
+            member.offset += self.shift;
+        }
+        self.members.append(&mut behind);
+        self.frames.put_before(front.frames);
     }
 
     /// Ends a member: padding, and its row in the index.
@@ -201,7 +217,7 @@ impl<W: Write> Packer<W> {
     }
 
     /// The first member.
-    fn head(&mut self, head: &Head) -> Result<(), PackError> {
+    pub(crate) fn head(&mut self, head: &Head) -> Result<(), PackError> {
         let text = serde_json::to_vec(head).expect("a head has text keys only");
         self.unlisted(HEAD_NAME, &text)
     }

@@ -1,7 +1,7 @@
 //! The beginning of a stream, kept until it is known whether all of it must be.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::held::Scratch;
@@ -47,12 +47,11 @@ impl Recorded {
         lock(&self.0).kept = None;
     }
 
-    /// Writes what was read and what will come to a file without a name.
+    /// Keeps what was read and what will come: in memory if half of what is available is enough.
     pub(crate) fn keep_all(&self) -> io::Result<File> {
         let mut shared = lock(&self.0);
-        let mut file = Scratch::open().file(u64::MAX)?;
-        file.write_all(&shared.kept.take().unwrap_or_default())?;
-        io::copy(&mut shared.source, &mut file)?;
-        Ok(file)
+        let kept = shared.kept.take().unwrap_or_default();
+        let in_memory = floe_kernel::proc::available_memory()? / 2;
+        Scratch::open().keep(kept.chain(&mut shared.source), in_memory)
     }
 }

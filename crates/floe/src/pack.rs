@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::Parser;
 use floe_archive::Chain;
-use floe_archive::direct::DirectArchive;
+use floe_archive::direct::{DirectArchive, Out};
 use floe_archive::pack::{PackError, PackOptions, PackReport, pack, pack_consuming};
 use floe_image::ImageDir;
 use floe_memory::{PageStore, punch_chain};
@@ -71,7 +71,7 @@ pub struct OnTheWay {
     directory: PathBuf,
     archive: PathBuf,
     options: PackOptions,
-    direct: Option<Arc<DirectArchive<File>>>,
+    direct: Option<Arc<DirectArchive>>,
 }
 
 impl OnTheWay {
@@ -125,18 +125,21 @@ impl OnTheWay {
         Ok(on_the_way)
     }
 
-    fn begin_direct(&self) -> Result<DirectArchive<File>, Failure> {
+    fn begin_direct(&self) -> Result<DirectArchive, Failure> {
         let output = Output::open(&self.archive)?;
         let file = output.file.try_clone().context("copying a descriptor")?;
         let path = self.archive.clone();
-        let keep = Box::new(move |file: File, report: PackReport| {
-            drop(file);
+        let out = match output.part {
+            Some(_) => Out::File(file),
+            None => Out::Pipe(file),
+        };
+        let keep = Box::new(move |report: PackReport| {
             output.keep(&path)?;
             say(&path, &report);
             Ok(())
         });
         let (images, threads) = (self.directory.clone(), self.options.threads);
-        DirectArchive::begin(file, images, (self.options.level, threads), keep).map_err(failure)
+        DirectArchive::begin(out, images, (self.options.level, threads), keep).map_err(failure)
     }
 
     /// Takes pages as they are copied; `None` where they go to the directory.
@@ -204,7 +207,12 @@ impl Output {
         name.push(".part");
         let part = path.with_file_name(name);
         let mut options = File::options();
-        options.write(true).create(true).truncate(true).mode(0o600);
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600);
         let file = options.open(&part);
         let file = file.with_context(|| format!("creating {}", part.display()))?;
         let part = Some(part);

@@ -52,11 +52,8 @@ fn archived(name: &str) -> (Fixture, PathBuf) {
     (fixture, archive)
 }
 
-/// A pipe with a name, and who writes all of `from` into it.
-fn piped(
-    place: &Path,
-    mut from: impl Read + Send + 'static,
-) -> (PathBuf, std::thread::JoinHandle<()>) {
+/// A pipe with a name.
+fn pipe(place: &Path) -> PathBuf {
     let path = place.join("pipe");
     let _ = std::fs::remove_file(&path);
     rustix::fs::mkfifoat(
@@ -65,6 +62,15 @@ fn piped(
         rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
     )
     .expect("made");
+    path
+}
+
+/// A pipe with a name, and who writes all of `from` into it.
+fn piped(
+    place: &Path,
+    mut from: impl Read + Send + 'static,
+) -> (PathBuf, std::thread::JoinHandle<()>) {
+    let path = pipe(place);
     let to = path.clone();
     let writer = std::thread::spawn(move || {
         let mut pipe = File::options().write(true).open(to).expect("opened");
@@ -74,8 +80,58 @@ fn piped(
     (path, writer)
 }
 
+/// A program, and the archive that its dump wrote.
+fn dumped_to_archive(name: &str) -> (Fixture, PathBuf) {
+    let mut fixture = Fixture::start(name).expect("started");
+    let archive = fixture.images().with_extension("tar.zst");
+    let options = ["--archive", archive.to_str().expect("plain")];
+    fixture.dump(&engine(), &options).expect("dumped");
+    (fixture, archive)
+}
+
 #[test]
 fn programs_are_restored_from_a_pipe_in_little_memory() {
+    restores_in_little_memory(archived);
+}
+
+#[test]
+fn archives_that_a_dump_wrote_are_restored_from_a_pipe_as_they_come() {
+    restores_in_little_memory(|name| {
+        let (fixture, archive) = dumped_to_archive(name);
+        let opened = floe_archive::archive::Archive::open(&archive).expect("whole");
+        // Its images come first, so nothing is put aside.
+        let format = opened.index().head.format;
+        assert_eq!(format, floe_archive::archive::INDEX_FORMAT, "{name}");
+        (fixture, archive)
+    });
+}
+
+#[test]
+fn a_dump_into_a_pipe_is_restored_at_its_other_end() {
+    if !is_root() {
+        return;
+    }
+    let mut fixture = Fixture::start("memory-shared").expect("started");
+    let place = tempfile::tempdir().expect("a directory");
+    let kept = place.path().join("kept");
+    let (from, to) = (pipe(place.path()), kept.clone());
+    let options = ["--archive", from.to_str().expect("plain")];
+    let source = from.clone();
+    let reading = std::thread::spawn(move || {
+        let mut copy = File::create(to)?;
+        std::io::copy(&mut File::open(source)?, &mut copy)
+    });
+    fixture.dump(&engine(), &options).expect("dumped");
+    reading.join().expect("no panic").expect("read to its end");
+    let (pipe, writer) = piped(fixture.images(), File::open(kept).expect("there"));
+    let options = ["-i", pipe.to_str().expect("plain")];
+    fixture.restore(&engine(), &options).expect("restored");
+    writer.join().expect("all was read");
+    fixture.check().expect("as it was");
+    fixture.kill().expect("ours");
+}
+
+fn restores_in_little_memory(archived: impl Fn(&str) -> (Fixture, PathBuf)) {
     if !is_root() {
         return;
     }

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use floe_image::messages::{CoreEntry, PstreeEntry};
@@ -201,10 +201,12 @@ fn chains(name: &str, first: usize) {
     let asked = std::env::var("FLOE_TORTURE").ok();
     let count = asked.and_then(|text| text.parse().ok()).unwrap_or(CHAINS);
     let trackers = floe().trackers().expect("`floe check` answers");
+    let began = Instant::now();
     for seed in (first..count).step_by(2) {
         if let Err(error) = chain(seed, &trackers) {
             panic!("chain {seed}: {error:#}");
         }
+        println!("chain {seed} of {count}: {:.0?}", began.elapsed());
     }
 }
 

@@ -21,6 +21,8 @@ pub const MAX_FRAMES: u32 = 1 << 30;
 
 /// First bytes of the frame that holds the table, and its last bytes.
 const SKIPPABLE_MAGIC: u32 = 0x184D_2A5E;
+/// First bytes of a frame that fills room.
+const FILLER_MAGIC: u32 = 0x184D_2A50;
 const TABLE_MAGIC: u32 = 0x8F92_EAB1;
 const FOOTER: usize = 9;
 const ENTRY: usize = 8;
@@ -78,6 +80,16 @@ pub struct Frame {
     pub stored_at: u64,
     /// Length in the file.
     pub stored_len: u32,
+}
+
+/// Bytes of the beginning of a frame that holds nothing; as many follow as its second half says.
+pub const FILLER_HEAD: usize = 8;
+
+/// The beginning of a frame without content, which takes `size` bytes in all, [`FILLER_HEAD`] or more.
+pub fn filler(size: u32) -> [u8; FILLER_HEAD] {
+    let rest = size.saturating_sub(FILLER_HEAD as u32);
+    let number = u64::from(rest) << 32 | u64::from(FILLER_MAGIC);
+    number.to_le_bytes()
 }
 
 /// The frame that holds the table.

@@ -6,7 +6,10 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use super::{ENTRY, FOOTER, Frame, MAX_FRAME, MAX_FRAMES, SKIPPABLE_MAGIC, TABLE_MAGIC, damaged};
+use super::{
+    ENTRY, FILLER_MAGIC, FOOTER, Frame, MAX_FRAME, MAX_FRAMES, SKIPPABLE_MAGIC, TABLE_MAGIC,
+    damaged,
+};
 
 /// Frames whose content is kept: neighbouring reads share one.
 const KEPT: usize = 8;
@@ -36,12 +39,17 @@ impl FramedReader {
     pub fn open(file: File) -> io::Result<FramedReader> {
         let size = file.metadata()?.len();
         let frames = read_table(&file, size)?;
-        Ok(FramedReader {
+        Ok(FramedReader::of(file, frames))
+    }
+
+    /// Reads frames of a file that has no table yet.
+    pub fn of(file: File, frames: Vec<Frame>) -> FramedReader {
+        FramedReader {
             file,
             frames,
             kept: Mutex::default(),
             scratch: Mutex::default(),
-        })
+        }
     }
 
     /// The frames in their order.
@@ -155,6 +163,7 @@ fn decode(stored: &[u8], into: &mut [u8]) -> io::Result<()> {
             }
             Ok(())
         }
+        Some(FILLER_MAGIC) if into.is_empty() => Ok(()),
         _ => Err(damaged("a frame begins with no magic of zstd or lz4")),
     }
 }

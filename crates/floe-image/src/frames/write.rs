@@ -30,6 +30,8 @@ pub struct FrameWriter<W: Write> {
     buffer: Vec<u8>,
     spare: Vec<Vec<u8>>,
     frames: Vec<Frame>,
+    /// Frames that were written before ours by somebody else.
+    before: Vec<Frame>,
     content: u64,
     stored: u64,
 }
@@ -53,6 +55,7 @@ impl<W: Write> FrameWriter<W> {
             buffer: Vec::with_capacity(FRAME_BYTES),
             spare: Vec::new(),
             frames: Vec::new(),
+            before: Vec::new(),
             content: 0,
             stored: 0,
         })
@@ -119,21 +122,38 @@ impl<W: Write> FrameWriter<W> {
         Ok(())
     }
 
-    /// Ends the last frame and writes the table; the number of bytes written in all.
-    pub fn finish(mut self) -> io::Result<(W, u64)> {
+    /// Ends the last frame and writes out all; the frames, and where they go.
+    pub fn drain(&mut self) -> io::Result<(&[Frame], &mut W)> {
         self.cut()?;
         while !self.running.is_empty() {
             self.take()?;
         }
+        Ok((&self.frames, &mut self.out))
+    }
+
+    /// Notes frames that stand before all of ours, for the table.
+    pub fn put_before(&mut self, frames: Vec<Frame>) {
+        self.before = frames;
+    }
+
+    /// Ends the last frame; where they went, and the frames, without a table.
+    pub fn into_frames(mut self) -> io::Result<(W, Vec<Frame>)> {
+        self.drain()?;
         drop(self.jobs.take());
         for worker in self.workers.drain(..) {
             worker.join().map_err(|_| worker_died())?;
         }
-        let table = encode_table(&self.frames);
-        self.out.write_all(&table)?;
-        self.out.flush()?;
-        let size = self.stored + table.len() as u64;
-        Ok((self.out, size))
+        Ok((self.out, [self.before, self.frames].concat()))
+    }
+
+    /// Ends the last frame and writes the table; the number of bytes in all.
+    pub fn finish(self) -> io::Result<(W, u64)> {
+        let (mut out, frames) = self.into_frames()?;
+        let table = encode_table(&frames);
+        out.write_all(&table)?;
+        out.flush()?;
+        let stored: u64 = frames.iter().map(|frame| u64::from(frame.stored_len)).sum();
+        Ok((out, stored + table.len() as u64))
     }
 }
 
