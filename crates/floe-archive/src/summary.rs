@@ -1,7 +1,10 @@
 //! What is in a checkpoint, as data: for `floe inspect` and `floe report`.
 
+mod segments;
+
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, Ipv6Addr};
+use std::ops::Range;
 
 use floe_image::catalogue::ImageKind;
 use floe_image::explore;
@@ -11,6 +14,8 @@ use floe_image::messages::{
 };
 use floe_image::{ImageDir, ImageError};
 use floe_memory::{IndexError, PageIndex};
+pub use segments::SegmentSummary;
+use segments::Segments;
 use serde::Serialize;
 
 use crate::rounds::kind_word;
@@ -34,6 +39,7 @@ pub struct Summary {
     pub directories: usize,
     pub tasks: Vec<TaskSummary>,
     pub mappings: Vec<MappingSummary>,
+    pub segments: Vec<SegmentSummary>,
     pub files: Vec<FileSummary>,
     pub sockets: Vec<FileSummary>,
 }
@@ -131,6 +137,7 @@ impl Summary {
             files: &by_id,
             holders: BTreeMap::new(),
             mappings: Vec::new(),
+            segments: Segments::read(dir)?,
         };
         let mut tasks = Vec::new();
         if dir.has(ImageKind::Pstree, 0) {
@@ -139,6 +146,7 @@ impl Summary {
             }
         }
         let (mappings, mut holders) = (reader.mappings, reader.holders);
+        let segments = reader.segments.finish(dir, &chain)?;
         let (mut plain, mut sockets) = (Vec::new(), Vec::new());
         for file in &files {
             let summary = FileSummary {
@@ -169,6 +177,7 @@ impl Summary {
             directories: chain.generations().len(),
             tasks,
             mappings,
+            segments,
             files: plain,
             sockets,
         })
@@ -176,8 +185,24 @@ impl Summary {
 
     /// Bytes of pages in the checkpoint, each page once.
     pub fn stored(&self) -> u64 {
-        self.tasks.iter().map(|task| task.stored).sum()
+        let shared = self.segments.iter().flat_map(|segment| &segment.stored);
+        let own = self.tasks.iter().map(|task| task.stored);
+        own.chain(shared.copied()).sum()
     }
+}
+
+/// Bytes of pages in a range by the generation in which they are newest, oldest first.
+fn by_generation(chain: &Chain, pages: &PageIndex, range: Range<u64>) -> Vec<u64> {
+    let generations = chain.generations();
+    let mut stored = vec![0; generations.len()];
+    for run in pages.runs_in(range) {
+        let path = pages.images(run.file).path();
+        let found = generations
+            .iter()
+            .position(|generation| generation.dir.path() == path);
+        stored[found.unwrap_or(generations.len() - 1)] += run.len;
+    }
+    stored
 }
 
 struct TaskReader<'a> {
@@ -186,6 +211,7 @@ struct TaskReader<'a> {
     files: &'a BTreeMap<u32, &'a FileEntry>,
     holders: BTreeMap<u32, Vec<String>>,
     mappings: Vec<MappingSummary>,
+    segments: Segments,
 }
 
 impl TaskReader<'_> {
@@ -212,6 +238,7 @@ impl TaskReader<'_> {
                 false => PageIndex::default(),
             };
             for vma in dir.read_mm(pid.into())?.vmas {
+                self.segments.note(pid, &vma, self.files);
                 self.mappings.push(self.mapping(pid, &vma, &pages));
             }
         }
@@ -236,15 +263,6 @@ impl TaskReader<'_> {
     }
 
     fn mapping(&self, pid: u32, vma: &VmaEntry, pages: &PageIndex) -> MappingSummary {
-        let generations = self.chain.generations();
-        let mut stored = vec![0; generations.len()];
-        for run in pages.runs_in(vma.start..vma.end) {
-            let path = pages.images(run.file).path();
-            let found = generations
-                .iter()
-                .position(|generation| generation.dir.path() == path);
-            stored[found.unwrap_or(generations.len() - 1)] += run.len;
-        }
         let letters = [(1, 'r'), (2, 'w'), (4, 'x')];
         MappingSummary {
             pid,
@@ -255,7 +273,7 @@ impl TaskReader<'_> {
                 .map(|(bit, letter)| if vma.prot & bit != 0 { *letter } else { '-' })
                 .collect(),
             object: self.object(vma),
-            stored,
+            stored: by_generation(self.chain, pages, vma.start..vma.end),
         }
     }
 

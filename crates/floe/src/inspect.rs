@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use clap::Parser;
-use floe_archive::summary::{FileSummary, GenerationSummary, MappingSummary, Summary, TaskSummary};
+use floe_archive::summary::{FileSummary, GenerationSummary, Summary, TaskSummary};
 
 use crate::exit::{Exit, Failure};
 use crate::own;
@@ -102,7 +102,7 @@ fn text(summary: &Summary, all: bool) -> String {
         ],
         summary.tasks.iter().map(task),
     );
-    mappings(&mut out, summary, all);
+    memory(&mut out, summary, all);
     files(&mut out, "Files", &summary.files, all);
     files(&mut out, "Sockets", &summary.sockets, all);
     out
@@ -139,36 +139,47 @@ fn task(row: &TaskSummary) -> Vec<String> {
     ]
 }
 
-fn mappings(out: &mut String, summary: &Summary, all: bool) {
-    let stored = |mapping: &MappingSummary| mapping.stored.iter().sum::<u64>();
-    let mut rows: Vec<&MappingSummary> = summary.mappings.iter().collect();
+/// Mappings and shared segments, largest first.
+fn memory(out: &mut String, summary: &Summary, all: bool) {
+    let own = summary.mappings.iter().map(|mapping| {
+        let range = format!("{:012x}-{:012x}", mapping.start, mapping.end);
+        let stored: u64 = mapping.stored.iter().sum();
+        let columns = [mapping.pid.to_string(), range, mapping.protection.clone()];
+        (
+            columns,
+            mapping.end - mapping.start,
+            stored,
+            &mapping.object,
+        )
+    });
+    let shared = summary.segments.iter().map(|segment| {
+        let tasks = match segment.pids.first() {
+            Some(pid) if segment.pids.len() == 1 => pid.to_string(),
+            _ => format!("{} tasks", segment.pids.len()),
+        };
+        let stored: u64 = segment.stored.iter().sum();
+        let columns = [tasks, "a segment".into(), "-".into()];
+        (columns, segment.size, stored, &segment.object)
+    });
+    let mut rows: Vec<_> = own.chain(shared).collect();
     let mut title = "Memory".to_owned();
     if !all {
-        rows.retain(|mapping| stored(mapping) > 0);
-        rows.sort_by_key(|mapping| std::cmp::Reverse(stored(mapping)));
+        let count = rows.len();
+        rows.retain(|(_, _, stored, _)| *stored > 0);
+        rows.sort_by_key(|(_, _, stored, _)| std::cmp::Reverse(*stored));
         if rows.len() > MAPPINGS {
-            title = format!(
-                "Memory: the largest {MAPPINGS} of {} (--all shows all)",
-                summary.mappings.len()
-            );
+            title = format!("Memory: the largest {MAPPINGS} of {count} (--all shows all)");
             rows.truncate(MAPPINGS);
         }
     }
-    let row = |mapping: &&MappingSummary| {
-        vec![
-            mapping.pid.to_string(),
-            format!("{:012x}-{:012x}", mapping.start, mapping.end),
-            mapping.protection.clone(),
-            size(mapping.end - mapping.start),
-            size(stored(mapping)),
-            mapping.object.clone(),
-        ]
-    };
     table(
         out,
         &title,
         &["pid", "range", "prot", "size", "stored", "object"],
-        rows.iter().map(row),
+        rows.into_iter().map(|(columns, len, stored, object)| {
+            let rest = [size(len), size(stored), object.clone()];
+            [&columns[..], &rest].concat()
+        }),
     );
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use testkit::chain::{Page, Pages, filled, write_chain};
+use testkit::{Engine, Fixture};
 
 fn floe(words: &[&str], path: &Path) -> Output {
     let output = Command::new(env!("CARGO_BIN_EXE_floe"))
@@ -57,6 +58,37 @@ fn the_tables_name_tasks_and_generations() {
     ] {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
+}
+
+#[test]
+fn shared_memory_is_counted_once() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let mut fixture = Fixture::start("memory-shared").expect("started");
+    let engine = Engine::new("floe", env!("CARGO_BIN_EXE_floe"));
+    fixture.dump(&engine, &[]).expect("dumped");
+    let output = floe(&["inspect", "--json"], fixture.images());
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let segments = value["segments"].as_array().expect("a list");
+    assert!(!segments.is_empty(), "{value}");
+    let name = |id: u64| fixture.images().join(format!("pagemap-shmem-{id}.img"));
+    for segment in segments {
+        let id = segment["id"].as_u64().expect("a number");
+        assert!(name(id).exists(), "{segment}");
+        assert!(segment["size"].as_u64() > Some(0), "{segment}");
+        assert_ne!(
+            segment["pids"].as_array().map(Vec::len),
+            Some(0),
+            "{segment}"
+        );
+    }
+    let page = fixture.images().with_extension("html");
+    floe(&["report", "-o", &page.to_string_lossy()], fixture.images());
+    let page = std::fs::read_to_string(page).expect("written");
+    let object = segments[0]["object"].as_str().expect("text");
+    assert!(page.contains(object), "{object} is not in the report");
 }
 
 #[test]

@@ -161,20 +161,31 @@ fn plot(out: &mut String, title: &str, rows: Vec<Bar>) {
     let _ = write!(out, "<div class=\"plot\">{}</div>", bars(title, &rows));
 }
 
-/// The largest mappings, each by the generations in which its pages are newest: what is hot changed last.
+/// The largest mappings and segments, each by the generations in which its pages are newest: what is hot
+/// changed last.
 fn memory(out: &mut String, summary: &Summary) {
-    let stored = |mapping: &MappingSummary| mapping.stored.iter().sum::<u64>();
-    let mut rows: Vec<&MappingSummary> = summary
-        .mappings
-        .iter()
-        .filter(|mapping| stored(mapping) > 0)
-        .collect();
+    let own = summary.mappings.iter().map(|mapping| {
+        let MappingSummary { pid, object, .. } = mapping;
+        let (start, end, protection) = (mapping.start, mapping.end, &mapping.protection);
+        let hint = format!("task {pid}: {start:#x}-{end:#x} {protection} {object}");
+        (format!("{pid} {object}"), hint, &mapping.stored)
+    });
+    let shared = summary.segments.iter().map(|segment| {
+        let pids = segment.pids.iter().map(u32::to_string);
+        let pids = pids.collect::<Vec<_>>().join(", ");
+        let hint = format!("{} of tasks {pids}", segment.object);
+        (segment.object.clone(), hint, &segment.stored)
+    });
+    let rows = own
+        .chain(shared)
+        .map(|row| (row.2.iter().sum::<u64>(), row));
+    let mut rows: Vec<_> = rows.filter(|(stored, _)| *stored > 0).collect();
     if rows.is_empty() {
         return;
     }
-    rows.sort_by_key(|mapping| std::cmp::Reverse(stored(mapping)));
+    rows.sort_by_key(|(stored, _)| std::cmp::Reverse(*stored));
     rows.truncate(MAPPINGS);
-    out.push_str("<h2>Memory map</h2><p>Mappings by the generation in which their pages changed last: the newest are hot.</p><div class=\"key\">");
+    out.push_str("<h2>Memory map</h2><p>Mappings and shared segments by the generation in which their pages changed last: the newest are hot.</p><div class=\"key\">");
     let count = summary.directories;
     let newest = summary.generations.last().map_or(0, |row| row.facts.number);
     for from_newest in 0..count.min(6) {
@@ -191,26 +202,19 @@ fn memory(out: &mut String, summary: &Summary) {
         );
     }
     out.push_str("</div>");
-    let bar = |mapping: &&MappingSummary| {
-        let parts = mapping.stored.iter().enumerate().rev();
+    let bar = |(stored, (label, hint, parts)): (u64, (String, String, &Vec<u64>))| {
+        let parts = parts.iter().enumerate().rev();
         Bar {
-            label: format!("{} {}", mapping.pid, mapping.object),
-            value: size(stored(mapping)),
-            hint: format!(
-                "task {}: {:#x}-{:#x} {} {}",
-                mapping.pid, mapping.start, mapping.end, mapping.protection, mapping.object
-            ),
+            label,
+            value: size(stored),
+            hint,
             parts: parts
                 .map(|(index, bytes)| (*bytes as f64, shade(count - 1 - index)))
                 .collect(),
         }
     };
-    let rows: Vec<Bar> = rows.iter().map(bar).collect();
-    let _ = write!(
-        out,
-        "<div class=\"plot\">{}</div>",
-        bars("memory by mapping and generation", &rows)
-    );
+    let rows: Vec<Bar> = rows.into_iter().map(bar).collect();
+    plot(out, "memory by mapping and generation", rows);
 }
 
 fn tasks(out: &mut String, summary: &Summary) {
