@@ -78,6 +78,20 @@ pub struct NetlinkPeer {
     pub groups: Vec<u32>,
 }
 
+/// All that the kernel answers to a request.
+fn list<T>(request: &[u8], parse: fn(&[u8]) -> Option<T>) -> io::Result<Vec<T>> {
+    let mut sockets = Vec::new();
+    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(
+        SOCK_DIAG_BY_FAMILY,
+        request,
+        |message| {
+            sockets.push(parse(message).ok_or(io::ErrorKind::InvalidData)?);
+            Ok(())
+        },
+    )?;
+    Ok(sockets)
+}
+
 /// Every unix socket.
 pub fn unix_sockets() -> io::Result<Vec<UnixSocket>> {
     const SHOW_NAME: u32 = 1;
@@ -89,12 +103,7 @@ pub fn unix_sockets() -> io::Result<Vec<UnixSocket>> {
     body[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
     let show = SHOW_NAME | SHOW_PEER | SHOW_ICONS | SHOW_RQLEN;
     body[12..16].copy_from_slice(&show.to_ne_bytes());
-    let mut sockets = Vec::new();
-    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(SOCK_DIAG_BY_FAMILY, &body, |message| {
-        sockets.push(parse_unix(message).ok_or(io::ErrorKind::InvalidData)?);
-        Ok(())
-    })?;
-    Ok(sockets)
+    list(&body, parse_unix)
 }
 
 fn parse_unix(message: &[u8]) -> Option<UnixSocket> {
@@ -137,12 +146,7 @@ pub fn inet_sockets(family: i32, protocol: i32) -> io::Result<Vec<InetSocket>> {
     body[0] = family as u8;
     body[1] = protocol as u8;
     body[4..8].copy_from_slice(&u32::MAX.to_ne_bytes());
-    let mut sockets = Vec::new();
-    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(SOCK_DIAG_BY_FAMILY, &body, |message| {
-        sockets.push(parse_inet(message).ok_or(io::ErrorKind::InvalidData)?);
-        Ok(())
-    })?;
-    Ok(sockets)
+    list(&body, parse_inet)
 }
 
 fn parse_inet(message: &[u8]) -> Option<InetSocket> {
@@ -177,12 +181,7 @@ pub fn netlink_sockets() -> io::Result<Vec<NetlinkPeer>> {
     body[0] = libc::AF_NETLINK as u8;
     body[1] = ALL_PROTOCOLS;
     body[8..12].copy_from_slice(&SHOW_GROUPS.to_ne_bytes());
-    let mut sockets = Vec::new();
-    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(SOCK_DIAG_BY_FAMILY, &body, |message| {
-        sockets.push(parse_netlink(message).ok_or(io::ErrorKind::InvalidData)?);
-        Ok(())
-    })?;
-    Ok(sockets)
+    list(&body, parse_netlink)
 }
 
 fn parse_netlink(message: &[u8]) -> Option<NetlinkPeer> {
@@ -248,12 +247,7 @@ pub fn packet_sockets() -> io::Result<Vec<PacketSocket>> {
     let mut body = [0u8; 20];
     body[0] = libc::AF_PACKET as u8;
     body[8..12].copy_from_slice(&SHOW_INFO_MCLIST_RINGS_FANOUT.to_ne_bytes());
-    let mut sockets = Vec::new();
-    NetlinkSocket::open(libc::NETLINK_SOCK_DIAG)?.dump(SOCK_DIAG_BY_FAMILY, &body, |message| {
-        sockets.push(parse_packet(message).ok_or(io::ErrorKind::InvalidData)?);
-        Ok(())
-    })?;
-    Ok(sockets)
+    list(&body, parse_packet)
 }
 
 fn parse_packet(message: &[u8]) -> Option<PacketSocket> {
