@@ -78,6 +78,21 @@ fn programs_run_on_after_a_dump_that_leaves_them() {
     }
 }
 
+#[test]
+fn waits_go_on_after_rounds_and_a_restore() {
+    if !skips::is_root("waits_go_on_after_rounds_and_a_restore") {
+        return;
+    }
+    for name in ["blocked", "sleeping"] {
+        let mut fixture = Fixture::start(name).expect("the program starts");
+        // A round that interrupts a wait changes what the next one finds.
+        fixture.dump(&floe(), &["--iterate=2"]).expect(name);
+        fixture.restore(&floe(), &[]).expect(name);
+        fixture.check().expect(name);
+        fixture.kill().expect("ours");
+    }
+}
+
 /// The dump of a program names what is in its way, and the program runs on.
 fn is_refused(test: &str, program: &str, named: &str) {
     if !skips::is_root(test) {

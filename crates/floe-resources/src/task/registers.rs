@@ -3,13 +3,14 @@
 //! Saved:    general registers and segment bases. A thread that was interrupted in a system call is put
 //!           in front of it, so that it makes the call again.
 //! Rebuilt:  set by ptrace. Needs: nothing.
-//! Not kept: what restarts a timed wait (`nanosleep` and the like answer EINTR).
+//! Not kept: what restarts a wait with a time limit (`nanosleep` and the like answer EINTR).
 
 use floe_image::messages::{
     CoreEntry, CoreEntryMarch, ThreadInfoX86, UserDescT, UserX86RegsEntry, UserX86RegsMode,
 };
-use floe_kernel::ids::HostPid;
+use floe_kernel::ids::{HostPid, TaskAddr};
 use floe_kernel::ptrace::{self, Regs};
+use floe_kernel::vm;
 
 use super::fpu;
 use super::rebuild::TaskContext;
@@ -23,6 +24,9 @@ const ERESTARTNOHAND: i64 = 514;
 const ERESTART_RESTARTBLOCK: i64 = 516;
 /// Length of the `syscall` instruction.
 const SYSCALL_LEN: u64 = 2;
+/// `mov $NUMBER, %eax` in front of it, the longest form that compilers write.
+const MOVE_LEN: u64 = 5;
+const MOVE_TO_EAX: u8 = 0xb8;
 /// The code segment of 64-bit programs.
 const USER_CS: u64 = 0x33;
 /// Slots for segments of `set_thread_area(2)`, which 64-bit programs do not use.
@@ -54,7 +58,7 @@ pub fn collect_registers(tid: HostPid, regs: &Regs) -> Result<CoreEntry, Collect
     }
     let info = ThreadInfoX86 {
         clear_tid_addr: 0,
-        gpregs: general_registers(regs),
+        gpregs: general_registers(regs, restarted_call(tid, regs)),
         fpregs: fpu::to_image(&area),
         tls: (0..TLS_SLOTS)
             .map(|slot| unused_segment(FIRST_TLS_ENTRY + slot))
@@ -67,9 +71,9 @@ pub fn collect_registers(tid: HostPid, regs: &Regs) -> Result<CoreEntry, Collect
     })
 }
 
-/// Registers with which a restored thread goes on.
-fn general_registers(regs: &Regs) -> UserX86RegsEntry {
-    let (ax, ip) = restart(regs);
+/// Registers with which a restored thread goes on, which waits in system call `call`.
+fn general_registers(regs: &Regs, call: u64) -> UserX86RegsEntry {
+    let (ax, ip) = restart(regs, call);
     UserX86RegsEntry {
         r15: regs.r15,
         r14: regs.r14,
@@ -102,16 +106,44 @@ fn general_registers(regs: &Regs) -> UserX86RegsEntry {
     }
 }
 
+/// The number of the call that a thread waits in. One that was interrupted before (by a round) waits in
+/// `restart_syscall(2)`: then the program's own instruction tells, where it is the usual one.
+fn restarted_call(tid: HostPid, regs: &Regs) -> u64 {
+    if regs.orig_rax != libc::SYS_restart_syscall.cast_unsigned() {
+        return regs.orig_rax;
+    }
+    let mut code = [0; MOVE_LEN as usize];
+    let start = TaskAddr(regs.rip.wrapping_sub(SYSCALL_LEN + MOVE_LEN));
+    match vm::read_exact(tid, start, &mut code) {
+        Ok(()) if code[0] == MOVE_TO_EAX => {
+            let number = code[1..].first_chunk().copied().unwrap_or_default();
+            u64::from(u32::from_le_bytes(number))
+        }
+        _ => regs.orig_rax,
+    }
+}
+
 /// `rax` and `rip` after what the kernel would have done on the way out of an interrupted call.
-fn restart(regs: &Regs) -> (u64, u64) {
+fn restart(regs: &Regs, call: u64) -> (u64, u64) {
     let in_call = regs.orig_rax.cast_signed() >= 0;
     match -regs.rax.cast_signed() {
         ERESTARTSYS | ERESTARTNOINTR | ERESTARTNOHAND if in_call => {
             (regs.orig_rax, regs.rip - SYSCALL_LEN)
         }
+        // Without a limit it is the same call again. Programs without a handler never see EINTR here, and
+        // many take it for fatal.
+        ERESTART_RESTARTBLOCK if in_call && waits_for_ever(regs, call) => {
+            (call, regs.rip - SYSCALL_LEN)
+        }
         ERESTART_RESTARTBLOCK if in_call => ((-i64::from(libc::EINTR)).cast_unsigned(), regs.rip),
         _ => (regs.rax, regs.rip),
     }
+}
+
+/// Whether the call is `poll(2)` with a negative number of milliseconds.
+fn waits_for_ever(regs: &Regs, call: u64) -> bool {
+    let limit = regs.rdx as u32;
+    call == libc::SYS_poll.cast_unsigned() && limit.cast_signed() < 0
 }
 
 fn unused_segment(entry_number: u32) -> UserDescT {
@@ -211,13 +243,21 @@ mod tests {
     #[test]
     fn interrupted_calls_are_made_again_and_others_left_alone() {
         for code in [ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND] {
-            assert_eq!(restart(&regs(35, -code)), (35, 0xffe));
+            assert_eq!(restart(&regs(35, -code), 35), (35, 0xffe));
         }
-        assert_eq!(
-            restart(&regs(35, -ERESTART_RESTARTBLOCK)),
-            ((-4i64).cast_unsigned(), 0x1000)
-        );
-        assert_eq!(restart(&regs(-1, -ERESTARTSYS)).1, 0x1000);
-        assert_eq!(restart(&regs(0, 7)), (7, 0x1000));
+        let interrupted = |orig, call, limit: i32| {
+            let mut regs = regs(orig, -ERESTART_RESTARTBLOCK);
+            regs.rdx = limit.cast_unsigned().into();
+            restart(&regs, call)
+        };
+        let eintr = ((-4i64).cast_unsigned(), 0x1000);
+        for (orig, call) in [(7, 7), (219, 7)] {
+            assert_eq!(interrupted(orig, call, -1), (7, 0xffe));
+            assert_eq!(interrupted(orig, call, 5000), eintr);
+        }
+        assert_eq!(interrupted(35, 35, -1), eintr);
+        assert_eq!(interrupted(219, 219, -1), eintr);
+        assert_eq!(restart(&regs(-1, -ERESTARTSYS), 7).1, 0x1000);
+        assert_eq!(restart(&regs(0, 7), 0), (7, 0x1000));
     }
 }

@@ -79,6 +79,17 @@ fn in_files() -> anyhow::Result<Vec<Waiter>> {
         },
         move || Ok(rustix::io::write(&ring, &1_u64.to_ne_bytes()).map(drop)?),
     );
+    let third = eventfd(0, EventfdFlags::empty())?;
+    let ring = third.try_clone()?;
+    let old_polling = Waiter::start(
+        "poll(2)",
+        move || {
+            task::poll_readable(&third)?;
+            rustix::io::read(&third, &mut [0; 8])?;
+            Ok(())
+        },
+        move || Ok(rustix::io::write(&ring, &1_u64.to_ne_bytes()).map(drop)?),
+    );
     let second = eventfd(0, EventfdFlags::empty())?;
     let ring = second.try_clone()?;
     let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -112,7 +123,7 @@ fn in_files() -> anyhow::Result<Vec<Waiter>> {
         },
         move || Ok(rustix::io::write(&ring, &1_u64.to_ne_bytes()).map(drop)?),
     );
-    Ok(vec![reading, polling, epolling])
+    Ok(vec![reading, polling, old_polling, epolling])
 }
 
 fn in_sockets() -> anyhow::Result<Vec<Waiter>> {

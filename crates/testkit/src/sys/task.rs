@@ -2,6 +2,7 @@
 
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd};
 use std::sync::atomic::{AtomicI32, Ordering};
 
 use super::check;
@@ -196,6 +197,20 @@ pub fn pin(cpu: usize) -> io::Result<()> {
 pub fn personality(persona: u32) -> i32 {
     // SAFETY: plain values.
     unsafe { libc::personality(u64::from(persona)) }
+}
+
+/// Waits by `poll(2)` itself, not `ppoll(2)`, until the file can be read.
+pub fn poll_readable(file: impl AsFd) -> io::Result<()> {
+    let mut fd = libc::pollfd {
+        fd: file.as_fd().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: the structure lives through the call, which writes into it alone.
+    match unsafe { libc::poll(&raw mut fd, 1, -1) } {
+        1 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Waits while the word is `expected`; errors as the kernel's.
