@@ -33,21 +33,23 @@ struct CloneArgs {
 impl Placeholder {
     /// Starts it, with this pid where one is given; `EEXIST` when the pid is taken.
     pub fn start(pid: Option<HostPid>) -> io::Result<Self> {
-        Self::clone(0, pid)
+        let number = pid.map(|pid| pid.0.cast_unsigned());
+        Self::clone(0, number.as_slice())
     }
 
     /// Starts it in new namespaces of these kinds: all others belong to the user namespace, where that
     /// is among them.
     pub fn start_in_new(kinds: &[NsKind]) -> io::Result<Self> {
-        Self::clone(kinds.iter().fold(0, |all, kind| all | kind.flag()), None)
+        Self::clone(kinds.iter().fold(0, |all, kind| all | kind.flag()), &[])
     }
 
-    /// Starts it with this pid in the pid namespace `pids`, which may be ours; `EEXIST` when the pid is taken.
-    pub fn start_among(pids: &Namespace, pid: HostPid) -> io::Result<Self> {
+    /// Starts it in the pid namespace `pids`, which may be ours, with these numbers: the first one there, the
+    /// others in those around it. `EEXIST` when one is taken.
+    pub fn start_among(pids: &Namespace, numbers: &[u32]) -> io::Result<Self> {
         let home = Namespace::own(NsKind::Pid)?;
         // Only children of this thread are born there, and only until it comes back.
         namespace::enter(pids)?;
-        let started = Self::start(Some(pid));
+        let started = Self::clone(0, numbers);
         namespace::enter(&home)?;
         started
     }
@@ -88,19 +90,18 @@ impl Placeholder {
         }
     }
 
-    fn clone(flags: u32, pid: Option<HostPid>) -> io::Result<Self> {
-        let wanted = pid.map_or(0, |pid| pid.0);
+    fn clone(flags: u32, numbers: &[u32]) -> io::Result<Self> {
         let mut args = CloneArgs {
             flags: u64::from(flags),
             ..CloneArgs::default()
         };
-        if pid.is_some() {
-            args.set_tid = &raw const wanted as u64;
-            args.set_tid_size = 1;
+        if !numbers.is_empty() {
+            args.set_tid = numbers.as_ptr() as u64;
+            args.set_tid_size = numbers.len() as u64;
         }
         // Without an exit signal nobody hears of its death but who waits with __WALL.
-        // SAFETY: `args` is live and describes a fork, into namespaces or not; the child uses nothing of the copy of our
-        // memory but this code.
+        // SAFETY: `args` and `numbers`, which it points to, are live; it describes a fork, into namespaces or not,
+        // and the child uses nothing of the copy of our memory but this code.
         let result = unsafe {
             libc::syscall(
                 libc::SYS_clone3,

@@ -15,6 +15,8 @@ sleeps() { for p in $(tree $1); do cat /proc/$p/comm; done 2>/dev/null | grep -c
 facts() {
   for p in $(tree $1); do
     grep -E '^(Name|State|NSpid|NSpgid|NSsid|Threads)' /proc/$p/status | tr '\n\t' '  '
+    # A proc in which this script is not.
+    [ -e /proc/$p/root/proc/self ] || echo sees $(cat /proc/$p/root/proc/[0-9]*/comm)
     for n in pid pid_for_children; do stat -Lc %i /proc/$p/ns/$n 2>/dev/null || echo none; done | tr '\n' ' '
     grep -h notify /proc/$p/timers | tr '\n' ' '
     echo
@@ -202,18 +204,41 @@ fn a_chain_of_a_tree_with_a_pid_namespace_comes_back() {
     });
 }
 
+/// Its mounts are its own, its pids are not.
+const OWN_MOUNTS: &str = "exec unshare --mount bash -c '
+    exec </dev/null >/dev/null 2>&1 10<&-
+    while umount /dev/shm; do :; done
+    unshare --pid --fork --mount-proc sh -c \"sleep 1000 & exec sleep 1001\" &
+    exec sleep 1002'";
+
 #[test]
-fn a_proc_of_a_pid_namespace_within_the_tree_is_refused() {
-    if !skips::is_root("a_proc_of_a_pid_namespace_within_the_tree_is_refused") {
-        return;
-    }
-    let refused = run(&Case {
-        wrap: "",
-        tree: "unshare --pid --fork --mount-proc sh -c 'sleep 100; :' & wait",
-        sleeps: 1,
-        dump: "",
+fn a_proc_of_an_inner_pid_namespace_comes_back_among_outer_pids() {
+    let name = "a_proc_of_an_inner_pid_namespace_comes_back_among_outer_pids";
+    skips::as_root(name, || {
+        let facts = comes_back("", OWN_MOUNTS, 3)?;
+        let seen = facts
+            .iter()
+            .filter(|line| line.ends_with("sees sleep sleep"));
+        ensure!(seen.count() == 3, "{facts:#?}");
+        Ok(())
     });
-    let error = refused.expect_err("it would come back as another proc");
-    let text = error.to_string();
-    assert!(text.contains("a pid namespace within"), "{text}");
+}
+
+#[test]
+fn mounts_of_a_task_beside_those_of_the_caller_are_refused() {
+    let name = "mounts_of_a_task_beside_those_of_the_caller_are_refused";
+    skips::as_root(name, || {
+        let refused = run(&Case {
+            wrap: "",
+            tree: "unshare --pid --fork --mount-proc sh -c 'sleep 100; :' & wait",
+            sleeps: 1,
+            dump: "",
+        });
+        let error = refused
+            .expect_err("its mounts are copies of the host's")
+            .to_string();
+        ensure!(error.contains("a mnt namespace of its own"), "{error}");
+        ensure!(!error.contains("the mount /"), "{error}");
+        Ok(())
+    });
 }

@@ -6,6 +6,7 @@
 //!           the directory to be writable.
 //! Not kept: access control lists and extended attributes; that two deleted directories were nested.
 
+mod ended;
 mod ghost;
 mod names;
 mod rebuild;
@@ -28,7 +29,7 @@ use super::file_entry;
 use super::memfd::reopen;
 use super::regular::NamedFile;
 use crate::collect::{CollectError, Collector, FileId, no_owner};
-use crate::mount::Place;
+use crate::mount::{KnownMounts, NamedProcess, Place};
 
 /// How the name begins that a dump gives to a file without one (`--link-remap`).
 const LINK_NAME: &str = "link_remap.";
@@ -52,7 +53,7 @@ struct Links(HashMap<(u64, u64), u32>);
 
 /// Dead processes noted so far: one entry is enough for all files of a process.
 #[derive(Default)]
-struct Dead(HashSet<u32>);
+struct Dead(HashSet<NamedProcess>);
 
 /// Files that were found by their name, with device, inode and mount: many descriptions may be of one.
 #[derive(Default)]
@@ -184,21 +185,22 @@ fn name_in_proc(
     collector: &mut Collector<'_>,
 ) -> Result<Vec<u8>, CollectError> {
     let name = file.target.strip_suffix(DELETED).unwrap_or(file.target);
-    let mut parts = name.split(|b| *b == b'/').skip(2);
-    let pid = parts
-        .next()
-        .and_then(|part| std::str::from_utf8(part).ok()?.parse::<u32>().ok());
-    let Some(pid) = pid else {
+    let mounts = collector.cache(KnownMounts::default);
+    let mount = place.mount.and_then(|number| mounts.find(number));
+    let text = std::str::from_utf8(name).ok();
+    let Some(process) = text.and_then(|name| NamedProcess::of(mount, name)) else {
         return Ok(file.target.to_vec());
     };
+    let proc = mount.map_or("/proc", |proc| &proc.mountpoint);
+    let directory = Path::new(proc).join(process.pid.to_string());
     // Only the directory of the process itself is shown as deleted, not what was in it.
     let exists = {
         let _visit = enter(file, place)?;
-        Path::new(&format!("/proc/{pid}")).exists()
+        directory.exists()
     };
     let gone = name.len() < file.target.len() || !exists;
-    if gone && collector.cache(Dead::default).0.insert(pid) {
-        save_remap(id, pid, RemapType::Procfs, collector)?;
+    if gone && collector.cache(Dead::default).0.insert(process) {
+        save_remap(id, process.pid, RemapType::Procfs, collector)?;
     }
     Ok(name.to_vec())
 }

@@ -23,10 +23,11 @@ use super::model::{
 };
 use super::overlay;
 use super::overlay_layers;
+use super::shown;
 use super::tree::{Request, external_value, plan_tree};
 use super::uncover::pristine;
 use crate::collect::{CollectError, Collector, Obstacle};
-use crate::namespace::{TreeNamespace, nested};
+use crate::namespace::TreeNamespace;
 use crate::restore::PlanError;
 
 /// The mounts of the tree's namespaces.
@@ -87,6 +88,8 @@ pub fn collect(
         let entry = describe(mount, namespace, &own, collector);
         entries.extend(collector.note(entry)?);
     }
+    let all: Vec<MntEntry> = mounts.iter().flat_map(entry_of).collect();
+    shown::note(&mut entries, (&all, namespace), collector)?;
     // What is refused already would only be missed by others.
     let all_are_known = entries.len() == mounts.len();
     if all_are_known && collector.cache(KnownMounts::default).is_empty() {
@@ -215,13 +218,6 @@ fn describe(
                 return refuse(", one of whose layers is not at its old place", remedy);
             }
         }
-        Some(Fstype::Proc) if nested::may_show((mount.dev_major, mount.dev_minor), collector) => {
-            let remedy = "unmount it: only the proc of the tree's outermost pid namespace can be mounted again";
-            return refuse(
-                ", of a pid namespace within that of the tree",
-                remedy.into(),
-            );
-        }
         Some(Fstype::Devpts) if !has_device(own, mount) => add_option(&mut entry, "newinstance"),
         _ => {}
     }
@@ -253,7 +249,7 @@ fn find_layers(
     Ok(None)
 }
 
-trait Typed {
+pub(super) trait Typed {
     fn fstype(&self) -> Option<Fstype>;
 }
 

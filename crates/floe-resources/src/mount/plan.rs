@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::rc::Rc;
 
-use floe_image::messages::{Fstype, MntEntry, RegFileEntry};
+use floe_image::messages::{MntEntry, RegFileEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::mount::set_flags;
 use floe_kernel::namespace::{Home, Namespace, NsKind};
@@ -16,8 +16,9 @@ use super::formats;
 use super::groups::plan_groups;
 use super::model::{attributes, below};
 use super::remote::mount_in_task;
+use super::shown;
 use super::sight::Wholes;
-use super::tree::{MountTree, Origin, Request, plan_tree};
+use super::tree::{MountTree, Origin, Request, is_late, plan_tree};
 use crate::cgroup::{self, groups_made};
 use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
@@ -49,6 +50,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         ..Rc::unwrap_or_clone(plan)
     });
     check_content(images, &plan.tree)?;
+    let begun = shown::needs(images, &plan.tree)?;
     let shown: Vec<u32> = own
         .iter()
         .filter(|(kind, _)| matches!(kind, NsKind::Net | NsKind::Ipc))
@@ -75,24 +77,27 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     });
     plan_others(planner, id);
     if late {
-        plan_late(planner, (all, shown))?;
+        plan_late(planner, begun, (all, shown))?;
     }
     Ok(())
 }
 
-/// Adds the step that mounts what only a task of the tree can mount.
-fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) -> Result<(), PlanError> {
+/// Adds the step that mounts what only a task of the tree can mount, when the namespaces `begun` are there.
+fn plan_late(
+    planner: &mut Planner<'_>,
+    begun: Vec<Handle>,
+    places: (Vec<u32>, Vec<u32>),
+) -> Result<(), PlanError> {
     let pid = planner.images.root().pid();
     // The root task begins the cgroup namespace when it enters its groups.
     let own_cgroups = of_root(planner.images)
         .iter()
         .any(|(kind, _)| *kind == NsKind::Cgroup);
     let enters = groups_made(planner)?.is_some();
-    let needs = if own_cgroups && enters {
-        vec![cgroup::entered(pid)]
-    } else {
-        Vec::new()
-    };
+    let mut needs = begun;
+    if own_cgroups && enters {
+        needs.push(cgroup::entered(pid));
+    }
     planner.task_step(pid, "mount proc", (&needs, &[COMPLETE]), move |world| {
         let places = find(world, &places)?;
         let Some(mut workshop) = world.state::<Making>().0.take() else {
@@ -100,7 +105,8 @@ fn plan_late(planner: &mut Planner<'_>, places: (Vec<u32>, Vec<u32>)) -> Result<
         };
         let mut mounted = BTreeMap::new();
         for (index, fs) in workshop.late_sources() {
-            let mount = mount_in_task(world, pid, &fs)?;
+            let mounter = shown::mounter(world.images, &fs.entry);
+            let mount = mount_in_task(world, mounter, &fs)?;
             mounted.insert(index, mount);
         }
         workshop.make_late(&places, mounted)?;
@@ -285,13 +291,7 @@ pub fn needs_of_file(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
     let mut at = found.map(|(_, entry)| entry);
     let mut steps = 0;
     while let Some(entry) = at {
-        let late = match Fstype::try_from(entry.fstype.cast_signed()) {
-            Ok(Fstype::Proc) => own(NsKind::Pid),
-            Ok(Fstype::Cgroup | Fstype::Cgroup2) => own(NsKind::Cgroup),
-            Ok(Fstype::BinfmtMisc) => own(NsKind::User),
-            _ => false,
-        };
-        if late {
+        if is_late(entry, own) {
             return vec![COMPLETE];
         }
         steps += 1;

@@ -8,10 +8,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use floe_image::messages::{Fstype, MntEntry};
+use floe_kernel::namespace::NsKind;
 use floe_options::{External, MountOptions};
 
 use super::formats;
 use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below};
+use super::shown;
 use crate::restore::PlanError;
 
 /// What is to be restored, and how.
@@ -338,9 +340,11 @@ impl Sources<'_> {
         let shared_with_host =
             name == "devpts" && !entry.options.split(',').any(|word| word == "newinstance");
         Ok(Source {
-            late: (name == "proc" && self.request.own_pids)
-                || (name == formats::NAME && self.request.own_users)
-                || (is_of_cgroups(&entry) && self.request.own_cgroups),
+            late: is_late(&entry, |kind| match kind {
+                NsKind::Pid => self.request.own_pids,
+                NsKind::User => self.request.own_users,
+                _ => self.request.own_cgroups,
+            }),
             origin: if shared_with_host {
                 Origin::Host(PathBuf::from("/dev/pts"))
             } else {
@@ -419,6 +423,17 @@ impl Sources<'_> {
             ),
             remedy: "dump again with --external mnt[POINT]:NAME",
         })
+    }
+}
+
+/// Whether only a task of the tree can mount a file system: it shows namespaces of whoever mounts it, which
+/// the tree has for its `own`.
+pub fn is_late(entry: &MntEntry, own: impl Fn(NsKind) -> bool) -> bool {
+    match fs_name(entry).as_deref() {
+        Some("proc") => shown::is_of_tree(entry, own(NsKind::Pid)),
+        Some("cgroup" | "cgroup2") => own(NsKind::Cgroup),
+        Some(formats::NAME) => own(NsKind::User),
+        _ => false,
     }
 }
 

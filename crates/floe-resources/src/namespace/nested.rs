@@ -288,20 +288,3 @@ pub fn set_for_children(program: &mut Program, file: i32, namespace: u32) {
     let label = format!("setns to pid namespace {namespace}");
     program.call(label, libc::SYS_setns, &args);
 }
-
-/// Whether the proc of this device (major, minor) may show a namespace below the root's: it is not the root's.
-pub fn may_show(device: (u32, u32), collector: &Collector<'_>) -> bool {
-    let is_inner = |task| !collector.pids().nested(task).is_empty();
-    if !collector.tree().any(is_inner) {
-        return false;
-    }
-    let of_root = collector.namespaces().of_root(NsKind::Mnt);
-    let proc = match of_root {
-        Some(namespace) => format!("/proc/{}/root/proc", namespace.member),
-        None => "/proc".to_string(),
-    };
-    rustix::fs::stat(&proc).is_ok_and(|of_root| {
-        let of_root = of_root.st_dev;
-        (rustix::fs::major(of_root), rustix::fs::minor(of_root)) != device
-    })
-}

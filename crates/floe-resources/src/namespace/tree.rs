@@ -90,7 +90,7 @@ impl TreeNamespaces {
     }
 
     /// Which namespace of a kind the root task is in.
-    pub(super) fn root_identity(&self, kind: NsKind) -> Option<NsIdentity> {
+    pub(crate) fn root_identity(&self, kind: NsKind) -> Option<NsIdentity> {
         self.root_is_in.get(&kind).copied()
     }
 

@@ -2,6 +2,7 @@
 
 mod kinds;
 mod options;
+mod procs;
 mod tree;
 
 use std::fs;

@@ -9,7 +9,7 @@ use anyhow::{Context, bail, ensure};
 use testkit::process;
 
 /// How long a tree may take to stand.
-const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(20);
 
 /// Ends the script of every tree: the first process of a pid namespace, with files of the tree only.
 pub const SLEEP: &str = "

@@ -3,24 +3,22 @@
 //! A deleted file gets its name back for the moment of its opening, so that `/proc` shows the same name
 //! afterwards, with ` (deleted)`.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use floe_image::dir::GhostImage;
 use floe_image::messages::{RegFileEntry, RemapFilePathEntry, RemapType};
-use floe_kernel::ids::HostPid;
-use floe_kernel::namespace::{Namespace, NsKind};
-use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
 use super::LINK_NAME;
+use super::ended;
 use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
 use crate::mount;
-use crate::namespace::{OwnerMap, has_own_pids};
+use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 
 /// Made when all names that exist for the opening of files are gone again.
@@ -199,7 +197,7 @@ fn open_linked(
     opened
 }
 
-fn remapped_file<'i>(
+pub(super) fn remapped_file<'i>(
     images: &'i TreeImages,
     remap: &RemapFilePathEntry,
 ) -> Result<&'i RegFileEntry, PlanError> {
@@ -263,59 +261,10 @@ pub fn needs_of_name(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
             needs.push(ghost_handle(remap.remap_id));
         }
         Some(_) => {}
-        None => match process_of(&file.name) {
-            Some(pid) if is_task(images, pid) => needs.push(Handle::Tree),
-            _ => {}
-        },
+        None if ended::is_of_task(images, file) => needs.push(Handle::Tree),
+        None => {}
     }
     needs
-}
-
-/// The process that a name in `/proc` belongs to.
-fn process_of(name: &str) -> Option<u32> {
-    let (pid, _) = name
-        .strip_prefix("/proc/")?
-        .split_once('/')
-        .unwrap_or((name.strip_prefix("/proc/")?, ""));
-    pid.parse().ok()
-}
-
-fn is_task(images: &TreeImages, pid: u32) -> bool {
-    images
-        .tasks
-        .iter()
-        .any(|task| task.pid() == pid || task.threads.contains_key(&pid))
-}
-
-/// Only the first file of a dead process has an entry of its own.
-fn dead_process(images: &TreeImages, file: &RegFileEntry) -> Option<u32> {
-    let pid = process_of(&file.name)?;
-    let dead: BTreeSet<u32> = images
-        .remaps
-        .values()
-        .filter(|remap| remap.remap_type() == RemapType::Procfs)
-        .map(|remap| remap.remap_id)
-        .collect();
-    (dead.contains(&pid) && !is_task(images, pid)).then_some(pid)
-}
-
-/// Processes that have ended and exist again while files are opened in their directories.
-#[derive(Default)]
-struct BroughtBack(BTreeSet<u32>);
-
-/// Lets a process stand for one that has ended, until the end of the restore: a task whose working
-/// directory this is can enter it only as long as the process lives.
-fn bring_back(world: &mut World<'_>, pid: u32) -> std::io::Result<()> {
-    if world.state::<BroughtBack>().0.insert(pid) {
-        let pid = HostPid(pid.cast_signed());
-        let root = world.images.root().pid();
-        let process = match world.host_pid(root).filter(|_| has_own_pids(world.images)) {
-            Some(root) => Placeholder::start_among(&Namespace::of_task(root, NsKind::Pid)?, pid)?,
-            None => Placeholder::start(Some(pid))?,
-        };
-        world.on_success(move || drop(process));
-    }
-    Ok(())
 }
 
 /// Runs `open` on the file's name, at which the file can be found meanwhile. Deleted files are open already.
@@ -384,8 +333,6 @@ fn open_here(
         }
         _ => {}
     }
-    if let Some(pid) = dead_process(images, file) {
-        bring_back(world, pid).during("Bringing back the process of", what)?;
-    }
+    ended::bring_back(world, file)?;
     open(path).during("Opening", what)
 }
