@@ -22,6 +22,8 @@ facts() {
     echo
   done
 }
+# What the host has in memory would go along with a tree that has mounts of its own.
+while umount /dev/shm 2>/dev/null; do :; done
 cd "$DIR"
 mkdir images
 $WRAP setsid sh -c "$TREE" </dev/null >/dev/null 2>&1 &
@@ -207,7 +209,6 @@ fn a_chain_of_a_tree_with_a_pid_namespace_comes_back() {
 /// Its mounts are its own, its pids are not.
 const OWN_MOUNTS: &str = "exec unshare --mount bash -c '
     exec </dev/null >/dev/null 2>&1 10<&-
-    while umount /dev/shm; do :; done
     unshare --pid --fork --mount-proc sh -c \"sleep 1000 & exec sleep 1001\" &
     exec sleep 1002'";
 
@@ -216,6 +217,23 @@ fn a_proc_of_an_inner_pid_namespace_comes_back_among_outer_pids() {
     let name = "a_proc_of_an_inner_pid_namespace_comes_back_among_outer_pids";
     skips::as_root(name, || {
         let facts = comes_back("", OWN_MOUNTS, 3)?;
+        let seen = facts
+            .iter()
+            .filter(|line| line.ends_with("sees sleep sleep"));
+        ensure!(seen.count() == 3, "{facts:#?}");
+        Ok(())
+    });
+}
+
+/// It leaves the mounts behind that it has its own program from.
+const COMMAND: &str = "exec unshare --pid --fork --mount-proc sh -c 'sleep 1000 & exec sleep 1001'";
+
+#[test]
+fn the_command_that_begins_a_pid_namespace_comes_back() {
+    let name = "the_command_that_begins_a_pid_namespace_comes_back";
+    skips::as_root(name, || {
+        let facts = comes_back("", COMMAND, 2)?;
+        ensure!(facts[0].contains("Name: unshare"), "{facts:#?}");
         let seen = facts
             .iter()
             .filter(|line| line.ends_with("sees sleep sleep"));

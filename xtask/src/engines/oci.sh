@@ -246,6 +246,16 @@ scenario_user_namespace() {
 	counts
 	cycle
 }
+scenario_container_inside() { # it counts as long as its /proc shows it as the first process
+	EDIT='s|"CAP_KILL"|"CAP_KILL", "CAP_SYS_ADMIN"|g; s|"noNewPrivileges": true|"noNewPrivileges": false|'
+	begin "busybox unshare -p -f --mount-proc sh -c 'i=0; while busybox grep -q first /proc/1/cmdline; do
+		i=\$((i+1)); echo \$i > /tmp/count; sleep 0.05; done' first"
+	counts
+	cycle
+	checkpoint again
+	restore again
+	counts
+}
 scenario_lazy_pages() { # the second container fetches the memory of the first
 	begin
 	counts

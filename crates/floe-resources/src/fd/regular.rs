@@ -14,11 +14,13 @@ use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 use super::{FdKind, build_id, file_entry, remap};
 use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
-use crate::mount::{NoPlace, Place};
+use crate::mount::{NoPlace, Place, Wanted};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_offset};
 use rustix::fs::Mode;
+use rustix::mount::MountFlags;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 
 /// See the module.
 pub struct RegularFile;
@@ -44,6 +46,7 @@ impl FdKind for RegularFile {
 }
 
 /// A file with a name, however a task refers to it.
+#[derive(Clone)]
 pub struct NamedFile<'a> {
     pub pid: HostPid,
     /// What refers to it, for messages: `fd 5`, `the program`.
@@ -76,9 +79,17 @@ impl<'a> NamedFile<'a> {
         })
     }
 
-    /// Where its name leads to it.
-    pub fn place(&self, collector: &mut Collector<'_>) -> Result<Place, CollectError> {
-        Place::of(self.file, collector).map_err(|why| match why {
+    /// Where a name leads to it, and that name.
+    fn place(&self, collector: &mut Collector<'_>) -> Result<(Place, Vec<u8>), CollectError> {
+        let why = match Place::of(self.file, collector) {
+            Ok(place) => return Ok((place, self.target.to_vec())),
+            Err(why) => why,
+        };
+        if let (NoPlace::Outside(_), Some((place, name))) = (&why, self.same_file(collector)) {
+            tracing::debug!(pid = self.pid.0, name = %name.display(), "{} is on a mount left behind", self.role);
+            return Ok((place, name.into_os_string().into_vec()));
+        }
+        Err(match why {
             NoPlace::Outside(mount) => {
                 let inode = self.stat.st_ino;
                 let remedy = format!(
@@ -92,6 +103,27 @@ impl<'a> NamedFile<'a> {
                 source: errno.into(),
             },
         })
+    }
+
+    fn same_file(&self, collector: &mut Collector<'_>) -> Option<(Place, PathBuf)> {
+        let kind = FileType::from_raw_mode(self.stat.st_mode);
+        let is_device = matches!(kind, FileType::CharacterDevice | FileType::BlockDevice);
+        let regular = kind == FileType::RegularFile;
+        let is_written = regular
+            && self.flags & OFlags::PATH.bits() == 0
+            && self.flags & OFlags::ACCMODE.bits() != OFlags::RDONLY.bits();
+        let barring = [
+            (is_written, MountFlags::RDONLY),
+            (is_device, MountFlags::NODEV),
+            (regular && self.is_mapped, MountFlags::NOEXEC),
+        ];
+        let barring = barring.iter().filter(|(applies, _)| *applies);
+        let wanted = Wanted {
+            stat: self.stat,
+            name: self.target,
+            barring: barring.fold(0, |all, (_, flag)| all | flag.bits()),
+        };
+        Place::of_same_file((self.pid, wanted), collector)
     }
 
     /// An obstacle that is this file.
@@ -117,9 +149,14 @@ pub fn collect_named(
     let name = match &external {
         Some(name) => name.clone(),
         None => {
-            let place = file.place(collector)?;
+            let (place, target) = file.place(collector)?;
             mount = place.mount;
-            let name = remap::reachable_name(id, (&file, &place), collector)?;
+            let target = target.as_slice();
+            let found = NamedFile {
+                target,
+                ..file.clone()
+            };
+            let name = remap::reachable_name(id, (&found, &place), collector)?;
             String::from_utf8(name)
                 .map_err(|_| file.obstacle("", "rename it: its name is not UTF-8"))?
         }

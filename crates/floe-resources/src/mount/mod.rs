@@ -25,7 +25,7 @@ mod uncover;
 
 pub use collect::{KnownMounts, collect};
 pub use model::upgrade_flags;
-pub use place::{NoPlace, Place};
+pub use place::{NoPlace, Place, Wanted};
 pub use plan::{Writable, entered, in_place_of, needs_of_file, plan, seen_from, way_to};
 pub use shown::NamedProcess;
 pub use sight::bring_into_sight;

@@ -151,7 +151,7 @@ impl TreeNamespaces {
     }
 
     /// Which namespace a stopped task is in, asked once.
-    pub(super) fn identity(
+    pub(crate) fn identity(
         &self,
         task: &ProcDir,
         kind: NsKind,

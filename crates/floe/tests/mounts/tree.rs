@@ -105,7 +105,11 @@ impl Tree {
     pub fn mounts(&self) -> anyhow::Result<Vec<String>> {
         let mut lines: Vec<Vec<String>> = Vec::new();
         for pid in process::family(self.pid) {
-            let text = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+            let text = match fs::read_to_string(format!("/proc/{pid}/mountinfo")) {
+                // It has just ended, or will be reaped.
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => continue,
+                text => text?,
+            };
             let words = |line: &str| line.split(' ').skip(3).map(str::to_string).collect();
             let mut own: Vec<Vec<String>> = text.lines().map(words).collect();
             own.sort_by_key(|words| words[1].clone());
