@@ -83,9 +83,9 @@ impl Place {
         let known = collector.cache(KnownMounts::default);
         let mounts = known.of_device(kernel_device(major, minor));
         let points = mounts.filter(|(id, _)| *id == namespace.id);
-        let names = points.map(|(_, mount)| {
-            let inside = shown.strip_prefix("/").unwrap_or(shown);
-            Path::new(&mount.mountpoint).join(inside)
+        let names = points.filter_map(|(_, mount)| {
+            let inside = shown.strip_prefix(&mount.root).ok()?;
+            Some(Path::new(&mount.mountpoint).join(inside))
         });
         let names: Vec<PathBuf> = std::iter::once(shown.into()).chain(names).collect();
         let visit = collector.namespaces().visit(&[&namespace]).ok()?;

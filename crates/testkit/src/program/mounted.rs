@@ -1,8 +1,9 @@
 //! File systems that are mounted in a program's own mount namespace, beyond what mount(8) can ask for.
 
-use std::fs;
-use std::io::Read;
+use std::fs::{self, File};
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
@@ -20,6 +21,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("overlay-many-layers", many_layers).in_own_mounts(),
     Program::new("overlay-data-layers", data_layers).in_own_mounts(),
     Program::new("devpts-instance", terminals).in_own_mounts(),
+    Program::new("opened-before-the-mounts", opened_before).in_own_mounts(),
 ];
 
 /// Programs that cannot be dumped.
@@ -119,6 +121,24 @@ fn data_layers(place: &Place) -> anyhow::Result<Check> {
         let text = fs::read_to_string(point.join("file"))?;
         ensure!(text == "the data", "{text:?}");
         ensure!(!point.join("0123").exists(), "the layer of data is seen");
+        Ok(())
+    }))
+}
+
+/// Files that were opened in the namespace that its own is a copy of, as by `unshare --mount` with redirected
+/// output: their mounts are in no namespace of the tree.
+fn opened_before(place: &Place) -> anyhow::Result<Check> {
+    let path = place.path("log");
+    let (mut log, null) = (File::create_new(&path)?, File::open("/dev/null")?);
+    crate::sys::mounts::leave()?;
+    let mut written = String::new();
+    Ok(Box::new(move || {
+        log.write_all(b"line\n")?;
+        written.push_str("line\n");
+        let found = fs::read_to_string(&path)?;
+        ensure!(found == written, "{found:?} for {written:?}");
+        let kind = null.metadata()?.file_type();
+        ensure!(kind.is_char_device(), "/dev/null is {kind:?}");
         Ok(())
     }))
 }
