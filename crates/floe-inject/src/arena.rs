@@ -282,7 +282,20 @@ impl Arena {
                 ptrace::cont(pid, 0).on(pid, "cont")?;
             }
         }
-        leader.forget();
+        Arena::reap(leader, signal)
+    }
+
+    /// Ends a thread that is not the only one of its process.
+    pub fn end_thread(&self, mut thread: Stopped) -> Result<(), InjectError> {
+        let mut program = Program::new();
+        program.call("exit", libc::SYS_exit, &[Arg::from(0)]);
+        self.start(&mut thread, &program, 0)?;
+        Arena::reap(thread, 0)
+    }
+
+    fn reap(thread: Stopped, signal: i32) -> Result<(), InjectError> {
+        let pid = thread.pid();
+        thread.forget();
         loop {
             match wait_for_stop(pid) {
                 Err(InjectError::Died { .. }) => return Ok(()),

@@ -108,6 +108,8 @@ pub struct Namespace {
 const NS_GET_USERNS: libc::Ioctl = 0xb701;
 /// `ioctl(NS_GET_PARENT)`.
 const NS_GET_PARENT: libc::Ioctl = 0xb702;
+/// `ioctl(NS_GET_OWNER_UID)`.
+const NS_GET_OWNER_UID: libc::Ioctl = 0xb704;
 
 impl Namespace {
     /// The namespace that a task is in.
@@ -175,6 +177,16 @@ impl Namespace {
     /// sight.
     pub fn parent(&self) -> io::Result<Namespace> {
         Self::from_fd(self.related(NS_GET_PARENT)?, self.kind)
+    }
+
+    /// The user who made a user namespace, and has all rights over it where he is in the one around it.
+    pub fn owner_uid(&self) -> io::Result<u32> {
+        let mut uid: libc::uid_t = 0;
+        // SAFETY: the request writes one `uid_t`, to a live one of ours.
+        if unsafe { libc::ioctl(self.fd.as_raw_fd(), NS_GET_OWNER_UID, &raw mut uid) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(uid)
     }
 
     fn related(&self, request: libc::Ioctl) -> io::Result<OwnedFd> {

@@ -1,9 +1,13 @@
-//! A process that does nothing: it has a pid, so that `/proc/<pid>` can be opened or a pidfd made.
+//! A process that does nothing: it has a pid, so that `/proc/<pid>` can be opened or a pidfd made; and one that
+//! does a single thing where the coordinator cannot go and come back from.
 //!
 //! Contract relied on: a child of `clone3` without `CLONE_VM` runs on a copy of the caller's memory;
-//! it only calls `prctl` and `pause`, which is safe after a fork of a program with several threads.
+//! it makes system calls only, which is safe after a fork of a program with several threads. The C library's
+//! own wrappers of `setresuid(2)` and the like would look for these threads.
 
 use std::io;
+
+use rustix::fs::{Mode, OFlags};
 
 use crate::ids::HostPid;
 use crate::namespace::{self, Namespace, NsKind};
@@ -57,34 +61,40 @@ impl Placeholder {
     /// Starts it in new namespaces of these kinds that belong to the user namespace `user`.
     pub fn start_inside(user: &Namespace, kinds: &[NsKind]) -> io::Result<Self> {
         let flags = kinds.iter().fold(0, |all, kind| all | kind.flag());
+        Self::start_after(|| namespace::enter(user).and_then(|()| namespace::unshare(flags)))
+    }
+
+    /// Starts it in a new user namespace without maps. That lies in `parent`, or in ours, and `owner` owns it:
+    /// a user and a group as they are known there.
+    pub fn start_in_new_users(
+        parent: Option<&Namespace>,
+        (uid, gid): (u32, u32),
+    ) -> io::Result<Self> {
+        Self::start_after(|| {
+            parent.map_or(Ok(()), namespace::enter)?;
+            become_user(uid, gid)?;
+            namespace::unshare(NsKind::User.flag())?;
+            // So that its files in `/proc` are that user's: the kernel gives those of who changed to root.
+            // SAFETY: integers only.
+            unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) };
+            Ok(())
+        })
+    }
+
+    /// Starts it, once it has done `first`, which makes system calls only.
+    fn start_after(first: impl FnOnce() -> io::Result<()>) -> io::Result<Self> {
         let (ready, done) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
-        let args = CloneArgs::default();
-        // SAFETY: `args` is live and describes a plain fork; the child makes system calls with integers
-        // and one byte of its own stack, and never returns.
-        let pid = unsafe {
-            libc::syscall(
-                libc::SYS_clone3,
-                &raw const args,
-                std::mem::size_of::<CloneArgs>(),
-            )
-        };
-        if pid < 0 {
-            return Err(io::Error::last_os_error());
-        }
+        let pid = clone3(&CloneArgs::default())?;
         if pid == 0 {
-            let entered = namespace::enter(user).and_then(|()| namespace::unshare(flags));
-            let errno = entered.map_or_else(|error| error.raw_os_error().unwrap_or(1), |()| 0);
             // Whoever does not hear of it finds the process dead.
-            let _ = rustix::io::write(&done, &[errno as u8]);
+            let _ = rustix::io::write(&done, &[errno_of(first())]);
             idle();
         }
-        let maker = Placeholder {
-            pid: HostPid(pid as i32),
-        };
+        let started = Placeholder { pid: HostPid(pid) };
         drop(done);
         let mut errno = [0u8];
         match rustix::io::read(&ready, &mut errno)? {
-            1 if errno[0] == 0 => Ok(maker),
+            1 if errno[0] == 0 => Ok(started),
             1 => Err(io::Error::from_raw_os_error(i32::from(errno[0]))),
             _ => Err(io::ErrorKind::UnexpectedEof.into()),
         }
@@ -99,28 +109,110 @@ impl Placeholder {
             args.set_tid = numbers.as_ptr() as u64;
             args.set_tid_size = numbers.len() as u64;
         }
-        // Without an exit signal nobody hears of its death but who waits with __WALL.
-        // SAFETY: `args` and `numbers`, which it points to, are live; it describes a fork, into namespaces or not,
-        // and the child uses nothing of the copy of our memory but this code.
-        let result = unsafe {
-            libc::syscall(
-                libc::SYS_clone3,
-                &raw const args,
-                std::mem::size_of::<CloneArgs>(),
-            )
-        };
-        match result {
+        match clone3(&args)? {
             0 => idle(),
-            pid if pid > 0 => Ok(Placeholder {
-                pid: HostPid(pid as i32),
-            }),
-            _ => Err(io::Error::last_os_error()),
+            pid => Ok(Placeholder { pid: HostPid(pid) }),
         }
     }
 
     /// Its pid.
     pub fn pid(&self) -> HostPid {
         self.pid
+    }
+}
+
+/// Does something in a user namespace by a process that ends with it. `work` makes system calls only; descriptors
+/// are shared with that process, so one that `work` opens and returns is ours.
+pub fn errand(
+    user: &Namespace,
+    work: impl FnOnce() -> io::Result<libc::c_int>,
+) -> io::Result<libc::c_int> {
+    run(libc::CLONE_FILES, || {
+        namespace::enter(user).and_then(|()| work())
+    })
+}
+
+/// Has the next process or thread of a pid namespace, or of ours, get this number, if nobody is quicker.
+/// `EPERM` without rights over the namespace.
+pub fn set_next_number(pids: Option<&Namespace>, number: u32) -> io::Result<()> {
+    let text = number.saturating_sub(1).to_string();
+    let path = namespace::own_proc_path("sys/kernel/ns_last_pid");
+    let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+    let write = || rustix::io::write(&file, text.as_bytes()).map(|_| 0);
+    let Some(pids) = pids else {
+        return Ok(write().map(drop)?);
+    };
+    // The kernel sets it for the namespace that the writer is in.
+    let home = Namespace::own(NsKind::Pid)?;
+    namespace::enter(pids)?;
+    let written = run(0, || Ok(write()?));
+    namespace::enter(&home)?;
+    written.map(drop)
+}
+
+/// Does something in a process of its own.
+fn run(
+    flags: libc::c_int,
+    work: impl FnOnce() -> io::Result<libc::c_int>,
+) -> io::Result<libc::c_int> {
+    let (answer, done) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    let pid = clone3(&CloneArgs {
+        flags: flags as u64,
+        ..CloneArgs::default()
+    })?;
+    if pid == 0 {
+        let result = work();
+        let number = result.as_ref().map_or(0, |number| *number).to_le_bytes();
+        let [a, b, c, d] = number;
+        let _ = rustix::io::write(&done, &[errno_of(result), a, b, c, d]);
+        // SAFETY: ends this process, and runs nothing of the copy of its parent.
+        unsafe { libc::_exit(0) };
+    }
+    // SAFETY: the child is ours, and nobody else waits for it.
+    unsafe { libc::waitpid(pid, std::ptr::null_mut(), libc::__WALL) };
+    drop(done);
+    let mut told = [0u8; 5];
+    match rustix::io::read(&answer, &mut told)? {
+        5 if told[0] == 0 => Ok(i32::from_le_bytes([told[1], told[2], told[3], told[4]])),
+        5 => Err(io::Error::from_raw_os_error(i32::from(told[0]))),
+        _ => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+/// All numbers of errors fit into a byte.
+fn errno_of<T>(result: io::Result<T>) -> u8 {
+    result.map_or_else(
+        |error| error.raw_os_error().unwrap_or(libc::EIO) as u8,
+        |_| 0,
+    )
+}
+
+/// Changes all ids of this process, which has one thread.
+fn become_user(uid: u32, gid: u32) -> io::Result<()> {
+    for (call, id) in [(libc::SYS_setresgid, gid), (libc::SYS_setresuid, uid)] {
+        // SAFETY: integers only.
+        if unsafe { libc::syscall(call, id, id, id) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    Ok(())
+}
+
+/// A child; zero in the child itself. Without an exit signal nobody hears of its death but who waits with
+/// `__WALL`.
+fn clone3(args: &CloneArgs) -> io::Result<i32> {
+    // SAFETY: `args` is live and describes a fork, into namespaces or not; the child uses nothing of the copy of
+    // our memory but code of this module, and never returns from it.
+    let pid = unsafe {
+        libc::syscall(
+            libc::SYS_clone3,
+            std::ptr::from_ref(args),
+            std::mem::size_of::<CloneArgs>(),
+        )
+    };
+    match i32::try_from(pid) {
+        Ok(pid) if pid >= 0 => Ok(pid),
+        _ => Err(io::Error::last_os_error()),
     }
 }
 

@@ -1,6 +1,8 @@
 //! Steps that make the tasks: the root, forks, sessions, groups, threads, zombies.
 
+mod choice;
 mod doors;
+mod threads;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,6 +15,8 @@ use floe_resources::fd::tty::take_controlling_terminal;
 use floe_resources::namespace::{nested, time};
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, Puppet, World};
 use floe_resources::task::attributes;
+
+pub use threads::plan_threads;
 
 use doors::Doors;
 
@@ -328,7 +332,9 @@ pub fn clone_program(
     let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
     let size = bytes.len();
     let args = program.buffer(&bytes);
-    program.point(args, SET_TID_OFFSET, set_tid);
+    if !numbers.is_empty() {
+        program.point(args, SET_TID_OFFSET, set_tid);
+    }
     let call = program.call(label, libc::SYS_clone3, &[Arg::from(args), Arg::from(size)]);
     (call, args)
 }
@@ -450,77 +456,6 @@ fn set_group(
         &[Arg::from(process), Arg::from(group)],
     );
     world.run(pid, &program).map(drop)
-}
-
-/// Adds the steps that make the threads of every task.
-pub fn plan_threads(planner: &mut Planner<'_>) {
-    let images = planner.images;
-    for task in images
-        .tasks
-        .iter()
-        .filter(|task| !is_zombie(images, task.pid()))
-    {
-        let pid = task.pid();
-        let tids: Vec<u32> = task.threads.keys().copied().collect();
-        let mut needs = vec![Handle::Memory(pid), Handle::Descriptors(pid)];
-        if !tids.is_empty() {
-            needs.push(crate::state::shared(pid));
-        }
-        // Threads are where the task is when they are made.
-        needs.extend(floe_resources::namespace::entered(images, pid));
-        let name = format!("make {} threads", tids.len());
-        planner.task_step(pid, name, (&needs, &[Handle::Threads(pid)]), move |world| {
-            make_threads(world, pid, &tids)
-        });
-    }
-}
-
-/// Threads made by one program; the arena has room for some thousands.
-const THREADS_AT_ONCE: usize = 2000;
-
-fn make_threads(world: &mut World<'_>, pid: u32, tids: &[u32]) -> Result<(), ExecuteError> {
-    let flags = libc::CLONE_VM
-        | libc::CLONE_FS
-        | libc::CLONE_FILES
-        | libc::CLONE_SIGHAND
-        | libc::CLONE_THREAD
-        | libc::CLONE_SYSVSEM;
-    if tids.is_empty() {
-        return Ok(());
-    }
-    let images = world.images;
-    let own_pids = known_children(world)?;
-    let puppet = world.puppet(pid)?;
-    for some in tids.chunks(THREADS_AT_ONCE) {
-        let mut program = Program::new();
-        let calls: Vec<_> = some
-            .iter()
-            .map(|tid| {
-                clone_program(
-                    &mut program,
-                    format!("clone3 of thread {tid}"),
-                    flags as u64,
-                    (&images.nested.numbers(*tid), 0),
-                )
-                .0
-            })
-            .collect();
-        let outcome = puppet.run(&program)?.expect("chunks are not empty");
-        let hosts = match &own_pids {
-            Some(known) => known.threads_by_number(puppet.pid())?,
-            None => BTreeMap::new(),
-        };
-        for (tid, call) in some.iter().zip(calls) {
-            let number = match images.nested.is_empty() {
-                true => outcome.result(call) as i32,
-                false => tid.cast_signed(),
-            };
-            let host = hosts.get(tid).copied().unwrap_or(HostPid(number));
-            let thread = Seized::born(host).wait_stopped()?;
-            puppet.threads.insert(*tid, thread);
-        }
-    }
-    Ok(())
 }
 
 fn set_subreaper(world: &mut World<'_>, pid: u32, on: i32) -> Result<(), ExecuteError> {

@@ -12,8 +12,12 @@ use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::namespace::{Namespace, NsKind, enter, own_proc_path};
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::parse_fdinfo;
+use floe_resources::namespace::OwnerMap;
+use floe_resources::namespace::user_births::BornAs;
 use floe_resources::namespace::{has_own_pids, own_of_root};
-use floe_resources::restore::{Attempt, ExecuteError, World};
+use floe_resources::restore::{Attempt, ExecuteError, TaskImages, TreeImages, World};
+use floe_resources::task::rebuild::Birth;
+use floe_resources::task::user_entry::{self, From};
 
 use crate::births::{PIDFD_OFFSET, clone_program};
 
@@ -25,7 +29,7 @@ pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped),
         true => libc::CLONE_NEWPID as u64,
         false => 0,
     };
-    match own_of_root(world.images, NsKind::User) {
+    match world.images.users.birth_of(world.images.root().pid()) {
         None => {
             let spawn = RootSpawn {
                 flags: spawn.flags | pids,
@@ -67,7 +71,6 @@ fn born_of(
     (number, pids, user, given): (u32, u64, u32, Option<Rc<Namespace>>),
 ) -> Result<(Arena, Stopped), ExecuteError> {
     let namespace = world.namespaces().get(user)?;
-    let (uid, gid) = world.images.owners.first();
     let mut program = Program::new();
     if let Some(given) = &given {
         let args = [
@@ -76,18 +79,12 @@ fn born_of(
         ];
         program.call("setns to the pid namespace", libc::SYS_setns, &args);
     }
-    let args = [
-        Arg::from(namespace.as_fd().as_raw_fd()),
-        Arg::from(NsKind::User.flag()),
-    ];
-    program.call("setns to the user namespace", libc::SYS_setns, &args);
-    program.call(
-        "setgroups",
-        libc::SYS_setgroups,
-        &[Arg::from(0), Arg::from(0)],
-    );
-    program.call("setresgid", libc::SYS_setresgid, &[Arg::from(gid); 3]);
-    program.call("setresuid", libc::SYS_setresuid, &[Arg::from(uid); 3]);
+    go_inside(
+        world.images,
+        (world.images.root(), user),
+        namespace.as_fd().as_raw_fd(),
+        &mut program,
+    )?;
     let flags = pids | (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
     let label = format!("clone3 of the root, pid {number}");
     let (_, args) = clone_program(&mut program, label, flags, (&[number], 0));
@@ -100,6 +97,39 @@ fn born_of(
     // Its copy of the arena is the root's too.
     arena.end_task(midwife, 0, 0)?;
     Ok((arena, leader))
+}
+
+/// Takes whoever runs the program, born as this process is, into a user namespace for a task to be born there.
+fn go_inside(
+    images: &TreeImages,
+    (task, user): (&TaskImages, u32),
+    file: i32,
+    program: &mut Program,
+) -> Result<(), ExecuteError> {
+    let Some(namespace) = images.users.get(user) else {
+        return Ok(());
+    };
+    match BornAs::of(images, task, namespace) {
+        BornAs::First(uid, gid) => {
+            user_entry::enter(file, program);
+            let none = [Arg::from(0), Arg::from(0)];
+            program.call("setgroups", libc::SYS_setgroups, &none);
+            program.call("setresgid", libc::SYS_setresgid, &[Arg::from(gid); 3]);
+            program.call("setresuid", libc::SYS_setresuid, &[Arg::from(uid); 3]);
+            Ok(())
+        }
+        BornAs::With(ids) => {
+            let birth = Birth::of_this_thread();
+            let birth = birth.during("Reading", || "our own credentials".to_string())?;
+            let from = From {
+                map: &OwnerMap::default(),
+                denies_groups: false,
+                born: &birth.credentials,
+            };
+            user_entry::plan_entry((task.pid(), &ids), from, file, program)
+                .map_err(ExecuteError::from_plan)
+        }
+    }
 }
 
 const LOGINUID: &str = "/proc/thread-self/loginuid";

@@ -7,13 +7,13 @@ use floe_image::ImageKind;
 use floe_image::messages::{CoreEntry, SeccompEntry, SeccompFilter};
 use floe_inject::{Arg, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
-use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
 use floe_resources::fd::unix::Listeners;
-use floe_resources::namespace::nested::Nested;
-use floe_resources::namespace::own_of_root;
+use floe_resources::mount;
+use floe_resources::namespace::user_births::{self, Entry};
+use floe_resources::namespace::{self, OwnerMap};
 use floe_resources::restore::{
-    Attempt, ExecuteError, PlanError, Planner, Puppet, TaskImages, World,
+    Attempt, ExecuteError, PlanError, Planner, Puppet, TaskImages, TreeImages, World,
 };
 use floe_resources::task::rebuild::{self, Birth, TaskContext};
 
@@ -26,9 +26,12 @@ const PLACE: usize = 64;
 pub struct Background<'i> {
     /// What puppets are born with.
     pub birth: Birth,
+    /// What those have instead that come into a user namespace, at birth or later.
+    inside: BTreeMap<u32, Birth>,
+    images: &'i TreeImages,
+    own_owners: BTreeMap<u32, OwnerMap>,
     seccomp: Vec<SeccompFilter>,
     features: &'i KernelFeatures,
-    nested: &'i Nested,
 }
 
 impl<'i> Background<'i> {
@@ -36,20 +39,28 @@ impl<'i> Background<'i> {
     pub fn new(planner: &Planner<'i>) -> Result<Self, PlanError> {
         let mut birth = Birth::of_this_thread()
             .map_err(|error| PlanError::damaged("/proc/thread-self", error.to_string()))?;
-        if own_of_root(planner.images, NsKind::User).is_some() {
-            let (uid, gid) = planner.images.owners.first();
-            birth.credentials = birth.credentials.in_new_namespace(uid, gid);
+        let images = planner.images;
+        if images.users.birth_of(images.root().pid()).is_some() {
             // See the midwife.
             birth.loginuid = birth.loginuid.map(|_| u32::MAX);
         }
-        let seccomp: Option<SeccompEntry> =
-            planner.images.dir.read_optional(ImageKind::Seccomp, 0)?;
+        let inside = user_births::inside(images, &birth);
+        let tasks = images.tasks.iter().map(TaskImages::pid);
+        let own_owners = tasks.map(|pid| (pid, images.users.map(images.users.of_task(pid))));
+        let seccomp: Option<SeccompEntry> = images.dir.read_optional(ImageKind::Seccomp, 0)?;
         Ok(Background {
             birth,
+            inside,
+            images,
+            own_owners: own_owners.collect(),
             seccomp: seccomp.unwrap_or_default().seccomp_filters,
             features: planner.features,
-            nested: &planner.images.nested,
         })
+    }
+
+    /// What a task has before it gets its own state.
+    fn birth_of(&self, pid: u32) -> &Birth {
+        self.inside.get(&pid).unwrap_or(&self.birth)
     }
 
     /// The context of one thread.
@@ -57,10 +68,12 @@ impl<'i> Background<'i> {
         TaskContext {
             tid,
             features: self.features,
-            birth: &self.birth,
+            birth: self.birth_of(task.pid()),
             mm: task.mm.as_ref(),
             seccomp: &self.seccomp,
-            nested: self.nested,
+            nested: &self.images.nested,
+            owners: &self.images.owners,
+            own_owners: &self.own_owners[&task.pid()],
         }
     }
 }
@@ -179,14 +192,15 @@ fn plan_task<'i>(
             rebuild::attributes::write_loginuid(world, pid, uid)
         });
     }
-    let mut birth = background.birth.clone();
+    let mut ready = vec![Handle::Tree, object("early")];
+    ready.extend(plan_entry(task, planner, background)?);
+    let mut birth = background.birth_of(pid).clone();
     if !task.threads.is_empty() {
         let cores = threads(task).map(|(_, core)| core);
         let program;
         (program, birth) = rebuild::plan_shared(cores, &background.of(task, pid))?;
-        let needs = [Handle::Tree, object("early")];
         let name = "what threads inherit";
-        planner.task_step(pid, name, (&needs, &[shared(pid)]), run(program));
+        planner.task_step(pid, name, (&ready, &[shared(pid)]), run(program));
     }
     let (mut state, mut last) = (Programs::new(), Programs::new());
     for (tid, core) in threads(task) {
@@ -209,6 +223,30 @@ fn plan_task<'i>(
         move |world| run_all(world, pid, state),
     );
     Ok(last)
+}
+
+/// Adds the step by which a task enters its user namespace, behind all that needs rights outside.
+fn plan_entry<'i>(
+    task: &'i TaskImages,
+    planner: &mut Planner<'i>,
+    background: &Background<'i>,
+) -> Result<Option<Handle>, PlanError> {
+    let (pid, images) = (task.pid(), planner.images);
+    let entry = Entry::of(images, task, &background.birth)?;
+    let (Some(entry), Some(entered)) = (entry, user_births::entered(images, pid)) else {
+        return Ok(None);
+    };
+    let own = [Handle::Memory(pid), Handle::Descriptors(pid), Handle::Tree];
+    let mut needs = [&own[..], &[Handle::Object("early", u64::from(pid))]].concat();
+    let loginuid = Handle::Object("loginuid", u64::from(pid));
+    needs.extend(planner.made(|handle| *handle == loginuid));
+    let elsewhere = [namespace::entered(images, pid), Some(mount::entered(pid))];
+    needs.extend(planner.made(|handle| elsewhere.contains(&Some(*handle))));
+    let name = "enter the user namespace";
+    planner.task_step(pid, name, (&needs, &[entered]), move |world| {
+        entry.go(world)
+    });
+    Ok(Some(entered))
 }
 
 /// Runs the programs of the other threads at once, then that of the leader.

@@ -36,7 +36,7 @@ pub fn is_root(name: &str) -> bool {
 }
 
 /// Runs a test that needs root, or says that `name` is skipped.
-pub fn as_root(name: &str, test: fn() -> anyhow::Result<()>) {
+pub fn as_root(name: &str, test: impl FnOnce() -> anyhow::Result<()>) {
     if is_root(name) {
         test().unwrap_or_else(|error| panic!("{error:#}"));
     }

@@ -128,7 +128,9 @@ fn own_mounts(collector: &mut Collector<'_>) -> Result<Rc<Vec<Mount>>, CollectEr
     Ok(Rc::clone(&own.0))
 }
 
-fn mountinfo_of_this_thread(collector: &Collector<'_>) -> Result<Vec<Mount>, CollectError> {
+pub(super) fn mountinfo_of_this_thread(
+    collector: &Collector<'_>,
+) -> Result<Vec<Mount>, CollectError> {
     let system = |source| CollectError::System {
         action: "Reading the list of mounts".to_string(),
         source,

@@ -193,10 +193,8 @@ fn plan_others(planner: &mut Planner<'_>, root: u32) {
         .filter(|id| *id != root)
     {
         let name = format!("make mount namespace {id}");
-        let needs: Vec<Handle> = own_of_root(planner.images, NsKind::User)
-            .map(made)
-            .into_iter()
-            .collect();
+        let owner = planner.images.users.owner_of(id);
+        let needs: Vec<Handle> = owner.map(made).into_iter().collect();
         planner.step_at_home(name, (&needs, &[made(id)]), move |world| {
             make_beside(world, NsKind::Mnt, id)
         });

@@ -10,6 +10,8 @@ use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
+use super::collect::mountinfo_of_this_thread;
+use super::model::kernel_device;
 use super::tree::attach_order;
 use crate::collect::{CollectError, Collector};
 use crate::namespace::TreeNamespace;
@@ -38,7 +40,44 @@ pub fn pristine(
             copied => return copied.map_err(system),
         }
     }
+    if belongs_to_other_users(namespace) {
+        drop(visit);
+        if let Some(copy) = copy_of_ours(entry, collector)? {
+            return Ok(copy);
+        }
+        let visit = collector.namespaces().visit(&[namespace])?;
+        return uncover(entry, all, (namespace, visit)).map_err(system);
+    }
     uncover(entry, all, (namespace, visit)).map_err(system)
+}
+
+fn belongs_to_other_users(namespace: &TreeNamespace) -> bool {
+    let own = Namespace::own(NsKind::User).map(|own| own.identity());
+    let owner = namespace.namespace.owner().map(|owner| owner.identity());
+    own.ok() != owner.ok()
+}
+
+/// The copy of a mount of ours of the same file system. What came with a user namespace cannot be taken apart
+/// there, but here it can.
+fn copy_of_ours(
+    entry: &MntEntry,
+    collector: &Collector<'_>,
+) -> Result<Option<OwnedFd>, CollectError> {
+    for ours in mountinfo_of_this_thread(collector)? {
+        let is_same = kernel_device(ours.dev_major, ours.dev_minor) == entry.root_dev
+            && ours.root == entry.root.as_bytes();
+        let Ok(point) = String::from_utf8(ours.point) else {
+            continue;
+        };
+        if is_same
+            && let Ok(seen) = open_mount(&point)
+            && mount_id(seen.as_fd()) == Ok(ours.id as u64)
+            && let Ok(copy) = copy_mount(seen.as_fd(), b"")
+        {
+            return Ok(Some(copy));
+        }
+    }
+    Ok(None)
 }
 
 /// As [`pristine`], for a mount that others hide or that cannot be copied by itself: a copy of the
@@ -50,7 +89,7 @@ fn uncover(
 ) -> std::io::Result<OwnedFd> {
     // In a copy that belonged to another user namespace, no mount could be taken away from another.
     let keeper = match namespace.namespace.owner() {
-        Ok(owner) if owner.identity() != Namespace::own(NsKind::User)?.identity() => {
+        Ok(owner) if belongs_to_other_users(namespace) => {
             let copy = Placeholder::start_inside(&owner, &[NsKind::Mnt])?;
             visit.enter(&Namespace::of_task(copy.pid(), NsKind::Mnt)?)?;
             Some(copy)

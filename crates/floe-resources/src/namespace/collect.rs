@@ -10,7 +10,7 @@ use floe_options::External;
 
 use super::split::SPLIT;
 use super::tree::identity_of;
-use super::{TreeNamespace, nested, owners, time, uts};
+use super::{TreeNamespace, nested, time, users, uts};
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::{ipc, mount, net};
 
@@ -32,8 +32,8 @@ fn collect_one(
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
     // A task may leave the network of the others, their mounts, and the like.
-    let may_differ =
-        matches!(namespace.kind(), NsKind::Mnt | NsKind::Pid) || SPLIT.contains(&namespace.kind());
+    let may_differ = matches!(namespace.kind(), NsKind::Mnt | NsKind::Pid | NsKind::User)
+        || SPLIT.contains(&namespace.kind());
     if !namespace.of_root && !may_differ {
         return Err(refused(
             namespace,
@@ -53,11 +53,7 @@ fn collect_one(
             Err(refused(namespace, remedy))
         }
         NsKind::Mnt => mount::collect(namespace, collector),
-        NsKind::User if collector.namespaces().of_root(NsKind::Pid).is_none() => {
-            let remedy = "give the program a pid namespace of its own too";
-            Err(refused(namespace, remedy))
-        }
-        NsKind::User => owners::collect(namespace, collector),
+        NsKind::User => users::collect(namespace, collector),
         NsKind::Time => time::collect(namespace, collector),
     }
 }
@@ -104,7 +100,8 @@ pub(super) fn refused(namespace: &TreeNamespace, remedy: &str) -> CollectError {
 pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), CollectError> {
     let mut foreign = Vec::new();
     let namespaces = collector.namespaces();
-    for kind in NsKind::ALL {
+    // Whoever is in the user namespace of the caller may stay there.
+    for kind in NsKind::ALL.into_iter().filter(|kind| *kind != NsKind::User) {
         let Some(found) = namespaces.identity(task, kind)? else {
             continue;
         };
@@ -121,6 +118,13 @@ pub fn check_task(task: &ProcDir, collector: &mut Collector<'_>) -> Result<(), C
     }
     if !nested::children_can_follow(task, collector)? {
         foreign.push("a pid namespace for its children".to_string());
+    }
+    if let Some((object, remedy)) = users::obstacle(task, collector)? {
+        collector.obstacle(Obstacle {
+            pid: task.pid(),
+            object: object.to_string(),
+            remedy: remedy.to_string(),
+        });
     }
     for object in foreign {
         collector.obstacle(Obstacle {

@@ -28,6 +28,8 @@ mod plan;
 mod split;
 pub mod time;
 mod tree;
+pub mod user_births;
+pub mod users;
 mod uts;
 
 pub use collect::{check_task, collect_namespaces};

@@ -115,6 +115,8 @@ pub struct Nested {
     namespaces: BTreeMap<u32, u32>,
     /// The first task of each.
     first: BTreeMap<u32, u32>,
+    /// The one around each, where that is not the root's.
+    around: BTreeMap<u32, u32>,
 }
 
 impl Nested {
@@ -159,6 +161,9 @@ impl Nested {
             }
             if self.below(pid).last() == Some(&1) {
                 self.first.insert(namespace, pid);
+                // Its parent began it, or is of the namespace that adopts those of who did.
+                let around = self.namespace_of(task.entry.ppid);
+                self.around.extend(around.map(|around| (namespace, around)));
             }
         }
         let orphan = self
@@ -205,6 +210,14 @@ impl Nested {
     /// The first task of a namespace.
     pub fn first_of(&self, namespace: u32) -> Option<u32> {
         self.first.get(&namespace).copied()
+    }
+
+    /// The namespaces from one to the root's, which is `None`.
+    pub fn line(&self, namespace: Option<u32>) -> Vec<Option<u32>> {
+        let around = |namespace: &Option<u32>| Some(self.around.get(&(*namespace)?).copied());
+        std::iter::successors(Some(namespace), around)
+            .take(MAX_DEPTH)
+            .collect()
     }
 
     /// The namespace, below the root's, in which an inner number of an id is its last one.

@@ -1,17 +1,8 @@
-//! The content of a user namespace: which owners it has (`user_namespaces(7)`).
-//!
-//! Saved:    the maps of uids and gids, outer ids as the dumping process sees them. All owners in the
-//!           images are those that tasks inside see.
-//! Rebuilt:  written for the process that made the namespace. Needs: nothing.
-//! Not kept: whether `setgroups` is denied; the namespace in which the dump ran is its parent again.
+//! Which users and groups a user namespace has, and who they are outside (`user_namespaces(7)`): pure.
 
-use floe_image::ImageKind;
 use floe_image::messages::{UidGidExtent, UsernsEntry};
 use floe_kernel::proc::{ProcDir, ProcError};
 use rustix::process::{Gid, Uid};
-
-use super::TreeNamespace;
-use crate::collect::{CollectError, Collector};
 
 /// What the kernel shows in place of an owner that a namespace does not have.
 pub const NOBODY: u32 = 65534;
@@ -36,6 +27,7 @@ impl OwnerMap {
         Ok(OwnerMap::from_image(Some(UsernsEntry {
             uid_map: map("uid_map")?,
             gid_map: map("gid_map")?,
+            ..UsernsEntry::default()
         })))
     }
 
@@ -94,15 +86,38 @@ impl OwnerMap {
         })
     }
 
-    /// The text of `uid_map` and of `gid_map`.
-    pub fn texts(&self) -> Option<(String, String)> {
-        let text = |map: &[UidGidExtent]| {
-            let line =
-                |it: &UidGidExtent| format!("{} {} {}\n", it.first, it.lower_first, it.count);
+    /// The maps, where both sides differ.
+    pub fn entry(&self) -> Option<&UsernsEntry> {
+        self.maps.as_ref()
+    }
+
+    /// A user of ours as tasks inside see it, if they can name it.
+    pub fn has_uid(&self, uid: u32) -> Option<u32> {
+        self.maps
+            .as_ref()
+            .map_or(Some(uid), |maps| find(&maps.uid_map, uid))
+    }
+
+    /// A group of ours as tasks inside see it, if they can name it.
+    pub fn has_gid(&self, gid: u32) -> Option<u32> {
+        self.maps
+            .as_ref()
+            .map_or(Some(gid), |maps| find(&maps.gid_map, gid))
+    }
+
+    /// The text of `uid_map` and of `gid_map`, for somebody in the namespace that `around` is the map of.
+    pub fn texts(&self, around: &OwnerMap) -> Option<(String, String)> {
+        let text = |map: &[UidGidExtent], outer: &dyn Fn(u32) -> u32| {
+            let line = |it: &UidGidExtent| {
+                format!("{} {} {}\n", it.first, outer(it.lower_first), it.count)
+            };
             map.iter().map(line).collect::<String>()
         };
         let maps = self.maps.as_ref()?;
-        Some((text(&maps.uid_map), text(&maps.gid_map)))
+        Some((
+            text(&maps.uid_map, &|uid| around.uid_inside(uid)),
+            text(&maps.gid_map, &|gid| around.gid_inside(gid)),
+        ))
     }
 }
 
@@ -122,27 +137,19 @@ fn translate(id: u32, from: u32, to: u32, count: u32) -> Option<u32> {
     to.checked_add(offset)
 }
 
-fn inside(map: &[UidGidExtent], id: u32) -> u32 {
+fn find(map: &[UidGidExtent], id: u32) -> Option<u32> {
     map.iter()
         .find_map(|it| translate(id, it.lower_first, it.first, it.count))
-        .unwrap_or(NOBODY)
+}
+
+fn inside(map: &[UidGidExtent], id: u32) -> u32 {
+    find(map, id).unwrap_or(NOBODY)
 }
 
 fn outside(map: &[UidGidExtent], id: u32) -> u32 {
     map.iter()
         .find_map(|it| translate(id, it.first, it.lower_first, it.count))
         .unwrap_or(NOBODY)
-}
-
-/// Writes the image of a namespace.
-pub(super) fn collect(
-    namespace: &TreeNamespace,
-    collector: &mut Collector<'_>,
-) -> Result<(), CollectError> {
-    let entry = collector.pids().owners().maps.clone().unwrap_or_default();
-    Ok(collector
-        .writer()
-        .write_one(ImageKind::Userns, u64::from(namespace.id), &entry)?)
 }
 
 #[cfg(test)]
@@ -156,10 +163,19 @@ mod tests {
         let map = OwnerMap::from_image(Some(UsernsEntry {
             uid_map: extents.to_vec(),
             gid_map: extents[..1].to_vec(),
+            ..UsernsEntry::default()
         }));
         assert_eq!((map.uid_inside(100_003), map.uid_outside(3)), (3, 100_003));
         assert_eq!((map.uid_inside(7), map.gid_inside(7)), (5000, NOBODY));
         assert_eq!(OwnerMap::default().uid_inside(7), 7);
-        assert_eq!(map.texts().expect("maps").1, "0 100000 1000\n");
+        assert_eq!((map.has_uid(7), map.has_gid(7)), (Some(5000), None));
+        let texts = |around: &OwnerMap| map.texts(around).expect("maps");
+        assert_eq!(texts(&OwnerMap::default()).1, "0 100000 1000\n");
+        let around = UsernsEntry {
+            gid_map: vec![extent("10 99990 2000").expect("three numbers")],
+            ..UsernsEntry::default()
+        };
+        let around = OwnerMap::from_image(Some(around));
+        assert_eq!(texts(&around).1, "0 20 1000\n");
     }
 }

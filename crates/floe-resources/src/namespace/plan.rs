@@ -1,12 +1,14 @@
 //! Making the namespaces of a tree, before its first task.
 
+use std::collections::BTreeSet;
+
 use floe_kernel::namespace::{Namespace, NsKind, VISITED};
 use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
 use super::given::plan_given;
 use super::split::{SPLIT, plan_split};
-use super::{filled, ids, made, time, uts};
+use super::{filled, ids, made, time, users, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
 use crate::{ipc, mount, net};
 
@@ -51,6 +53,10 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .collect();
     let given = plan_given(&mut own, planner)?;
     let split = plan_split(planner)?;
+    if !images.users.is_empty() {
+        let makes = users::all_made(images);
+        planner.step_at_home("make user namespaces", (&[], &makes), users::make_all);
+    }
     if own.is_empty() && given.is_empty() && split.is_empty() {
         return Ok(());
     }
@@ -58,15 +64,23 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let visited = own.iter().filter(|(kind, _)| VISITED.contains(kind));
     let wanted = visited.filter(|own| !given.contains(own));
     let wanted: Vec<(NsKind, u32)> = wanted.copied().collect();
-    let user = own_of_root(images, NsKind::User);
-    let makes = wanted.iter().map(|(_, id)| *id).chain(user);
-    let makes: Vec<Handle> = makes.map(made).collect();
+    let makes: Vec<Handle> = wanted.iter().map(|(_, id)| made(*id)).collect();
+    let needs = users::all_made(images);
     // Nobody goes into a pid namespace and comes back: the root is born there.
     let mut visited = [&wanted[..], &given].concat();
     visited.retain(|(kind, _)| *kind != NsKind::Pid);
-    planner.step_at_home("make namespaces", (&[], &makes), move |world| match user {
-        None => make(world, &wanted),
-        Some(id) => make_owned(world, &wanted, id),
+    planner.step_at_home("make namespaces", (&needs, &makes), move |world| {
+        let owner = |(_, id): &(NsKind, u32)| world.images.users.owner_of(*id);
+        let owners: BTreeSet<Option<u32>> = wanted.iter().map(owner).collect();
+        for user in owners {
+            let of_it = |own: &&(NsKind, u32)| owner(own) == user;
+            let wanted: Vec<(NsKind, u32)> = wanted.iter().filter(of_it).copied().collect();
+            match user {
+                None => make(world, &wanted)?,
+                Some(user) => make_owned(world, &wanted, user)?,
+            }
+        }
+        Ok(())
     });
     for (kind, id) in &own {
         match kind {
@@ -108,27 +122,20 @@ fn make(world: &mut World<'_>, wanted: &[(NsKind, u32)]) -> Result<(), ExecuteEr
     Ok(())
 }
 
-/// Makes a user namespace, and empty ones that belong to it.
+/// Makes empty namespaces that belong to a user namespace.
 fn make_owned(
     world: &mut World<'_>,
     wanted: &[(NsKind, u32)],
     user: u32,
 ) -> Result<(), ExecuteError> {
-    let wanted = [&[(NsKind::User, user)], wanted].concat();
     let kinds: Vec<NsKind> = wanted.iter().map(|(kind, _)| *kind).collect();
-    let maker =
-        Placeholder::start_in_new(&kinds).during("Making namespaces", || format!("{kinds:?}"))?;
-    let pid = maker.pid();
-    if let Some((uids, gids)) = world.images.owners.texts() {
-        for (name, text) in [("uid_map", uids), ("gid_map", gids)] {
-            let path = format!("/proc/{pid}/{name}");
-            std::fs::write(&path, &text).during("Writing the map of owners to", || path)?;
-        }
-    }
+    let user = world.namespaces().get(user)?;
+    let maker = Placeholder::start_inside(&user, &kinds);
+    let maker = maker.during("Making namespaces", || format!("{kinds:?}"))?;
     for (kind, id) in wanted {
-        let namespace = Namespace::of_task(pid, kind)
+        let namespace = Namespace::of_task(maker.pid(), *kind)
             .during("Opening the new namespace", || kind.to_string())?;
-        world.namespaces().keep(id, namespace);
+        world.namespaces().keep(*id, namespace);
     }
     Ok(())
 }
@@ -140,12 +147,6 @@ fn check_root(images: &TreeImages, (own, given): (&Numbered, &Numbered)) -> Resu
     let has_pids = |all: &Numbered| all.iter().any(|(kind, _)| *kind == NsKind::Pid);
     let (own_pids, given_pids) = (has_pids(own) || has_pids(given), has_pids(given));
     let root = images.root().pid();
-    if own.iter().any(|(kind, _)| *kind == NsKind::User) && !own_pids {
-        return Err(PlanError::Unsupported {
-            object: "A user namespace without a pid namespace".to_string(),
-            remedy: "give the program a pid namespace of its own too",
-        });
-    }
     if own_pids && !given_pids && root != 1 {
         return Err(PlanError::Unsupported {
             object: format!("Root task {root} of a pid namespace that it is not the first task of"),
@@ -170,6 +171,7 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
                 kind if SPLIT.contains(&kind) => true,
                 // Only beside mounts of the root's own.
                 NsKind::Mnt => own_of_root(images, kind).is_some(),
+                NsKind::User => true,
                 NsKind::Pid => images.nested.namespace_of(task.pid()) == number,
                 _ => false,
             };

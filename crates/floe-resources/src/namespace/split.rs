@@ -12,7 +12,7 @@ use floe_kernel::namespace::{Namespace, NsKind};
 use floe_kernel::placeholder::Placeholder;
 use floe_plan::Handle;
 
-use super::{READY, filled, ids, made, own_of_root, uts};
+use super::{READY, filled, ids, made, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, TreeImages, World};
 use crate::{ipc, net};
 
@@ -61,7 +61,9 @@ pub(super) fn plan_split(planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanE
     for (kind, number) in &all {
         let (kind, number) = (*kind, *number);
         let name = format!("make {kind} namespace {number}");
-        let needs: Vec<Handle> = own_of_root(images, NsKind::User)
+        let needs: Vec<Handle> = images
+            .users
+            .owner_of(number)
             .map(made)
             .into_iter()
             .collect();
@@ -87,14 +89,14 @@ pub(super) fn plan_split(planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanE
     Ok(all.into_iter().map(|(_, number)| filled(number)).collect())
 }
 
-/// Makes a namespace that is not the root's, but belongs to the same user namespace.
+/// Makes a namespace that is not the root's.
 pub(crate) fn make_beside(
     world: &mut World<'_>,
     kind: NsKind,
     number: u32,
 ) -> Result<(), ExecuteError> {
     let what = || format!("{kind} namespace {number}");
-    let namespace = match own_of_root(world.images, NsKind::User) {
+    let namespace = match world.images.users.owner_of(number) {
         Some(user) => {
             let user = world.namespaces().get(user)?;
             let maker = Placeholder::start_inside(&user, &[kind]).during("Making", what)?;

@@ -9,6 +9,7 @@ use floe_kernel::namespace::{Home, Namespace, NsIdentity, NsKind, Visit};
 use floe_kernel::proc::ProcDir;
 
 use super::ids::{self, FIRST_OF_TREE, host_number};
+use super::users;
 use crate::collect::CollectError;
 
 /// A namespace that tasks of the tree are in, and the coordinator is not.
@@ -18,7 +19,7 @@ pub struct TreeNamespace {
     pub id: u32,
     /// A handle on it.
     pub namespace: Namespace,
-    /// A task that is in it.
+    /// A task that is in it; of a user namespace that only others lie in, one of theirs.
     pub member: HostPid,
     /// Whether the root task is in it.
     pub of_root: bool,
@@ -89,6 +90,11 @@ impl TreeNamespaces {
             .find(|known| known.kind() == kind && known.namespace.identity() == identity)
     }
 
+    /// The one with this number.
+    pub fn with_id(&self, id: u32) -> Option<&Rc<TreeNamespace>> {
+        self.known.iter().find(|known| known.id == id)
+    }
+
     /// Which namespace of a kind the root task is in.
     pub(crate) fn root_identity(&self, kind: NsKind) -> Option<NsIdentity> {
         self.root_is_in.get(&kind).copied()
@@ -133,21 +139,39 @@ impl TreeNamespaces {
         found: NsIdentity,
         (member, of_root): (HostPid, bool),
     ) -> Result<(), CollectError> {
-        if self.number(kind, found).is_none() {
-            let namespace = Namespace::of_task(member, kind);
-            let namespace = namespace.map_err(|source| CollectError::Task {
-                pid: member,
-                action: "Opening a namespace",
-                source,
-            })?;
-            self.known.push(Rc::new(TreeNamespace {
-                id: FIRST_OF_TREE + self.known.len() as u32,
-                namespace,
-                member,
-                of_root,
-            }));
+        if self.number(kind, found).is_some() {
+            return Ok(());
+        }
+        let namespace = Namespace::of_task(member, kind);
+        let namespace = namespace.map_err(|source| CollectError::Task {
+            pid: member,
+            action: "Opening a namespace",
+            source,
+        })?;
+        let mut around = self.add(namespace, (member, of_root));
+        // User namespaces that nobody is in any more may still own others, or lie between them and us.
+        while let Some(namespace) =
+            around.filter(|around| self.number(NsKind::User, around.identity()).is_none())
+        {
+            around = self.add(namespace, (member, false));
         }
         Ok(())
+    }
+
+    /// Returns the user namespace that owns it, or that is around it.
+    fn add(
+        &mut self,
+        namespace: Namespace,
+        (member, of_root): (HostPid, bool),
+    ) -> Option<Namespace> {
+        let around = users::around(&namespace);
+        self.known.push(Rc::new(TreeNamespace {
+            id: FIRST_OF_TREE + self.known.len() as u32,
+            namespace,
+            member,
+            of_root,
+        }));
+        around
     }
 
     /// Which namespace a stopped task is in, asked once.

@@ -8,11 +8,11 @@ use floe_image::messages::{
     PstreeEntry, RemapFilePathEntry, TaskKobjIdsEntry,
 };
 use floe_image::{ImageDir, ImageKind};
-use floe_kernel::namespace::NsKind;
 
 use super::PlanError;
+use crate::namespace::OwnerMap;
 use crate::namespace::nested::Nested;
-use crate::namespace::{self, OwnerMap};
+use crate::namespace::users::Users;
 
 /// `vma_entry.status`: a shared mapping of a file.
 const FILE_SHARED: u32 = 128;
@@ -97,6 +97,8 @@ pub struct TreeImages {
     pub remaps: BTreeMap<u32, RemapFilePathEntry>,
     /// How we see the owners that the images name.
     pub owners: OwnerMap,
+    /// User namespaces.
+    pub users: Users,
     /// Mounts by the number of their namespace.
     pub mounts: BTreeMap<u32, Vec<MntEntry>>,
     /// Pid namespaces below the root's.
@@ -145,6 +147,7 @@ impl TreeImages {
         let remaps = dir.read_remaps()?;
         let mut images = TreeImages {
             owners: OwnerMap::default(),
+            users: Users::default(),
             mounts: read_mounts(&dir)?,
             nested: Nested::read(&tasks)?,
             holders: holders(&tasks),
@@ -159,10 +162,8 @@ impl TreeImages {
             tasks,
             files,
         };
-        if let Some(id) = namespace::own_of_root(&images, NsKind::User) {
-            let maps = images.dir.read_one(ImageKind::Userns, u64::from(id))?;
-            images.owners = OwnerMap::from_image(Some(maps));
-        }
+        images.users = Users::read(&images)?;
+        images.owners = images.users.of_root();
         images.check_tree()?;
         images.check_descriptors()?;
         Ok(images)

@@ -169,8 +169,10 @@ impl<'i> World<'i> {
     /// From now on files are not inherited any more: the first task exists soon.
     pub fn end_of_inheritance(&mut self) -> Result<(), ExecuteError> {
         self.born = true;
-        // Tasks in a pid namespace of their own do not see the coordinator.
-        if has_own_pids(self.images) || !self.images.nested.is_empty() {
+        // Tasks in a pid namespace of their own do not see the coordinator, those in a user namespace have no
+        // rights over it.
+        let images = self.images;
+        if has_own_pids(images) || !images.nested.is_empty() || !images.users.is_empty() {
             self.courier = Some(Courier::new(self)?);
         }
         Ok(())

@@ -10,6 +10,7 @@ use floe_inject::{Arg, Program};
 use floe_kernel::proc::Status;
 
 use super::rebuild::TaskContext;
+use super::user_entry::{Ids, outside_of};
 use crate::namespace::OwnerMap;
 use crate::restore::PlanError;
 
@@ -41,6 +42,7 @@ pub fn credentials_entry(status: &Status, securebits: u32, owners: &OwnerMap) ->
         lsm_profile: None,
         lsm_sockcreate: None,
         apparmor_data: None,
+        floe_outside: outside_of(status, owners),
     }
 }
 
@@ -156,17 +158,18 @@ impl Credentials {
         })
     }
 
-    /// What a thread with these has once it has entered a new user namespace, as this user and group.
-    pub fn in_new_namespace(&self, uid: u32, gid: u32) -> Self {
+    /// What a thread with these ids has once it has entered a user namespace.
+    pub fn with_all_rights(self) -> Self {
         let all = (1 << NAMES.len()) - 1;
         Credentials {
-            uids: [uid; 4],
-            gids: [gid; 4],
             permitted: all,
             effective: all,
             bounding: all,
-            no_new_privs: self.no_new_privs,
-            ..Credentials::default()
+            inheritable: 0,
+            ambient: 0,
+            securebits: 0,
+            groups: sorted(&self.groups),
+            ..self
         }
     }
 
@@ -218,7 +221,18 @@ pub fn wanted(
         let what = format!("the security profile {label}");
         return Err(context.unsupported(&what, "run floe itself under that profile"));
     }
-    Credentials::from_entry(entry).ok_or_else(|| context.damaged("a capability set is too long"))
+    let too_long = || context.damaged("a capability set is too long");
+    let credentials = Credentials::from_entry(entry).ok_or_else(too_long)?;
+    if entry.floe_outside.is_empty() && context.owners == context.own_owners {
+        return Ok(credentials);
+    }
+    let seen = Ids::of(entry, context.owners).inside(context.own_owners);
+    Ok(Credentials {
+        uids: seen.uids,
+        gids: seen.gids,
+        groups: seen.groups,
+        ..credentials
+    })
 }
 
 /// Says, once a process, what it will not get back and can do without.
@@ -283,6 +297,14 @@ pub fn plan(
         plan_no_new_privs(program);
     }
     Ok(())
+}
+
+/// Changes ids only; the effective capabilities stay until the thread enters another user namespace.
+pub fn keep_capabilities(want: &Credentials, born: &Credentials, program: &mut Program) {
+    if want.groups != born.groups {
+        plan_groups(&want.groups, program);
+    }
+    plan_ids(want, born, program);
 }
 
 /// Sets no_new_privs, which cannot be taken back.

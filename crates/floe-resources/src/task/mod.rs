@@ -23,6 +23,7 @@ pub mod scheduling;
 pub mod seccomp;
 pub mod sigactions;
 pub mod syscall_dispatch;
+pub mod user_entry;
 
 use floe_inject::Outcome;
 

@@ -35,6 +35,7 @@ use super::{
     alt_stack, credentials, itimers, pending, posix_timers, rlimits, scheduling, seccomp,
     sigactions,
 };
+use crate::namespace::OwnerMap;
 use crate::namespace::nested::Nested;
 use crate::restore::PlanError;
 
@@ -56,6 +57,10 @@ pub struct TaskContext<'a> {
     pub seccomp: &'a [SeccompFilter],
     /// By which numbers tasks know each other.
     pub nested: &'a Nested,
+    /// Who the owners that images name are for the coordinator.
+    pub owners: &'a OwnerMap,
+    /// The same of those that the task itself knows.
+    pub own_owners: &'a OwnerMap,
 }
 
 impl TaskContext<'_> {

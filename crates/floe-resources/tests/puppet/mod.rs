@@ -11,6 +11,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::ptrace::{self, WaitStatus};
+use floe_resources::namespace::OwnerMap;
 use floe_resources::namespace::nested::Nested;
 use floe_resources::task::rebuild::{Birth, TaskContext, plan_last, plan_task, plan_thread};
 
@@ -23,6 +24,7 @@ pub struct Fixture {
     pub mm: MmEntry,
     pub seccomp: Vec<SeccompFilter>,
     pub nested: Nested,
+    pub owners: OwnerMap,
     threads: Vec<HostPid>,
 }
 
@@ -45,6 +47,7 @@ impl Fixture {
             mm: MmEntry::default(),
             seccomp: Vec::new(),
             nested: Nested::default(),
+            owners: OwnerMap::default(),
             threads: Vec::new(),
         };
         fixture.forget_rseq();
@@ -68,6 +71,8 @@ impl Fixture {
             mm: Some(&self.mm),
             seccomp: &self.seccomp,
             nested: &self.nested,
+            owners: &self.owners,
+            own_owners: &self.owners,
         }
     }
 

@@ -1,0 +1,215 @@
+//! Trees with user namespaces, of the root and below, with and without pid namespaces of their own. Needs root and
+//! util-linux; says `skipped` without.
+//!
+//! Each test has a pid namespace around it, in which no number is taken by others.
+
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, ensure};
+use testkit::skips;
+
+/// Dumps and restores the tree of `$TREE`, which has `$SLEEPS` processes that sleep, and shows it before and
+/// after: ids, rights, maps, and of each namespace which one is around it and which one owns it. With `$WRAP` that
+/// begins a pid namespace, its first process is the root.
+const SCRIPT: &str = r#"
+tree() { echo $1; for c in $(cat /proc/$1/task/*/children); do tree $c; done; }
+sleeps() { for p in $(tree $1); do cat /proc/$p/comm; done 2>/dev/null | grep -c sleep; }
+facts() {
+  for p in $(tree $1); do
+    grep -E '^(Name|Uid|Gid|Groups|Cap|Sec|NoNew|NSpid|NSpgid|NSsid|Threads)' /proc/$p/status | tr '\n\t' '  '
+    cat /proc/$p/uid_map /proc/$p/gid_map /proc/$p/setgroups | tr -s ' \n' ' '
+    lsns -n -r -o TYPE,NS,PNS,ONS -p $p | sort | tr '\n' ' '
+    [ -z "$LOOK" ] || nsenter -t $p $LOOK | tr '\n' ' '
+    echo
+  done
+}
+cd "$DIR"
+chmod 777 .
+mkdir images
+$WRAP setsid sh -c "$TREE" </dev/null >/dev/null 2>&1 &
+root=$!
+tries=0
+while [ "$(sleeps $root)" != $SLEEPS ]; do
+  tries=$((tries + 1)); [ $tries -lt 500 ] || { echo "the tree does not stand" >&2; exit 1; }
+  sleep 0.02
+done
+[ -z "$WRAP" ] || root=$(cat /proc/$root/task/*/children)
+facts $root >before
+$FLOE dump -t $root -D images
+while [ -d /proc/$root ]; do wait 2>/dev/null || true; done
+$FLOE restore -d -D images --pidfile "$DIR/pid"
+facts $(cat pid) >after
+"#;
+
+#[derive(Default)]
+struct Case<'a> {
+    wrap: &'a str,
+    tree: &'a str,
+    sleeps: u32,
+    /// Arguments of nsenter, which shows something of every task.
+    look: &'a str,
+}
+
+/// The facts before and after.
+fn run(case: &Case<'_>) -> anyhow::Result<[Vec<String>; 2]> {
+    let directory = tempfile::tempdir()?;
+    let around = "--pid --fork --kill-child --mount-proc sh -ec";
+    let output = Command::new("unshare")
+        .args(around.split(' '))
+        .arg(SCRIPT)
+        .env("DIR", directory.path())
+        .env("FLOE", env!("CARGO_BIN_EXE_floe"))
+        .env("WRAP", case.wrap)
+        .env("TREE", case.tree)
+        .env("SLEEPS", case.sleeps.to_string())
+        .env("LOOK", case.look)
+        .stdin(Stdio::null())
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    let read = |name: &str| -> anyhow::Result<Vec<String>> {
+        let text = std::fs::read_to_string(directory.path().join(name)).context("the facts")?;
+        Ok(numbered(&text, !case.wrap.is_empty()))
+    };
+    Ok([read("before")?, read("after")?])
+}
+
+/// Replaces inodes of namespaces by their order. With namespaces of their own, tasks have other numbers
+/// outside after a restore.
+fn numbered(text: &str, own_pids: bool) -> Vec<String> {
+    let mut inodes = Vec::new();
+    let mut after_name = false;
+    let mut word = |word: &str| -> Option<String> {
+        let skip = own_pids && std::mem::replace(&mut after_name, word.starts_with("NS"));
+        if skip {
+            return None;
+        }
+        if word.len() != 10 || !word.starts_with("402") {
+            return Some(word.to_string());
+        }
+        let place = inodes.iter().position(|inode| inode == word);
+        let place = place.unwrap_or_else(|| {
+            inodes.push(word.to_string());
+            inodes.len() - 1
+        });
+        Some(format!("n{place}"))
+    };
+    let mut line = |line: &str| -> String {
+        let words: Vec<String> = line.split_whitespace().filter_map(&mut word).collect();
+        words.join(" ")
+    };
+    text.lines().map(&mut line).collect()
+}
+
+fn comes_back(case: &Case<'_>) -> anyhow::Result<Vec<String>> {
+    let [before, after] = run(case)?;
+    ensure!(before == after, "{before:#?} became {after:#?}");
+    Ok(before)
+}
+
+/// A tree that runs one after the other what `trees` has, each with one process that sleeps.
+fn each_comes_back(name: &str, trees: &[&str]) {
+    skips::as_root(name, || {
+        for tree in trees {
+            let case = Case {
+                tree,
+                sleeps: 1,
+                ..Case::default()
+            };
+            comes_back(&case).with_context(|| (*tree).to_string())?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_user_namespace_without_a_pid_namespace_comes_back() {
+    each_comes_back(
+        "a_user_namespace_without_a_pid_namespace_comes_back",
+        &[
+            "exec unshare --user --map-root-user sleep 1000",
+            "exec unshare --user sleep 1000",
+            "exec unshare --user --map-root-user --net --uts --ipc sleep 1000",
+            // The network is that of another user namespace, in which nobody is any more.
+            "exec unshare --user --map-root-user --net unshare --user --map-root-user sleep 1000",
+        ],
+    );
+}
+
+/// As `unshare -Ur` of somebody who is not root leaves them.
+#[test]
+fn groups_that_cannot_be_set_inside_come_back() {
+    let user = "setpriv --reuid 1000 --regid 1000 --groups 27,44";
+    each_comes_back(
+        "groups_that_cannot_be_set_inside_come_back",
+        &[
+            &format!("exec {user} unshare --user --map-root-user sleep 1000"),
+            &format!("exec {user} unshare --user --map-root-user --net sleep 1000"),
+            &format!("exec {user} unshare --user sleep 1000"),
+        ],
+    );
+}
+
+/// Sets maps from outside, as container engines do.
+const MAPPED: &str = r#"unshare --user sleep 1000 & n=$!
+    until [ "$(cat /proc/$n/comm)" = sleep ]; do :; done
+    echo 0 100000 1000 >/proc/$n/uid_map
+    printf '0 200000 500\n500 300000 1000\n' >/proc/$n/gid_map
+    nsenter -t $n --user setpriv --reuid 5 --regid 7 --groups 8,900 --inh-caps=-all,+chown \
+        --ambient-caps=-all,+chown --bounding-set=-sys_time sleep 1001 &
+    exec sleep 1002"#;
+
+#[test]
+fn ids_and_capabilities_within_maps_come_back() {
+    skips::as_root("ids_and_capabilities_within_maps_come_back", || {
+        let case = Case {
+            tree: MAPPED,
+            sleeps: 3,
+            ..Case::default()
+        };
+        let facts = comes_back(&case)?;
+        let inner = facts.iter().find(|line| line.contains("Uid: 100005"));
+        ensure!(
+            inner.is_some_and(|line| line.contains("Groups: 200008 300400")),
+            "{facts:#?}"
+        );
+        Ok(())
+    });
+}
+
+#[test]
+fn user_namespaces_of_single_tasks_come_back() {
+    skips::as_root("user_namespaces_of_single_tasks_come_back", || {
+        let case = Case {
+            tree: "unshare --user --map-root-user sh -c '
+                    unshare --user --map-root-user --net sleep 1000 &
+                    unshare --uts sh -c \"hostname inner-floe; setsid sleep 1001\" &
+                    exec sleep 1002' &
+                setpriv --reuid 33 --clear-groups unshare --user --map-root-user --ipc sleep 1003 &
+                sleep 1004 & unshare --uts sleep 1005 & exec sleep 1006",
+            sleeps: 7,
+            look: "--uts hostname",
+            ..Case::default()
+        };
+        comes_back(&case).map(drop)
+    });
+}
+
+#[test]
+fn threads_in_a_user_namespace_have_their_numbers() {
+    skips::as_root("threads_in_a_user_namespace_have_their_numbers", || {
+        let python = "exec unshare --user --map-root-user python3 -c '
+import threading, time
+for _ in range(9): threading.Thread(target=time.sleep, args=(1000,)).start()
+open(\"/proc/self/comm\", \"w\").write(\"sleep\")'";
+        let case = Case {
+            tree: python,
+            sleeps: 1,
+            look: "sh -c 'ls /proc/self/task'",
+            ..Case::default()
+        };
+        let facts = comes_back(&case)?;
+        ensure!(facts[0].contains("Threads: 10"), "{facts:#?}");
+        Ok(())
+    });
+}
