@@ -1,10 +1,12 @@
 //! Steps that make the tasks: the root, forks, sessions, groups, threads, zombies.
 
+mod alone;
 mod choice;
 mod doors;
 mod threads;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::rc::Rc;
 
 use floe_inject::{ARENA_BYTES, Arg, BufferId, CallId, Program, RootSpawn, Seized};
 use floe_kernel::ids::HostPid;
@@ -12,12 +14,15 @@ use floe_kernel::namespace::{Namespace, NsKind};
 use floe_options::{Action, DetachMode, HookEvent};
 use floe_plan::Handle;
 use floe_resources::fd::tty::take_controlling_terminal;
+use floe_resources::namespace::user_births::Arrival;
 use floe_resources::namespace::{nested, time};
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, Puppet, World};
 use floe_resources::task::attributes;
 
 pub use threads::plan_threads;
 
+use alone::Alone;
+use choice::Choice;
 use doors::Doors;
 
 use crate::kin::known_children;
@@ -149,10 +154,13 @@ impl Births<'_> {
                 pid,
                 numbers: birth.numbers.clone(),
                 place: birth.place,
+                alone: self.alone(birth, planner, flags)?,
             };
             let key = (parent, flags, needs.clone());
             match open.get(&key) {
-                Some(at) if litters[*at].children.len() < FORKS_AT_ONCE => {
+                Some(at)
+                    if litters[*at].children.len() < FORKS_AT_ONCE && child.alone.is_none() =>
+                {
                     litters[*at].children.push(child);
                 }
                 _ => {
@@ -170,6 +178,36 @@ impl Births<'_> {
             .into_iter()
             .map(|litter| (litter.children[0].pid, litter))
             .collect())
+    }
+
+    /// How a child is born that is no matter of a single call.
+    fn alone(
+        &self,
+        birth: &Birth,
+        planner: &Planner<'_>,
+        flags: u64,
+    ) -> Result<Option<Rc<Alone>>, PlanError> {
+        let images = planner.images;
+        let (Some(parent), false) = (birth.parent, images.users.is_empty()) else {
+            return Ok(None);
+        };
+        let (from, user) = (
+            self.tree.birth_users(images, parent),
+            self.tree.birth_users(images, birth.pid),
+        );
+        let choice = Choice::new(images, user, (&birth.numbers, birth.namespace));
+        let arrival = match images.task(birth.pid) {
+            Some(task) if user != from => Some(Arrival::of(images, task, from)?),
+            _ => None,
+        };
+        if arrival.is_some() && flags != 0 {
+            return Err(PlanError::Unsupported {
+                object: format!("Task {}, which shares tables with its parent,", birth.pid),
+                remedy: "it is born in another user namespace; end it before the dump",
+            });
+        }
+        let is_plain = choice.is_free() && arrival.is_none();
+        Ok((!is_plain).then(|| Rc::new(Alone { choice, arrival })))
     }
 
     fn plan_session(&self, birth: &Birth, planner: &mut Planner<'_>) {
@@ -346,6 +384,8 @@ struct Child {
     /// Of `set_tid`.
     numbers: Vec<u32>,
     place: Place,
+    /// Born by itself.
+    alone: Option<Rc<Alone>>,
 }
 
 /// Children that one program forks.
@@ -375,6 +415,11 @@ fn plan_forks(litter: Litter, planner: &mut Planner<'_>) {
 
 /// If one cannot be forked, those before it end with the coordinator: nobody has let them run.
 fn fork(world: &mut World<'_>, litter: &Litter) -> Result<(), ExecuteError> {
+    if let [child] = &litter.children[..]
+        && let Some(alone) = &child.alone
+    {
+        return alone::fork(world, (litter, child), alone);
+    }
     let mut program = Program::new();
     let mut calls = Vec::with_capacity(litter.children.len());
     let mut doors = Doors::default();
@@ -408,12 +453,19 @@ fn fork(world: &mut World<'_>, litter: &Litter) -> Result<(), ExecuteError> {
             leader,
             threads: Default::default(),
         };
-        world.puppets.insert(child.pid, puppet);
-        if let Place::New(namespace) = child.place {
-            let what = || format!("pid namespace {namespace}");
-            let begun = Namespace::of_task(host, NsKind::Pid).during("Opening", what)?;
-            world.namespaces().keep(namespace, begun);
-        }
+        keep_child(world, child, puppet)?;
+    }
+    Ok(())
+}
+
+/// Notes a child, and the pid namespace that it begins.
+fn keep_child(world: &mut World<'_>, child: &Child, puppet: Puppet) -> Result<(), ExecuteError> {
+    let host = puppet.pid();
+    world.puppets.insert(child.pid, puppet);
+    if let Place::New(namespace) = child.place {
+        let what = || format!("pid namespace {namespace}");
+        let begun = Namespace::of_task(host, NsKind::Pid).during("Opening", what)?;
+        world.namespaces().keep(namespace, begun);
     }
     Ok(())
 }

@@ -12,12 +12,9 @@ use floe_kernel::ids::{HostPid, TaskFd};
 use floe_kernel::namespace::{Namespace, NsKind, enter, own_proc_path};
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::parse_fdinfo;
-use floe_resources::namespace::OwnerMap;
-use floe_resources::namespace::user_births::BornAs;
+use floe_resources::namespace::user_births::Arrival;
 use floe_resources::namespace::{has_own_pids, own_of_root};
-use floe_resources::restore::{Attempt, ExecuteError, TaskImages, TreeImages, World};
-use floe_resources::task::rebuild::Birth;
-use floe_resources::task::user_entry::{self, From};
+use floe_resources::restore::{Attempt, ExecuteError, World};
 
 use crate::births::{PIDFD_OFFSET, clone_program};
 
@@ -79,12 +76,9 @@ fn born_of(
         ];
         program.call("setns to the pid namespace", libc::SYS_setns, &args);
     }
-    go_inside(
-        world.images,
-        (world.images.root(), user),
-        namespace.as_fd().as_raw_fd(),
-        &mut program,
-    )?;
+    let arrival = Arrival::of(world.images, world.images.root(), None);
+    let arrival = arrival.map_err(ExecuteError::from_plan)?;
+    arrival.plan(namespace.as_fd().as_raw_fd(), &mut program)?;
     let flags = pids | (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
     let label = format!("clone3 of the root, pid {number}");
     let (_, args) = clone_program(&mut program, label, flags, (&[number], 0));
@@ -97,39 +91,6 @@ fn born_of(
     // Its copy of the arena is the root's too.
     arena.end_task(midwife, 0, 0)?;
     Ok((arena, leader))
-}
-
-/// Takes whoever runs the program, born as this process is, into a user namespace for a task to be born there.
-fn go_inside(
-    images: &TreeImages,
-    (task, user): (&TaskImages, u32),
-    file: i32,
-    program: &mut Program,
-) -> Result<(), ExecuteError> {
-    let Some(namespace) = images.users.get(user) else {
-        return Ok(());
-    };
-    match BornAs::of(images, task, namespace) {
-        BornAs::First(uid, gid) => {
-            user_entry::enter(file, program);
-            let none = [Arg::from(0), Arg::from(0)];
-            program.call("setgroups", libc::SYS_setgroups, &none);
-            program.call("setresgid", libc::SYS_setresgid, &[Arg::from(gid); 3]);
-            program.call("setresuid", libc::SYS_setresuid, &[Arg::from(uid); 3]);
-            Ok(())
-        }
-        BornAs::With(ids) => {
-            let birth = Birth::of_this_thread();
-            let birth = birth.during("Reading", || "our own credentials".to_string())?;
-            let from = From {
-                map: &OwnerMap::default(),
-                denies_groups: false,
-                born: &birth.credentials,
-            };
-            user_entry::plan_entry((task.pid(), &ids), from, file, program)
-                .map_err(ExecuteError::from_plan)
-        }
-    }
 }
 
 const LOGINUID: &str = "/proc/thread-self/loginuid";

@@ -34,6 +34,8 @@ pub struct Birth {
     pub numbers: Vec<u32>,
     /// In which pid namespace it is born.
     pub place: Place,
+    /// Which one that is; `None` for the root's.
+    pub namespace: Option<u32>,
     /// A group that it is in before it has children itself.
     pub early_group: Option<EarlyGroup>,
 }
@@ -105,6 +107,16 @@ impl Tree {
             }
         }
         Ok(Tree { births })
+    }
+
+    /// The user namespace that a task, or a helper, is born in.
+    pub fn birth_users(&self, images: &TreeImages, pid: u32) -> Option<u32> {
+        let mut at = pid;
+        // A helper is born where its parent is.
+        while images.task(at).is_none() {
+            at = self.births.iter().find(|birth| birth.pid == at)?.parent?;
+        }
+        images.users.birth_of(at)
     }
 
     /// Every pid and tid that must be free.
@@ -369,6 +381,7 @@ fn birth(
         adopter: node.adopter,
         numbers: vec![pid],
         place: Place::OfParent,
+        namespace: None,
         early_group: None,
     }
 }

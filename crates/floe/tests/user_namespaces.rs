@@ -213,3 +213,51 @@ open(\"/proc/self/comm\", \"w\").write(\"sleep\")'";
         Ok(())
     });
 }
+
+#[test]
+fn pid_namespaces_of_user_namespaces_come_back() {
+    skips::as_root("pid_namespaces_of_user_namespaces_come_back", || {
+        let crowd = "unshare -Urpf --net sh -c 'sleep 1000 & setsid sleep 1001 &
+            setsid sh -c \"sleep 1002 & exit 3\" & exec sleep 1003' & exec sleep 1004";
+        let nested = "unshare -Urpf unshare -Urpf sh -c 'sleep 1000 & unshare --pid --fork sleep 1001 &
+            exec sleep 1002' & setpriv --reuid 1000 --regid 1000 --groups 27 unshare -Upf sleep 1003 &
+            exec sleep 1004";
+        for tree in [crowd, nested] {
+            for wrap in ["", "unshare --pid --fork"] {
+                let case = Case {
+                    wrap,
+                    tree,
+                    sleeps: 5,
+                    ..Case::default()
+                };
+                comes_back(&case)?;
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_root_in_a_user_namespace_within_its_pid_namespace_comes_back() {
+    let name = "a_root_in_a_user_namespace_within_its_pid_namespace_comes_back";
+    skips::as_root(name, || {
+        // The pid namespace belongs to the user namespace, or to the one around it.
+        for wrap in [
+            "setpriv --reuid 1000 --regid 1000 --groups 27 unshare -Urpf",
+            "unshare --pid --fork unshare -Ur",
+            "unshare -Urpf unshare -Ur",
+        ] {
+            let python = "python3 -c 'import threading, time
+for _ in range(3): threading.Thread(target=time.sleep, args=(1000,)).start()
+open(\"/proc/self/comm\", \"w\").write(\"sleep\")' & exec sleep 1001";
+            let case = Case {
+                wrap,
+                tree: python,
+                sleeps: 2,
+                ..Case::default()
+            };
+            comes_back(&case).context(wrap)?;
+        }
+        Ok(())
+    });
+}

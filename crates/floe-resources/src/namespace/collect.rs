@@ -41,7 +41,7 @@ fn collect_one(
         ));
     }
     match namespace.kind() {
-        NsKind::Pid if !namespace.of_root => nested::check(root, namespace, collector),
+        NsKind::Pid if !namespace.of_root => nested::check(namespace, collector),
         NsKind::Pid => collect_pids(root, namespace, collector),
         // Groups are saved with their hierarchy.
         NsKind::Cgroup => Ok(()),

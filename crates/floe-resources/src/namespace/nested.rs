@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use floe_image::messages::{FloeNestedId, PstreeEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::ids::HostPid;
-use floe_kernel::namespace::{Namespace, NsKind};
+use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
 use floe_plan::Handle;
 
@@ -30,22 +30,9 @@ const MAX_DEPTH: usize = 32;
 
 /// Refuses a namespace whose processes are not all ours to make.
 pub(super) fn check(
-    root: &ProcDir,
     namespace: &TreeNamespace,
     collector: &Collector<'_>,
 ) -> Result<(), CollectError> {
-    let system = |action: &str, source| CollectError::System {
-        action: format!("{action} of the pid namespace of task {}", namespace.member),
-        source,
-    };
-    let own = Namespace::of_task(root.pid(), NsKind::Pid)
-        .map_err(|source| system("Opening the parent", source))?;
-    // An owner out of our sight is that of both.
-    let owner = |namespace: &Namespace| namespace.owner().ok().map(|owner| owner.identity());
-    if owner(&own) != owner(&namespace.namespace) {
-        let remedy = "only one of the user namespace that the whole tree is in can be saved";
-        return Err(refused(namespace, remedy));
-    }
     let pids = collector.pids();
     let mut begun_here = false;
     for process in collector.tree() {

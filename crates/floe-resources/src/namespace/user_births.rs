@@ -9,7 +9,7 @@ use floe_plan::Handle;
 
 use super::OwnerMap;
 use super::users::UserNamespace;
-use crate::restore::{ExecuteError, PlanError, TaskImages, TreeImages, World};
+use crate::restore::{Attempt, ExecuteError, PlanError, TaskImages, TreeImages, World};
 use crate::task::credentials::Credentials;
 use crate::task::rebuild::Birth;
 use crate::task::user_entry::{self, From, Ids};
@@ -81,6 +81,95 @@ fn at_birth(images: &TreeImages, ours: &Credentials) -> BTreeMap<u32, Credential
         all.extend(inherited.or_else(comes).map(|born| (pid, born)));
     }
     all
+}
+
+/// The way of a midwife to where a task is born.
+#[derive(Debug)]
+pub struct Arrival {
+    pid: u32,
+    user: u32,
+    born_as: BornAs,
+    around: OwnerMap,
+    denies_groups: bool,
+    born: Option<Credentials>,
+}
+
+impl Arrival {
+    /// Of this task, by somebody who is born in `from`.
+    pub fn of(
+        images: &TreeImages,
+        task: &TaskImages,
+        from: Option<u32>,
+    ) -> Result<Self, PlanError> {
+        let (pid, users) = (task.pid(), &images.users);
+        let user = users
+            .birth_of(pid)
+            .and_then(|id| Some((id, users.get(id)?)));
+        let Some((id, user)) = user.filter(|(id, _)| users.reaches(from, Some(*id))) else {
+            return Err(PlanError::Unsupported {
+                object: format!("Task {pid}, in another user namespace than its parent,"),
+                remedy: "no order of births leads there; end that task before the dump",
+            });
+        };
+        let around = from.and_then(|from| users.get(from));
+        // All that are born there have what the first of them came with.
+        let first = images
+            .tasks
+            .iter()
+            .find(|task| users.birth_of(task.pid()) == from);
+        let came = around.zip(first);
+        let arrival = Arrival {
+            pid,
+            user: id,
+            born_as: BornAs::of(images, task, user),
+            around: users.map(from),
+            denies_groups: around.is_some_and(|around| around.denies_groups),
+            born: came
+                .map(|(around, first)| BornAs::of(images, first, around).credentials(&around.map)),
+        };
+        let nothing = Credentials::default();
+        arrival.plan_from(&nothing, 0, &mut Program::new())?;
+        Ok(arrival)
+    }
+
+    /// The user namespace.
+    pub fn user(&self) -> u32 {
+        self.user
+    }
+
+    /// Takes whoever runs the program there; `file` is its descriptor of the user namespace.
+    pub fn plan(&self, file: i32, program: &mut Program) -> Result<(), ExecuteError> {
+        let ours = Birth::of_this_thread();
+        let ours = ours.during("Reading", || "our own credentials".to_string())?;
+        self.plan_from(&ours.credentials, file, program)
+            .map_err(ExecuteError::from_plan)
+    }
+
+    fn plan_from(
+        &self,
+        ours: &Credentials,
+        file: i32,
+        program: &mut Program,
+    ) -> Result<(), PlanError> {
+        match &self.born_as {
+            BornAs::First(uid, gid) => {
+                user_entry::enter(file, program);
+                let none = [Arg::from(0), Arg::from(0)];
+                program.call("setgroups", libc::SYS_setgroups, &none);
+                program.call("setresgid", libc::SYS_setresgid, &[Arg::from(*gid); 3]);
+                program.call("setresuid", libc::SYS_setresuid, &[Arg::from(*uid); 3]);
+                Ok(())
+            }
+            BornAs::With(ids) => {
+                let from = From {
+                    map: &self.around,
+                    denies_groups: self.denies_groups,
+                    born: self.born.as_ref().unwrap_or(ours),
+                };
+                user_entry::plan_entry((self.pid, ids), from, file, program)
+            }
+        }
+    }
 }
 
 /// What tasks have when they are in their user namespaces, where that is not what the coordinator has.

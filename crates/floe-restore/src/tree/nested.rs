@@ -89,6 +89,7 @@ fn place(births: &mut [Birth], images: &TreeImages) -> Result<(), PlanError> {
                 ));
             }
         };
+        birth.namespace = own;
         known.insert(pid, (below, own));
     }
     Ok(())
