@@ -15,7 +15,7 @@ use crate::arch;
 use crate::call::{RemoteCall, remote_call, remote_calls};
 use crate::error::{InjectError, OnTask};
 use crate::program::{Arg, ENTRY_SIZE, Outcome, Program};
-use crate::tracee::{Seized, Stopped, wait_for_stop};
+use crate::tracee::{Seized, Stopped, wait_for_stop, wait_for_stop_beside};
 
 /// Offset of the programs: the executor has the first page for itself.
 const PROGRAMS: u64 = 4096;
@@ -78,7 +78,7 @@ impl Arena {
             calls.push(RemoteCall {
                 thread,
                 gate,
-                call: ("mmap of the executor", libc::SYS_mmap),
+                call: ("mmap of the executor".into(), libc::SYS_mmap),
                 args: [0, len as u64, prot as u64, flags as u64, u64::MAX, 0],
             });
         }
@@ -212,9 +212,20 @@ impl Arena {
     fn wait_for_end(&self, thread: &mut Stopped) -> Result<Regs, InjectError> {
         let pid = thread.pid();
         let idle = self.base + arch::idle_offset();
+        let mut mute = false;
         loop {
-            let status = wait_for_stop(pid)?;
+            // A security module may forbid the task to send itself a signal: then it waits unheard.
+            let status = wait_for_stop_beside(pid, || {
+                if mute || !waits_at(pid, idle) {
+                    return Ok(());
+                }
+                mute = true;
+                ptrace::interrupt(pid).on(pid, "interrupt")
+            })?;
             match status {
+                WaitStatus::Event { .. } if mute => {
+                    return ptrace::regs(pid).on(pid, "getregs");
+                }
                 WaitStatus::Signal(signal) => {
                     let regs = ptrace::regs(pid).on(pid, "getregs")?;
                     if signal == self.signal.0 && arch::instruction_pointer(&regs) == idle {
@@ -246,6 +257,36 @@ impl Arena {
         }
     }
 
+    /// Makes the calls of a program one by one, from outside: slower, but nothing of the executor's own is
+    /// asked of the thread, which may come under a policy on the way that forbids signals. The thread is
+    /// left at the exit of the last call.
+    pub fn step(&self, thread: &mut Stopped, program: &Program) -> Result<(), InjectError> {
+        let pid = thread.pid();
+        let base = self.base + PROGRAMS;
+        let bytes = program.arena_bytes();
+        if bytes > self.capacity() {
+            let arena = self.capacity();
+            return Err(InjectError::TooLarge { pid, bytes, arena });
+        }
+        vm::write_exact(pid, TaskAddr(base), &program.assemble(base))
+            .map_err(|source| InjectError::WriteProgram { pid, source })?;
+        let gate = self.base + arch::gate_offset();
+        let mut results = Vec::new();
+        for call in &program.calls {
+            fault::point();
+            let args = program.direct_args(call, base, &results);
+            let made = remote_call(thread, gate, (call.label.clone(), call.number), args);
+            results.push(match made {
+                Ok(result) => result,
+                Err(InjectError::Call { source, .. }) if !call.must_succeed => {
+                    -i64::from(source.raw_os_error().unwrap_or(libc::EINVAL))
+                }
+                Err(error) => return Err(error),
+            });
+        }
+        Ok(())
+    }
+
     /// Makes one call outside of a program, leaving the thread at its exit.
     pub fn call(
         &self,
@@ -253,7 +294,9 @@ impl Arena {
         call: (&'static str, i64),
         args: [u64; 6],
     ) -> Result<i64, InjectError> {
-        remote_call(thread, self.base + arch::gate_offset(), call, args)
+        let (label, number) = call;
+        let gate = self.base + arch::gate_offset();
+        remote_call(thread, gate, (label.into(), number), args)
     }
 
     /// Ends a puppet: with this exit code, or killed by `signal` where that is not zero.
@@ -323,7 +366,7 @@ impl Arena {
             RemoteCall {
                 thread,
                 gate: arena.base + arch::gate_offset(),
-                call: ("munmap of the executor", libc::SYS_munmap),
+                call: ("munmap of the executor".into(), libc::SYS_munmap),
                 args: [arena.base, arena.len as u64, 0, 0, 0, 0],
             }
         });
@@ -339,6 +382,20 @@ impl Arena {
         }
         first_error
     }
+}
+
+/// Whether a thread that runs has come to wait at the end of the executor.
+fn waits_at(pid: HostPid, idle: u64) -> bool {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/syscall")).unwrap_or_default();
+    let call = text
+        .split(' ')
+        .next()
+        .and_then(|word| word.parse::<i64>().ok());
+    let at = text
+        .trim_end()
+        .rsplit_once("0x")
+        .map(|(_, at)| u64::from_str_radix(at, 16));
+    call == Some(libc::SYS_pause) && at == Some(Ok(idle + arch::IDLE_CALL))
 }
 
 /// How the first task of a restored tree comes to be.

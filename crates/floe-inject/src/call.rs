@@ -1,5 +1,6 @@
 //! Single system calls in stopped threads, through an instruction that is there already.
 
+use std::borrow::Cow;
 use std::io;
 use std::ops::Range;
 
@@ -17,7 +18,7 @@ use crate::tracee::{Stopped, wait_for_stop};
 pub fn remote_call(
     thread: &mut Stopped,
     gate: u64,
-    call: (&'static str, i64),
+    call: (Cow<'static, str>, i64),
     args: [u64; 6],
 ) -> Result<i64, InjectError> {
     let mut call = RemoteCall {
@@ -52,7 +53,7 @@ pub(crate) struct RemoteCall<'t> {
     /// The address of a `syscall` instruction.
     pub gate: u64,
     /// Its name in errors, and its number.
-    pub call: (&'static str, i64),
+    pub call: (Cow<'static, str>, i64),
     pub args: [u64; 6],
 }
 
@@ -80,7 +81,7 @@ impl RemoteCall<'_> {
             let source = io::Error::from_raw_os_error(-result as i32);
             return Err(InjectError::Call {
                 pid,
-                label: self.call.0.into(),
+                label: self.call.0.clone(),
                 index: 0,
                 source,
             });

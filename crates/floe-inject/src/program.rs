@@ -79,9 +79,9 @@ impl From<BufferId> for Arg {
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
     pub(crate) label: Cow<'static, str>,
-    number: i64,
+    pub(crate) number: i64,
     args: [Arg; 6],
-    must_succeed: bool,
+    pub(crate) must_succeed: bool,
 }
 
 /// System calls in a row, with the buffers that they use.
@@ -210,6 +210,20 @@ impl Program {
     /// Bytes that it takes in an arena.
     pub fn arena_bytes(&self) -> usize {
         self.calls.len() * ENTRY_SIZE + self.data.len()
+    }
+
+    /// The arguments of a call of a program at `base`, where calls are made from outside: `results` are those
+    /// of the calls before it.
+    pub(crate) fn direct_args(&self, call: &Call, base: u64, results: &[i64]) -> [u64; 6] {
+        let data = base + (self.calls.len() * ENTRY_SIZE) as u64;
+        let address = |buffer: BufferId| data + self.buffers[buffer.0].0 as u64;
+        call.args.map(|arg| match arg {
+            Arg::Value(value) => value,
+            Arg::Result(earlier) => results[earlier.0].cast_unsigned(),
+            Arg::Buffer(buffer) => address(buffer),
+            Arg::At(buffer, offset) => address(buffer) + offset,
+            Arg::Load(..) => unreachable!("only the executor loads words"),
+        })
     }
 
     /// The bytes to be put at `base` in the task: entries, then buffers.

@@ -362,7 +362,7 @@ fn close_userfaultfds(thread: &mut Stopped, gate: u64) {
             .is_ok_and(|link| link.as_os_str() == "anon_inode:[userfaultfd]");
         let number = entry.file_name().to_string_lossy().parse().ok();
         if let (true, Some(fd)) = (is_one, number) {
-            let close = ("close of the userfaultfd", libc::SYS_close);
+            let close = ("close of the userfaultfd".into(), libc::SYS_close);
             // It fails only for a thread that has died.
             let _ = remote_call(thread, gate, close, [fd, 0, 0, 0, 0, 0]);
         }

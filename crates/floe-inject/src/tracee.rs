@@ -18,6 +18,8 @@ use crate::supervisor::{Journal, SlotId};
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// How long to poll before sleeping: most stops come within microseconds.
 const SPIN: Duration = Duration::from_micros(200);
+/// How often a tracee that does not stop is looked after.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// A traced thread that runs.
 #[derive(Debug)]
@@ -144,7 +146,16 @@ impl Seized {
 
 /// Waits for the next stop of one tracee.
 pub(crate) fn wait_for_stop(pid: HostPid) -> Result<WaitStatus, InjectError> {
+    wait_for_stop_beside(pid, || Ok(()))
+}
+
+/// As [`wait_for_stop`]; looks after the tracee by `beside` every now and then where that takes long.
+pub(crate) fn wait_for_stop_beside(
+    pid: HostPid,
+    mut beside: impl FnMut() -> Result<(), InjectError>,
+) -> Result<WaitStatus, InjectError> {
     let start = Instant::now();
+    let mut look = LOOK;
     loop {
         if let Some((_, status)) = ptrace::wait(pid, libc::WNOHANG).on(pid, "wait")? {
             return match status {
@@ -160,6 +171,10 @@ pub(crate) fn wait_for_stop(pid: HostPid) -> Result<WaitStatus, InjectError> {
                 pid,
                 seconds: STOP_DEADLINE.as_secs(),
             });
+        }
+        if waited > look {
+            beside()?;
+            look = waited + LOOK;
         }
         if waited < SPIN {
             std::thread::yield_now();

@@ -104,6 +104,9 @@ pub fn idle_offset() -> u64 {
     (&raw const floe_executor_idle).addr() as u64 - (&raw const floe_executor_start).addr() as u64
 }
 
+/// Bytes from there to behind the call in which it waits: a `mov` and the `syscall`.
+pub const IDLE_CALL: u64 = 7;
+
 /// Offset in the executor of a `syscall` instruction that is followed by code of the executor.
 pub fn gate_offset() -> u64 {
     let code = executor_code();
