@@ -81,6 +81,8 @@ pub struct TaskSummary {
     /// Ancestors above it.
     pub depth: usize,
     pub comm: String,
+    /// The security label: a profile of AppArmor's, a context of SELinux's.
+    pub label: Option<String>,
     pub state: &'static str,
     pub threads: usize,
     pub descriptors: usize,
@@ -254,6 +256,7 @@ impl TaskReader<'_> {
             sid: line.sid,
             depth: line.depth,
             comm: line.comm,
+            label: line.label,
             state,
             threads,
             descriptors: descriptors.len(),

@@ -37,6 +37,7 @@ use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::NsKind;
 use floe_kernel::proc::ProcDir;
+use floe_kernel::security::SecurityModule;
 use floe_memory::{PageStore, punch_replaced};
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
 use floe_resources::cgroup::CgroupSets;
@@ -45,6 +46,7 @@ use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::ipc::posix::{take_telling, write_telling};
 use floe_resources::namespace::collect_namespaces;
+use floe_resources::task::label::policy;
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
@@ -313,6 +315,8 @@ fn save(
         kinship: Kinship::default(),
         cgroups: CgroupSets::default(),
         seccomp: SeccompFilters::default(),
+        security: SecurityModule::active(),
+        policy: None,
     };
     let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
@@ -342,7 +346,7 @@ fn save(
     let mut telling = take_telling(&mut collector);
     for (task, draft) in tree.tasks.iter_mut().zip(&mut drafts) {
         if let Draft::Living(draft) = draft {
-            remote::ask(task, draft, (&tree.pids, &mut telling))?;
+            remote::ask(task, draft, (&tree.pids, shared.security, &mut telling))?;
         }
     }
     write_telling(telling, &mut collector)?;
@@ -361,11 +365,15 @@ fn save(
     let has_own_cgroups = collector.namespaces().of_root(NsKind::Cgroup).is_some();
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
+    if let Some(policy) = &shared.policy {
+        writer.write_one(ImageKind::Apparmor, 0, policy)?;
+    }
     let own_view = has_own_cgroups.then_some(&tree.root().proc);
     if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups, own_view)? {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
-    write::write_inventory(writer, options, own_cgroups, run_id.to_string())?;
+    let whose = (own_cgroups, shared.security);
+    write::write_inventory(writer, options, whose, run_id.to_string())?;
     tracing::info!("wrote the images but the pages");
     let copied = memory.drain()?;
     tracing::info!(bytes = copied.bytes, "wrote the pages");
@@ -396,6 +404,11 @@ fn collect_all<'a>(
     for task in &tree.tasks {
         let draft = task::collect(task, shared, collector);
         drafts.extend(collector.note(draft)?);
+    }
+    let labels = drafts.iter().flat_map(Draft::labels);
+    match policy::collect(labels, tree.root().pid) {
+        Ok(found) => shared.policy = found,
+        Err(obstacle) => collector.obstacle(obstacle),
     }
     collector.run_deferred()?;
     let obstacles = collector.take_obstacles();

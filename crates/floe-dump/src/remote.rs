@@ -2,12 +2,14 @@
 
 use floe_inject::{Arena, InjectError, Outcome, Program, QuietSignal, Saved, Stopped, find_gate};
 use floe_kernel::proc::ProcDir;
+use floe_kernel::security::SecurityModule;
 use floe_resources::CollectError;
 use floe_resources::ipc::posix::Telling;
 use floe_resources::namespace::{OwnerMap, PidView};
 use floe_resources::task::alt_stack::AltStack;
 use floe_resources::task::attributes::{TaskAttributes, ThreadAttributes};
 use floe_resources::task::itimers::IntervalTimers;
+use floe_resources::task::label::LabelQuestions;
 use floe_resources::task::memory_map;
 use floe_resources::task::posix_timers::PosixTimers;
 use floe_resources::task::rlimits::ResourceLimits;
@@ -20,6 +22,7 @@ use crate::task::{self, TaskDraft, ThreadDraft};
 struct ThreadQuestions {
     stack: AltStack,
     attributes: ThreadAttributes,
+    label: LabelQuestions,
 }
 
 /// What is asked of a process, through its leader.
@@ -36,7 +39,7 @@ struct TaskQuestions {
 pub fn ask(
     task: &mut FrozenTask,
     draft: &mut TaskDraft,
-    (pids, telling): (&PidView, &mut [Telling]),
+    (pids, security, telling): (&PidView, SecurityModule, &mut [Telling]),
 ) -> Result<(), CollectError> {
     redirect_out_of_sequences(task, draft)?;
     let pid = task.pid;
@@ -54,12 +57,13 @@ pub fn ask(
         .split_first_mut()
         .ok_or(InjectError::NoGate { pid })?;
     let arena = Arena::inject(leader, gate, signal)?;
-    let mut answered = ask_leader((&task.proc, pids), &arena, leader, draft);
+    let mut answered = ask_leader((&task.proc, pids, security), &arena, leader, draft);
     for queue in telling.iter_mut().filter(|queue| queue.pid == pid) {
         answered = answered.and_then(|()| queue.ask(|program| arena.run(leader, program)));
     }
     if let Some((_, drafts)) = draft.threads.split_first_mut() {
-        answered = answered.and_then(|()| ask_threads(&arena, others, drafts, pids.owners()));
+        answered =
+            answered.and_then(|()| ask_threads(&arena, others, drafts, (pids.owners(), security)));
     }
     for thread in others {
         thread.put_back()?;
@@ -102,17 +106,17 @@ fn redirect_out_of_sequences(task: &mut FrozenTask, draft: &TaskDraft) -> Result
 }
 
 fn ask_leader(
-    (proc, pids): (&ProcDir, &PidView),
+    (proc, pids, security): (&ProcDir, &PidView, SecurityModule),
     arena: &Arena,
     leader: &mut Stopped,
     draft: &mut TaskDraft,
 ) -> Result<(), CollectError> {
     let mut program = Program::new();
-    let of_thread = ThreadQuestions::ask(&mut program);
+    let of_thread = ThreadQuestions::ask(security, &mut program);
     let of_task = TaskQuestions::ask(proc, &mut program)?;
     let outcome = arena.run(leader, &program)?;
     if let Some(thread) = draft.threads.first_mut() {
-        of_thread.read(&outcome, thread, pids.owners());
+        of_thread.read(&outcome, thread, pids.owners())?;
     }
     of_task.read(&outcome, draft, pids);
     Ok(())
@@ -123,24 +127,27 @@ fn ask_threads(
     arena: &Arena,
     threads: &mut [Stopped],
     drafts: &mut [ThreadDraft],
-    owners: &OwnerMap,
+    (owners, security): (&OwnerMap, SecurityModule),
 ) -> Result<(), CollectError> {
     let mut program = Program::new();
-    let questions = ThreadQuestions::ask(&mut program);
+    let questions = ThreadQuestions::ask(security, &mut program);
     let bytes = program.arena_bytes();
     let at_once = (arena.capacity() / bytes).max(1);
     for (threads, drafts) in threads.chunks_mut(at_once).zip(drafts.chunks_mut(at_once)) {
-        let mut result = Ok(());
+        let mut result: Result<(), CollectError> = Ok(());
         let mut started = 0;
         while let (Some(thread), Ok(())) = (threads.get_mut(started), &result) {
-            result = arena.start(thread, &program, started * bytes);
+            let begun = arena.start(thread, &program, started * bytes);
+            result = begun.map_err(CollectError::from);
             started += usize::from(result.is_ok());
         }
         // What was started has to be waited for, also after a failure.
         for (index, (thread, draft)) in threads.iter_mut().zip(drafts).take(started).enumerate() {
             match arena.finish(thread, &program, index * bytes) {
-                Ok(outcome) => questions.read(&outcome, draft, owners),
-                Err(error) => result = result.and(Err(error)),
+                Ok(outcome) => {
+                    result = result.and(questions.read(&outcome, draft, owners));
+                }
+                Err(error) => result = result.and(Err(error.into())),
             }
         }
         result?;
@@ -149,14 +156,21 @@ fn ask_threads(
 }
 
 impl ThreadQuestions {
-    fn ask(program: &mut Program) -> Self {
+    fn ask(security: SecurityModule, program: &mut Program) -> Self {
         ThreadQuestions {
             stack: AltStack::ask(program),
             attributes: ThreadAttributes::ask(program),
+            label: LabelQuestions::ask(security, program),
         }
     }
 
-    fn read(&self, outcome: &Outcome, draft: &mut ThreadDraft, owners: &OwnerMap) {
+    fn read(
+        &self,
+        outcome: &Outcome,
+        draft: &mut ThreadDraft,
+        owners: &OwnerMap,
+    ) -> Result<(), CollectError> {
+        self.label.read(outcome, draft.tid, &draft.label)?;
         let attributes = self.attributes.read(outcome);
         let credentials = task::credentials(draft, attributes.securebits, owners);
         if let Some(info) = &mut draft.core.thread_info {
@@ -167,6 +181,7 @@ impl ThreadQuestions {
             core.pdeath_sig = Some(attributes.death_signal).filter(|&signal| signal != 0);
             core.creds = Some(credentials);
         }
+        Ok(())
     }
 }
 

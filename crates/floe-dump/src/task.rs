@@ -2,14 +2,15 @@
 
 use floe_image::messages::CoreEntryMarch;
 use floe_image::messages::{
-    CoreEntry, CredsEntry, FdinfoEntry, FsEntry, MmEntry, PstreeEntry, TaskCoreEntry,
-    TaskKobjIdsEntry, TaskTimersEntry, ThreadCoreEntry,
+    ApparmorEntry, CoreEntry, CredsEntry, FdinfoEntry, FsEntry, MmEntry, PstreeEntry,
+    TaskCoreEntry, TaskKobjIdsEntry, TaskTimersEntry, ThreadCoreEntry,
 };
 use floe_inject::Stopped;
 use floe_kernel::ids::HostPid;
 use floe_kernel::pidfd::Pidfd;
 use floe_kernel::proc::{ProcError, Status, parse_status};
 use floe_kernel::ptrace::SignalQueue;
+use floe_kernel::security::SecurityModule;
 use floe_kernel::thread::robust_list;
 use floe_resources::cgroup::CgroupSets;
 use floe_resources::collect::{ask_ahead, collect_fd_table};
@@ -17,6 +18,7 @@ use floe_resources::namespace::{OwnerMap, PidView, TreeNamespaces, check_task, n
 use floe_resources::task::attributes::encode_personality;
 use floe_resources::task::credentials::credentials_entry;
 use floe_resources::task::fs::collect_fs;
+use floe_resources::task::label::Label;
 use floe_resources::task::memory_map::collect_memory_map;
 use floe_resources::task::pending::{GroupStop, collect_pending};
 use floe_resources::task::registers::collect_registers;
@@ -35,6 +37,10 @@ pub struct Shared {
     pub kinship: Kinship,
     pub cgroups: CgroupSets,
     pub seccomp: SeccompFilters,
+    /// Who labels tasks here.
+    pub security: SecurityModule,
+    /// What their labels need of AppArmor's policy.
+    pub policy: Option<ApparmorEntry>,
 }
 
 /// One thread's state so far.
@@ -44,6 +50,8 @@ pub struct ThreadDraft {
     pub number: u32,
     pub core: CoreEntry,
     pub status: Status,
+    /// What a security module knows it by.
+    pub label: Label,
     pub rseq: Rseq,
 }
 
@@ -62,6 +70,18 @@ pub struct TaskDraft {
 pub enum Draft {
     Living(Box<TaskDraft>),
     Dead(Box<CoreEntry>),
+}
+
+impl Draft {
+    /// The labels of its threads.
+    pub fn labels(&self) -> impl Iterator<Item = &str> {
+        let threads = match self {
+            Draft::Living(task) => task.threads.as_slice(),
+            Draft::Dead(_) => &[],
+        };
+        let labels = threads.iter().map(|thread| &thread.label);
+        labels.filter_map(|label| label.current.as_deref())
+    }
 }
 
 /// `task_core_entry.task_state`.
@@ -140,11 +160,12 @@ fn collect_threads(
     collector: &mut Collector<'_>,
 ) -> Result<Vec<ThreadDraft>, CollectError> {
     let tids: Vec<HostPid> = task.threads.iter().map(Stopped::pid).collect();
-    let proc = &task.proc;
+    let (proc, security) = (&task.proc, shared.security);
     let read = |tid: HostPid| -> Result<Texts, ProcError> {
         Ok(Texts {
             status: proc.read_record(&format!("task/{tid}/status"))?,
             cgroup: proc.read_record(&format!("task/{tid}/cgroup"))?,
+            label: Label::read(security, proc, tid)?,
         })
     };
     let mut drafts = Vec::with_capacity(tids.len());
@@ -165,6 +186,7 @@ fn collect_threads(
 struct Texts {
     status: Vec<u8>,
     cgroup: Vec<u8>,
+    label: Label,
 }
 
 /// The outer result is a failure, the inner one may be an obstacle.
@@ -211,6 +233,7 @@ fn collect_thread(
             number: pids.number(tid),
             core,
             status,
+            label: texts.label,
             rseq,
         })
     })();
@@ -303,7 +326,7 @@ pub fn tree_entry(
 
 /// Credentials of a thread, once its securebits are known.
 pub fn credentials(draft: &ThreadDraft, securebits: u32, owners: &OwnerMap) -> CredsEntry {
-    credentials_entry(&draft.status, securebits, owners)
+    credentials_entry((&draft.status, &draft.label), securebits, owners)
 }
 
 /// Timers of a task.

@@ -3,11 +3,13 @@
 use std::time::SystemTime;
 
 use floe_image::manifest::{DumpKind, ManifestInfo};
-use floe_image::messages::{InventoryEntry, Lsmtype, VmaEntry};
+use floe_image::messages::{InventoryEntry, VmaEntry};
 use floe_image::{ImageKind, ImageWriter, WriteError};
 use floe_kernel::cpu::CpuFacts;
+use floe_kernel::security::SecurityModule;
 use floe_options::{DumpOptions, NetworkLock, PreDumpMode};
 use floe_resources::cpu;
+use floe_resources::task::label::lsm_type;
 use floe_resources::vma::AddressSpace;
 
 use crate::freeze::FrozenTask;
@@ -65,7 +67,7 @@ fn entries(space: AddressSpace, guards: Vec<VmaEntry>) -> Vec<VmaEntry> {
 pub fn write_inventory(
     writer: &ImageWriter,
     options: &DumpOptions,
-    own_cgroups: u32,
+    (own_cgroups, security): (u32, SecurityModule),
     run_id: String,
 ) -> Result<(), WriteError> {
     let lock = match options.sockets.network_lock {
@@ -79,7 +81,7 @@ pub fn write_inventory(
         root_ids: Some(ids::of_host()),
         ns_per_id: Some(true),
         root_cg_set: Some(own_cgroups),
-        lsmtype: Some(Lsmtype::NoLsm as i32),
+        lsmtype: Some(lsm_type(security) as i32),
         tcp_close: options.sockets.tcp_close.then_some(true),
         network_lock_method: Some(lock),
         // The tree is stopped still.
@@ -127,7 +129,7 @@ pub fn write_round(
         fdinfo_per_id: Some(true),
         ns_per_id: Some(true),
         root_ids: Some(ids::of_host()),
-        lsmtype: Some(Lsmtype::NoLsm as i32),
+        lsmtype: Some(lsm_type(SecurityModule::active()) as i32),
         pre_dump_mode: Some(match mode {
             PreDumpMode::Splice => 1,
             PreDumpMode::Read => 2,

@@ -39,6 +39,8 @@ pub struct TaskLine {
     pub depth: usize,
     /// Its name.
     pub comm: String,
+    /// Its security label, where it had one.
+    pub label: Option<String>,
 }
 
 impl fmt::Display for TaskLine {
@@ -130,12 +132,14 @@ pub fn tasks(dir: &ImageDir) -> Result<Vec<TaskLine>, ImageError> {
     while let Some((depth, task)) = waiting.pop() {
         let core = dir.read_core(task.pid.into())?;
         let comm = core.tc.map(|tc| tc.comm).unwrap_or_default();
+        let creds = core.thread_core.and_then(|thread| thread.creds);
         lines.push(TaskLine {
             pid: task.pid,
             pgid: task.pgid,
             sid: task.sid,
             depth,
             comm,
+            label: creds.and_then(|creds| creds.lsm_profile),
         });
         waiting.extend(take_children(&mut left, task.pid, depth + 1));
     }

@@ -30,6 +30,7 @@ pub mod placeholder;
 pub mod proc;
 pub mod ptrace;
 pub mod rtnetlink;
+pub mod security;
 pub mod shared_anonymous;
 pub mod sock_diag;
 pub mod socket;

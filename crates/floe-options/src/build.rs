@@ -6,8 +6,8 @@ use std::sync::Arc;
 use crate::command::Command;
 use crate::settings::FinalState;
 use crate::{
-    AfterDump, AfterRestore, CgroupOptions, DetachMode, DumpOptions, Hooks, LsmProfile, Place,
-    RestoreOptions, Settings, UsageError,
+    AfterDump, AfterRestore, CgroupOptions, DetachMode, DumpOptions, Hooks, Place, RestoreOptions,
+    Settings, UsageError,
 };
 
 /// An option that this version takes but cannot follow.
@@ -17,15 +17,6 @@ pub struct NotYet {
     pub option: &'static str,
     /// What it would need, and what to do instead.
     pub instead: &'static str,
-}
-
-/// Whether the kernel has a security module.
-fn has_module(kind: &str) -> bool {
-    let places = match kind {
-        "apparmor" => ["/sys/kernel/security/apparmor", "/sys/module/apparmor"],
-        _ => ["/sys/fs/selinux/enforce", "/sys/fs/selinux/policyvers"],
-    };
-    places.iter().any(|place| Path::new(place).exists())
 }
 
 impl Settings {
@@ -152,39 +143,11 @@ impl Settings {
                 "--stream",
                 "use a directory",
             ),
-            (
-                self.wants_profile() && restore,
-                "--lsm-profile",
-                self.instead_of_profile(),
-            ),
-            (
-                self.lsm_mount_context.is_some() && restore,
-                "--lsm-mount-context",
-                "mount with the context beforehand",
-            ),
         ];
         rows.into_iter()
             .filter(|row| row.0)
             .map(|(_, option, instead)| NotYet { option, instead })
             .collect()
-    }
-
-    /// Whether `--lsm-profile` asks for more than a kernel without that security module gives by itself: LXC
-    /// passes `apparmor:unconfined` everywhere.
-    fn wants_profile(&self) -> bool {
-        let free = |one: &LsmProfile| one.kind == "apparmor" && one.name == "unconfined";
-        let profile = self.lsm_profile.as_ref();
-        profile.is_some_and(|one| has_module(&one.kind) || !free(one))
-    }
-
-    fn instead_of_profile(&self) -> &'static str {
-        match self.lsm_profile.as_ref().map(|one| one.kind.as_str()) {
-            Some("apparmor") if !has_module("apparmor") => {
-                "this kernel has no AppArmor, where only `apparmor:unconfined` can be had"
-            }
-            Some("selinux") if !has_module("selinux") => "this kernel has no SELinux: leave it out",
-            _ => "start Floe under the profile",
-        }
     }
 
     /// The options of control groups; a relative yard is seen from the work directory, as in CRIU.

@@ -221,8 +221,8 @@ pub const FLAGS: &[Flag] = &[
     value("cgroup-yard", "DIR", Both, store!(cgroups.yard), "where hierarchies are mounted already"),
     value("freeze-cgroup", "DIR", Dump, store!(cgroups.freeze), "freeze the tree by this group"),
     value("lsm-profile", "TYPE:NAME", Restore, |s, v| { s.lsm_profile = Some(values::lsm_profile(v)?); Ok(()) },
-        "label to use: apparmor:NAME, selinux:LABEL"),
-    value("lsm-mount-context", "CTX", Restore, store!(lsm_mount_context), "mount context to use"),
+        "label for tasks that had one: apparmor:NAME, selinux:LABEL, none"),
+    value("lsm-mount-context", "CTX", Restore, store!(lsm_mount_context), "SELinux context for mounts that had one"),
     // Memory
     value("tracker", "NAME", Dump, read!(tracker, values::tracker),
         "how changes are found: auto, uffd, soft-dirty, content, none (not in CRIU)"),

@@ -33,5 +33,7 @@ pub use policy::{
     ByteLimit, CgroupOptions, CgroupRoot, CpuCapabilities, FileValidation, ManageCgroups,
     MountOptions, NetworkLock, Place, SocketOptions, TreePid,
 };
-pub use restore::{AfterRestore, DetachMode, JoinNamespace, LsmProfile, RestoreOptions, VethPair};
+pub use restore::{
+    AfterRestore, DetachMode, JoinNamespace, LsmKind, LsmProfile, RestoreOptions, VethPair,
+};
 pub use settings::Settings;

@@ -41,13 +41,22 @@ pub struct JoinNamespace {
     pub ids: Option<(u32, u32)>,
 }
 
-/// `--lsm-profile TYPE:NAME`.
+/// `--lsm-profile`: in place of the security labels that tasks had.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LsmProfile {
-    /// `apparmor` or `selinux`.
-    pub kind: String,
-    /// The profile or label.
-    pub name: String,
+pub enum LsmProfile {
+    /// `none`: tasks have what Floe has itself.
+    None,
+    /// `TYPE:NAME`.
+    Label(LsmKind, String),
+}
+
+/// A security module that labels tasks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LsmKind {
+    /// Its labels are names of profiles.
+    AppArmor,
+    /// Its labels are contexts.
+    SeLinux,
 }
 
 /// `--veth-pair IN=OUT`.

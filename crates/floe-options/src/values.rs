@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::{
-    ByteLimit, CgroupRoot, CpuCapabilities, FileValidation, IterateOptions, JoinNamespace,
+    ByteLimit, CgroupRoot, CpuCapabilities, FileValidation, IterateOptions, JoinNamespace, LsmKind,
     LsmProfile, ManageCgroups, NetworkLock, PreDumpMode, TrackerChoice, TreePid, ValueError,
     VethPair,
 };
@@ -241,16 +241,17 @@ pub(crate) fn veth_pair(text: &str) -> Result<VethPair, ValueError> {
 }
 
 pub(crate) fn lsm_profile(text: &str) -> Result<LsmProfile, ValueError> {
-    let (kind, name) = text
-        .split_once(':')
-        .ok_or(ValueError::Expected("apparmor:NAME or selinux:LABEL"))?;
-    if !matches!(kind, "apparmor" | "selinux") {
-        return Err(ValueError::choice(kind, &["apparmor", "selinux"]));
+    let (kind, name) = text.split_once(':').unwrap_or((text, ""));
+    let kind = match kind {
+        "apparmor" => LsmKind::AppArmor,
+        "selinux" => LsmKind::SeLinux,
+        "none" if name.is_empty() => return Ok(LsmProfile::None),
+        _ => return Err(ValueError::choice(kind, &["apparmor", "selinux", "none"])),
+    };
+    if name.is_empty() || name.contains(['\0', '\n']) {
+        return Err(ValueError::Expected("apparmor:NAME, selinux:LABEL or none"));
     }
-    Ok(LsmProfile {
-        kind: kind.into(),
-        name: name.into(),
-    })
+    Ok(LsmProfile::Label(kind, name.into()))
 }
 
 /// `-v` adds one, `-vvv` its length, `-v4` sets; `-verbosity=N` with one dash, which CRIU's test

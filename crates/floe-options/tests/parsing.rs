@@ -235,13 +235,6 @@ fn what_cannot_be_done_yet_is_named() {
         not_yet("dump -t 1 --track-mem --lazy-pages"),
         ["--lazy-pages"]
     );
-    for other in ["apparmor:docker-default", "selinux:a_u:b_r:c_t:s0"] {
-        let text = format!("restore --lsm-profile {other}");
-        assert_eq!(not_yet(&text), ["--lsm-profile"]);
-    }
-    if !std::path::Path::new("/sys/module/apparmor").exists() {
-        assert!(not_yet("restore --lsm-profile apparmor:unconfined").is_empty());
-    }
     assert!(not_yet("restore --join-ns net:1 --empty-ns net").is_empty());
     assert!(not_yet("dump -t 1 --auto-dedup --pre-dump-mode read --empty-ns net").is_empty());
 }

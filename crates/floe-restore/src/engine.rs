@@ -22,6 +22,7 @@ use floe_resources::restore::{Op, PlanError, Planner, Puppet, TreeImages, World}
 
 use crate::births::{Births, plan_threads};
 use crate::error::RestoreError;
+use crate::labels::TreeLabels;
 use crate::numbers::free_numbers;
 use crate::space::Spaces;
 use crate::state::Background;
@@ -65,10 +66,12 @@ pub fn plan<'i>(
     .plan(&mut planner)?;
     descriptors::plan(&mut planner)?;
     floe_resources::file_lock::plan_locks(&mut planner)?;
-    plan_threads(&mut planner);
+    let labels = Rc::new(TreeLabels::new(images, options)?);
+    labels.plan(&mut planner);
+    plan_threads(&mut planner, &labels);
     floe_resources::namespace::nested::plan_children(&mut planner)?;
     let background = Rc::new(Background::new(&planner)?);
-    state::plan(&mut planner, &background)?;
+    state::plan(&mut planner, &background, labels)?;
     Ok((planner.finish()?, background))
 }
 

@@ -9,6 +9,7 @@ mod descriptors;
 mod engine;
 mod error;
 mod kin;
+mod labels;
 mod machine;
 pub mod memory;
 mod midwife;

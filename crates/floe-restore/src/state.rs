@@ -17,6 +17,7 @@ use floe_resources::restore::{
 };
 use floe_resources::task::rebuild::{self, Birth, TaskContext};
 
+use crate::labels::TreeLabels;
 use crate::tree::is_zombie;
 
 /// Where programs that run at once begin in the arena.
@@ -96,6 +97,7 @@ pub fn shared(pid: u32) -> Handle {
 pub fn plan<'i>(
     planner: &mut Planner<'i>,
     background: &Rc<Background<'i>>,
+    labels: Rc<TreeLabels>,
 ) -> Result<(), PlanError> {
     let images = planner.images;
     let tasks: Vec<&'i TaskImages> = images
@@ -115,9 +117,13 @@ pub fn plan<'i>(
         |_| Ok(()),
     );
     planner.step_at_home(
-        "signals, timers, limits, credentials of all tasks",
+        "signals, timers, limits, credentials, labels of all tasks",
         (&[Handle::Ready], &[]),
-        move |world| finish_all(world, &last),
+        move |world| {
+            labels.prepare(world)?;
+            finish_all(world, &last)?;
+            labels.execute(world)
+        },
     );
     Ok(())
 }

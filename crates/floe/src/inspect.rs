@@ -94,14 +94,7 @@ fn text(summary: &Summary, all: bool) -> String {
         let frozen = only.facts.frozen_us.map_or_else(unknown, milliseconds);
         let _ = writeln!(out, "size {}, frozen for {frozen}", size(only.facts.size));
     }
-    table(
-        &mut out,
-        "Tasks",
-        &[
-            "pid", "pgid", "sid", "state", "threads", "fds", "mapped", "stored", "name",
-        ],
-        summary.tasks.iter().map(task),
-    );
+    tasks(&mut out, &summary.tasks);
     memory(&mut out, summary, all);
     files(&mut out, "Files", &summary.files, all);
     files(&mut out, "Sockets", &summary.sockets, all);
@@ -125,7 +118,29 @@ fn generation(row: &GenerationSummary) -> Vec<String> {
     ]
 }
 
-fn task(row: &TaskSummary) -> Vec<String> {
+/// Security labels are shown where there are any.
+fn tasks(out: &mut String, tasks: &[TaskSummary]) {
+    let labelled = tasks.iter().any(|task| task.label.is_some());
+    let mut heads = vec![
+        "pid", "pgid", "sid", "state", "threads", "fds", "mapped", "stored",
+    ];
+    heads.extend(labelled.then_some("label"));
+    heads.push("name");
+    let row = |task: &TaskSummary| {
+        let mut cells = numbers(task);
+        cells.extend(labelled.then(|| task.label.clone().unwrap_or("-".into())));
+        cells.push(format!(
+            "{:indent$}{}",
+            "",
+            task.comm,
+            indent = 2 * task.depth
+        ));
+        cells
+    };
+    table(out, "Tasks", &heads, tasks.iter().map(row));
+}
+
+fn numbers(row: &TaskSummary) -> Vec<String> {
     vec![
         row.pid.to_string(),
         row.pgid.to_string(),
@@ -135,7 +150,6 @@ fn task(row: &TaskSummary) -> Vec<String> {
         row.descriptors.to_string(),
         size(row.mapped),
         size(row.stored),
-        format!("{:indent$}{}", "", row.comm, indent = 2 * row.depth),
     ]
 }
 

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 
 use super::ProbeContext;
 use super::process::errno;
+use crate::security::APPARMOR_POLICY;
 
 /// For what is a matter of the engine and not of the kernel.
 pub(super) fn always(_: &ProbeContext) -> bool {
@@ -153,8 +154,9 @@ pub(super) fn loginuid(_: &ProbeContext) -> bool {
 }
 
 pub(super) fn apparmor_stacking(_: &ProbeContext) -> bool {
-    let features = Path::new("/sys/kernel/security/apparmor/features/domain/stack");
-    fs::read_to_string(features).is_ok_and(|text| text.trim() == "yes")
+    let stacks = fs::read_to_string("/sys/kernel/security/apparmor/features/domain/stack");
+    let shows_policy = Path::new(APPARMOR_POLICY).join("namespaces").exists();
+    stacks.is_ok_and(|text| text.trim() == "yes") && shows_policy
 }
 
 pub(super) fn autofs(_: &ProbeContext) -> bool {

@@ -154,8 +154,8 @@ check {
         "use --network-lock iptables or skip" network::nftables;
     "iptables_legacy" ["has_ipt_legacy"] Sometimes "the older iptables in the kernel"
         "--network-lock iptables needs iptables-nft" network::iptables_legacy;
-    "apparmor_stacking" ["apparmor_stacking"] Sometimes "stacked AppArmor namespaces"
-        "containers with own AppArmor namespaces are refused" files::apparmor_stacking;
+    "apparmor_stacking" ["apparmor_stacking"] Sometimes "AppArmor policy in namespaces"
+        "tasks in namespaces of AppArmor policy cannot be restored" files::apparmor_stacking;
     "overlayfs_maps" ["overlayfs_maps"] Sometimes "overlayfs inode numbers in /proc/PID/maps"
         "mapped files on overlayfs are found by path" files::overlayfs_maps;
     "autofs" ["autofs"] Experimental "autofs" "autofs mounts are refused" files::autofs;

@@ -20,6 +20,7 @@ use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
 use super::content;
+use super::context::context;
 use super::deleted::{Leftover, make_deleted};
 use super::formats;
 use super::groups::{Base, Group};
@@ -567,7 +568,7 @@ fn fs_options(options: &str) -> Vec<FsOption> {
     words
         .filter(|word| word != "seclabel")
         .map(|word| overlay::decoded(&word))
-        .flat_map(|word| match word.split_once('=') {
+        .flat_map(|word| match context(&word).or(word.split_once('=')) {
             Some((key, value)) => overlay::option(key, value),
             None => vec![FsOption::Flag(word)],
         })

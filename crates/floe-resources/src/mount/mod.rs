@@ -7,6 +7,7 @@
 
 mod collect;
 mod content;
+mod context;
 mod deleted;
 mod execute;
 mod formats;

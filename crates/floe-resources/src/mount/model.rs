@@ -4,6 +4,8 @@ use floe_image::messages::{Fstype, MntEntry};
 use floe_kernel::proc::Mount;
 use rustix::mount::MountAttrFlags;
 
+use super::context::is_open;
+
 /// Flags of `mount(2)` that are of a mount, by their words in `mountinfo`.
 const MOUNT_WORDS: [(&[u8], u32); 8] = [
     (b"ro", libc::MS_RDONLY as u32),
@@ -198,14 +200,14 @@ pub fn super_words(flags: u32) -> impl Iterator<Item = &'static str> {
     set.map(|(name, _)| *name)
 }
 
-/// Splits options at commas that are not escaped, as overlayfs writes them.
+/// Splits options at commas that are not escaped, as overlayfs writes them, nor in a quoted context.
 pub fn split_options(options: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut word = String::new();
     let mut escaped = false;
     for c in options.chars() {
         match c {
-            ',' if !escaped => words.push(std::mem::take(&mut word)),
+            ',' if !escaped && !is_open(&word) => words.push(std::mem::take(&mut word)),
             _ => word.push(c),
         }
         escaped = c == '\\' && !escaped;

@@ -8,9 +8,11 @@ use floe_image::messages::{MntEntry, RegFileEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::mount::set_flags;
 use floe_kernel::namespace::{Home, Namespace, NsKind};
+use floe_kernel::security::SecurityModule;
 use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
+use super::context;
 use super::execute::{Places, Plan, Workshop, content_image, has_files};
 use super::formats;
 use super::groups::plan_groups;
@@ -143,8 +145,13 @@ fn namespaces(images: &TreeImages) -> Vec<u32> {
 
 fn tree(images: &TreeImages, root: u32, planner: &Planner<'_>) -> Result<MountTree, PlanError> {
     let mut mounts = BTreeMap::new();
+    let here = SecurityModule::active();
     for id in namespaces(images) {
-        let entries = images.mounts.get(&id).cloned().unwrap_or_default();
+        let mut entries = images.mounts.get(&id).cloned().unwrap_or_default();
+        let instead = planner.options.lsm_mount_context.as_deref();
+        for entry in &mut entries {
+            entry.options = context::adapted(&entry.options, here, instead);
+        }
         mounts.insert(id, entries);
     }
     let has = |wanted| of_root(images).iter().any(|(kind, _)| *kind == wanted);

@@ -21,8 +21,6 @@ pub struct Birth {
     pub scheduling: Scheduling,
     /// The login uid, all bits set for none; `None` on a kernel without audit.
     pub loginuid: Option<u32>,
-    /// The security module's label of the task, empty without one.
-    pub label: String,
     /// Whether system call filters of a puppet can be suspended: its tracer has CAP_SYS_ADMIN and no filter.
     pub suspends_filters: bool,
 }
@@ -34,8 +32,6 @@ impl Birth {
         let status = parse_status(&fs::read("/proc/thread-self/status")?)
             .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         let securebits = rustix::thread::capabilities_secure_bits()?.bits();
-        // Without a security module the file is there, and cannot be read.
-        let label = fs::read_to_string("/proc/thread-self/attr/current").unwrap_or_default();
         let loginuid = fs::read_to_string("/proc/thread-self/loginuid");
         let credentials = Credentials::from_status(&status, securebits);
         Ok(Birth {
@@ -44,7 +40,6 @@ impl Birth {
             credentials,
             limits: own_limits(),
             scheduling: scheduling(HostPid(0))?,
-            label: label.trim_end_matches(['\0', '\n']).to_string(),
         })
     }
 }

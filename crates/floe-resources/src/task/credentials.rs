@@ -3,22 +3,27 @@
 //! Saved:    uids, gids, groups, the five capability sets, securebits, no_new_privs.
 //! Rebuilt:  set by each thread, as the last thing that needs privilege; only what differs from what it
 //!           was born with. Needs: all the rest.
-//! Not kept: profiles of security modules, so far: one that differs is refused.
+//! Not kept: nothing; the labels of security modules are [`label`](super::label)'s.
 
 use floe_image::messages::{CredsEntry, ThreadCoreEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::proc::Status;
 
+use super::label::Label;
 use super::rebuild::TaskContext;
 use super::user_entry::{Ids, outside_of};
 use crate::namespace::OwnerMap;
 use crate::restore::PlanError;
 
 /// The entry of a thread from its `/proc/<tid>/status` and its securebits.
-pub fn credentials_entry(status: &Status, securebits: u32, owners: &OwnerMap) -> CredsEntry {
+pub fn credentials_entry(
+    (status, label): (&Status, &Label),
+    securebits: u32,
+    owners: &OwnerMap,
+) -> CredsEntry {
     let uids = status.uids.map(|uid| owners.uid_inside(uid));
     let gids = status.gids.map(|gid| owners.gid_inside(gid));
-    CredsEntry {
+    let mut entry = CredsEntry {
         uid: uids[0],
         euid: uids[1],
         suid: uids[2],
@@ -39,11 +44,11 @@ pub fn credentials_entry(status: &Status, securebits: u32, owners: &OwnerMap) ->
         cap_amb: halves(status.cap_ambient),
         secbits: securebits,
         no_new_privs: status.no_new_privs.then_some(1),
-        lsm_profile: None,
-        lsm_sockcreate: None,
-        apparmor_data: None,
         floe_outside: outside_of(status, owners),
-    }
+        ..CredsEntry::default()
+    };
+    label.enter(&mut entry);
+    entry
 }
 
 /// A capability set as two words, low one first.
@@ -216,11 +221,6 @@ pub fn wanted(
     let Some(entry) = &thread.creds else {
         return Ok(context.birth.credentials.clone());
     };
-    let label = entry.lsm_profile.as_deref().unwrap_or("");
-    if !label.is_empty() && label != context.birth.label {
-        let what = format!("the security profile {label}");
-        return Err(context.unsupported(&what, "run floe itself under that profile"));
-    }
     let too_long = || context.damaged("a capability set is too long");
     let credentials = Credentials::from_entry(entry).ok_or_else(too_long)?;
     if entry.floe_outside.is_empty() && context.owners == context.own_owners {

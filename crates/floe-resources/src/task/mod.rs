@@ -12,6 +12,7 @@ pub mod credentials;
 pub mod fpu;
 pub mod fs;
 pub mod itimers;
+pub mod label;
 pub mod memory_map;
 pub mod pending;
 pub mod posix_timers;

@@ -24,6 +24,8 @@
 //!    - credentials: nothing after them needs privilege;
 //!    - the parent-death signal and the leader's dumpable flag, which changing credentials clears.
 //!
+//! Then come the labels of security modules ([`label`](super::label)), which may forbid all of that.
+//!
 //! Masks, registers and the group stop are set by ptrace afterwards ([`registers`], [`fpu`], [`rseq`]),
 //! what lies in `/proc` by the coordinator ([`attributes::write_proc`]).
 

@@ -12,10 +12,11 @@ use floe_resources::restore::{Attempt, ExecuteError, Planner, World};
 use super::choice::{Choice, TRIES};
 use super::clone_program;
 use crate::kin::known_children;
+use crate::labels::TreeLabels;
 use crate::tree::is_zombie;
 
 /// Adds the steps that make the threads of every task.
-pub fn plan_threads(planner: &mut Planner<'_>) {
+pub fn plan_threads(planner: &mut Planner<'_>, labels: &TreeLabels) {
     let images = planner.images;
     for task in images
         .tasks
@@ -27,6 +28,7 @@ pub fn plan_threads(planner: &mut Planner<'_>) {
         let mut needs = vec![Handle::Memory(pid), Handle::Descriptors(pid)];
         if !tids.is_empty() {
             needs.push(crate::state::shared(pid));
+            needs.extend(labels.before_threads(pid));
         }
         // Threads are where the task is when they are made.
         needs.extend(floe_resources::namespace::entered(images, pid));

@@ -1,0 +1,88 @@
+//! Labels of security modules: AppArmor's profiles, SELinux's contexts.
+//!
+//! Saved:    that of each thread, and SELinux's for what it makes or starts next (`/proc/<tid>/attr/`); the
+//!           policy of AppArmor's namespaces that a label names ([`policy`]).
+//! Rebuilt:  written by each thread as the very last thing ([`change`]): a profile may forbid all that comes
+//!           before. SELinux lets only a process without threads change. Needs: all the rest.
+//! Not kept: under AppArmor the way back out of a hat and what is to be the profile after the next `exec`:
+//!           refused.
+
+mod ask;
+pub mod change;
+pub mod policy;
+mod wanted;
+
+use floe_image::messages::{CredsEntry, Lsmtype};
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::{ProcDir, ProcError};
+use floe_kernel::security::SecurityModule;
+
+pub use ask::LabelQuestions;
+pub use wanted::Labels;
+
+/// What a security module knows a thread by. For AppArmor there is the first only.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Label {
+    /// What the thread is; `None` where nothing confines it.
+    pub current: Option<String>,
+    /// For sockets that it makes.
+    pub sockcreate: Option<String>,
+    /// What it is to be after its next `exec`.
+    pub exec: Option<String>,
+    /// For files that it makes.
+    pub fscreate: Option<String>,
+    /// For keys that it makes.
+    pub keycreate: Option<String>,
+}
+
+/// How the inventory names a security module.
+pub fn lsm_type(module: SecurityModule) -> Lsmtype {
+    match module {
+        SecurityModule::None => Lsmtype::NoLsm,
+        SecurityModule::AppArmor => Lsmtype::Apparmor,
+        SecurityModule::SeLinux => Lsmtype::Selinux,
+    }
+}
+
+impl Label {
+    /// What `/proc/<pid>/task/<tid>/attr` says of a thread.
+    pub fn read(module: SecurityModule, proc: &ProcDir, tid: HostPid) -> Result<Self, ProcError> {
+        let mut label = Label::default();
+        let directory = module.directory();
+        let file = |name: &str| {
+            let text = proc.read_record(&format!("task/{tid}/{directory}/{name}"))?;
+            Ok(module.label(&text))
+        };
+        if module != SecurityModule::None {
+            label.current = file("current")?;
+        }
+        if module == SecurityModule::SeLinux {
+            label.exec = file("exec")?;
+            label.sockcreate = file("sockcreate")?;
+            label.fscreate = file("fscreate")?;
+            label.keycreate = file("keycreate")?;
+        }
+        Ok(label)
+    }
+
+    /// Puts it into the credentials of the images.
+    pub fn enter(&self, creds: &mut CredsEntry) {
+        creds.lsm_profile.clone_from(&self.current);
+        creds.lsm_sockcreate.clone_from(&self.sockcreate);
+        creds.floe_lsm_exec.clone_from(&self.exec);
+        creds.floe_lsm_fscreate.clone_from(&self.fscreate);
+        creds.floe_lsm_keycreate.clone_from(&self.keycreate);
+    }
+
+    /// What the credentials of the images say.
+    pub fn of_entry(creds: &CredsEntry) -> Self {
+        let some = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
+        Label {
+            current: some(&creds.lsm_profile),
+            sockcreate: some(&creds.lsm_sockcreate),
+            exec: some(&creds.floe_lsm_exec),
+            fscreate: some(&creds.floe_lsm_fscreate),
+            keycreate: some(&creds.floe_lsm_keycreate),
+        }
+    }
+}
