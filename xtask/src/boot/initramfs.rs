@@ -8,7 +8,8 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-use super::kernel::{Kernel, run};
+use super::apt::run;
+use super::kernel::Kernel;
 use super::{Job, cpio};
 
 const BUSYBOX: &str = "/bin/busybox";
@@ -60,6 +61,17 @@ impl<'a> Initramfs<'a> {
         let entry = Entry::Text(mode, text.into());
         self.entries.insert(path.to_string(), entry);
         Ok(())
+    }
+
+    /// Where files can be made for it.
+    pub fn directory(&self) -> &Path {
+        self.directory
+    }
+
+    /// A file that only root reads.
+    pub fn bytes(&mut self, path: &str, content: Vec<u8>) {
+        let entry = Entry::Text(0o600, content);
+        self.entries.insert(path.to_string(), entry);
     }
 
     /// A program of ours, without what only debuggers read, and its libraries.

@@ -4,10 +4,12 @@
 //! software emulation, with everything in an initramfs: no disk, no network, nothing left behind. The
 //! binaries are those that cargo built here, at the paths that they have here.
 
+mod apt;
 mod cpio;
 mod initramfs;
 mod kernel;
 mod machine;
+mod security;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -42,7 +44,7 @@ pub struct Arguments {
     /// A shell command to run inside in place of the sets.
     #[arg(long)]
     command: Option<String>,
-    /// Only these sets: check, chains, faults, torture, cross, fixtures.
+    /// Only these sets: check, chains, faults, torture, cross, apparmor, selinux, fixtures.
     sets: Vec<String>,
 }
 
@@ -94,6 +96,13 @@ const SETS: &[Set] = &[
         needs_peer: true,
         limit: Duration::from_secs(600),
         script: "$TEST --nocapture",
+    },
+    Set {
+        name: "apparmor",
+        test: Some("apparmor"),
+        needs_peer: false,
+        limit: Duration::from_secs(900),
+        script: "$TEST --test-threads 2",
     },
     Set {
         name: "fixtures",
@@ -290,6 +299,7 @@ fn boot(
     }
     image.kernel_modules(kernel)?;
     image.text("/tests/check.sh", 0o755, CHECK)?;
+    security::apparmor(&mut image)?;
     image.system(floe, peer_path.as_deref(), jobs)?;
     let initrd = image.write()?;
     let wrong = machine::run(kernel, &initrd, arguments.memory, jobs)?;
