@@ -147,7 +147,7 @@ pub fn dump_to(
         }
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
-        let network = network.persist(&run_id)?;
+        let network = network.persist(&run_id, root)?;
         fault::point();
         match options.after {
             AfterDump::LeaveStopped => release::stop(tree)?,

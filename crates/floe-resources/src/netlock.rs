@@ -4,15 +4,22 @@
 //! A lock belongs to this process: it goes when the process does, however it ends. After a dump that ends
 //! the tree it is made to stay, under the name by which a restore of either engine finds it.
 
-use std::io::{self, Write};
-use std::process::{Command, Stdio};
+mod guard;
+mod iptables;
+
+use std::io;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Home, Namespace};
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::nftables::{Flow, Lifetime, PASS_MARK, add_closed_table, add_table, delete_table};
+use floe_kernel::nftables::{Flow, Lifetime, add_closed_table, add_table, delete_table};
 use floe_options::NetworkLock;
+
+pub use guard::{COMMAND, watch};
+use guard::{Guard, Undo};
+pub use iptables::Copies;
 
 /// The longest name that CRIU gives its table.
 const TABLE_NAME: usize = 26;
@@ -31,6 +38,9 @@ pub enum LockError {
     /// The namespace could not be entered.
     #[error("Entering a network namespace to lock it")]
     Enter(#[source] io::Error),
+    /// Nobody would unlock if this process were killed.
+    #[error("Starting a process that unlocks if this one is killed")]
+    Guard(#[source] io::Error),
     /// The program could not be run.
     #[error("Running {program}; --network-lock nftables needs no program")]
     Program {
@@ -91,13 +101,17 @@ enum Held {
     /// The table goes with the socket, if nothing else deletes it.
     Nftables(NetlinkSocket, String),
     /// Rules must be deleted one by one.
-    Iptables,
+    Iptables(Copies, Guard),
     Nothing,
 }
 
 impl Lock {
-    /// Locks what `scope` says, here or in another namespace.
-    pub fn new(method: NetworkLock, scope: Scope, away: Option<Away>) -> Result<Self, LockError> {
+    /// Locks what `scope` says, here or in another namespace; `copies` is how many rules of a kind are its own.
+    pub fn new(
+        (method, copies): (NetworkLock, Copies),
+        scope: Scope,
+        away: Option<Away>,
+    ) -> Result<Self, LockError> {
         let mut lock = Lock {
             held: Held::Nothing,
             scope,
@@ -118,23 +132,80 @@ impl Lock {
                 lock.held = Held::Nftables(socket, name);
             }
             NetworkLock::Iptables => {
-                lock.held = Held::Iptables;
-                within(lock.away.as_ref(), || lock_by_iptables(&lock.scope))?;
+                let undo = Undo::Rules(lock.scope.clone(), copies);
+                let guard = within(lock.away.as_ref(), || {
+                    Guard::start(&undo).map_err(LockError::Guard)
+                })?;
+                lock.held = Held::Iptables(copies, guard);
+                within(lock.away.as_ref(), || iptables::lock(&lock.scope))?;
             }
         }
         Ok(lock)
     }
 
     /// Makes the lock outlive this process, until a restore of the dump with this run id.
-    pub fn persist(mut self, run_id: &str) -> Result<(), LockError> {
-        if let Held::Nftables(..) = self.held {
-            let name = table_name(run_id);
-            let add = || add(&name, Lifetime::Persistent, &self.scope);
+    pub fn persist(mut self, run_id: &str) -> Result<Kept, LockError> {
+        let held = std::mem::replace(&mut self.held, Held::Nothing);
+        let away = self.away.clone();
+        let (undo, guard) = match held {
+            Held::Nothing => return Ok(Kept { away, held: None }),
+            Held::Iptables(copies, guard) => (Undo::Rules(self.scope.clone(), copies), guard),
+            own @ Held::Nftables(..) => {
+                // Its own table goes when the lasting one is there.
+                self.held = own;
+                let undo = Undo::Table(table_name(run_id));
+                let guard = within(away.as_ref(), || {
+                    Guard::start(&undo).map_err(LockError::Guard)
+                })?;
+                (undo, guard)
+            }
+        };
+        let kept = Kept {
+            away,
+            held: Some((undo, guard)),
+        };
+        if let Some((Undo::Table(name), _)) = &kept.held {
+            let add = || add(name, Lifetime::Persistent, &self.scope);
             within(self.away.as_ref(), add)?;
-        } else {
-            self.held = Held::Nothing;
         }
-        Ok(())
+        Ok(kept)
+    }
+}
+
+/// A lock that a restore will find. Dropping it before the tree has ended takes it away.
+#[derive(Debug)]
+pub struct Kept {
+    away: Option<Away>,
+    held: Option<(Undo, Guard)>,
+}
+
+impl Kept {
+    /// The tree is about to end: should this process be killed, the lock stays if the task `root` has ended.
+    pub fn until_end_of(&mut self, root: HostPid) -> Result<(), LockError> {
+        let Some((_, guard)) = &mut self.held else {
+            return Ok(());
+        };
+        guard.only_while_alive(root).map_err(LockError::Guard)
+    }
+
+    /// The tree has ended: the lock is its restore's.
+    pub fn leave(mut self) {
+        self.held = None;
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        let Some((undo, _guard)) = &self.held else {
+            return;
+        };
+        let undone = within(self.away.as_ref(), || match undo {
+            Undo::Table(name) => delete(name),
+            Undo::Rules(scope, copies) => iptables::unlock(scope, *copies),
+        });
+        if let Err(error) = undone {
+            tracing::warn!(%error, "connections may stay locked");
+        }
     }
 }
 
@@ -149,7 +220,9 @@ impl Drop for Lock {
                     source,
                 })
             }
-            Held::Iptables => within(self.away.as_ref(), || unlock_by_iptables(&self.scope)),
+            Held::Iptables(copies, _) => within(self.away.as_ref(), || {
+                iptables::unlock(&self.scope, *copies)
+            }),
             Held::Nothing => Ok(()),
         };
         if let Err(error) = result {
@@ -193,6 +266,20 @@ fn add(name: &str, lifetime: Lifetime, scope: &Scope) -> Result<NetlinkSocket, L
     Ok(socket)
 }
 
+/// Deletes a table of nftables; one that is not there is gone already.
+fn delete(table: &str) -> Result<(), LockError> {
+    let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER)
+        .and_then(|socket| delete_table(&socket, table));
+    match deleted {
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other.map_err(|source| LockError::Nftables {
+            action: "Deleting",
+            table: table.to_string(),
+            source,
+        }),
+    }
+}
+
 /// What a dump may have left locked.
 #[derive(Clone, Copy, Debug)]
 pub struct Left<'a> {
@@ -210,143 +297,14 @@ impl Left<'_> {
 
     fn unlock_here(self, scope: &Scope) -> Result<(), LockError> {
         match (self.method, self.run_id) {
-            (NetworkLock::Nftables, Some(run_id)) => {
-                let table = table_name(run_id);
-                let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER)
-                    .and_then(|socket| delete_table(&socket, &table));
-                match deleted {
-                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
-                    other => other.map_err(|source| LockError::Nftables {
-                        action: "Deleting",
-                        table,
-                        source,
-                    }),
-                }
-            }
+            (NetworkLock::Nftables, Some(run_id)) => delete(&table_name(run_id)),
             // On another machine than the dump's there are no rules.
-            (NetworkLock::Iptables, _) => match unlock_by_iptables(scope) {
+            (NetworkLock::Iptables, _) => match iptables::unlock(scope, Copies::All) {
                 Err(LockError::Refused { .. }) => Ok(()),
                 other => other,
             },
             _ => Ok(()),
         }
-    }
-}
-
-fn lock_by_iptables(scope: &Scope) -> Result<(), LockError> {
-    match scope {
-        Scope::Flows(flows) => flows.iter().try_for_each(|flow| iptables("-I", flow)),
-        Scope::Everything => {
-            let mark = format!("{PASS_MARK:#x}");
-            iptables_restore(&format!(
-                "*filter\n:CRIU - [0:0]\n-I INPUT -j CRIU\n-I OUTPUT -j CRIU\n\
-                 -A CRIU -m mark --mark {mark} -j ACCEPT\n-A CRIU -j DROP\nCOMMIT\n"
-            ))
-        }
-    }
-}
-
-/// Goes on after a rule that is not there; the first refusal is the result.
-fn unlock_by_iptables(scope: &Scope) -> Result<(), LockError> {
-    match scope {
-        Scope::Flows(flows) => {
-            let results: Vec<_> = flows.iter().map(|flow| iptables("-D", flow)).collect();
-            results.into_iter().collect()
-        }
-        Scope::Everything => {
-            // Naming the chain empties it. It can go when nothing leads to it any more.
-            iptables_restore(
-                "*filter\n:CRIU - [0:0]\n-D INPUT -j CRIU\n-D OUTPUT -j CRIU\nCOMMIT\n",
-            )?;
-            iptables_restore("*filter\n:CRIU - [0:0]\n-X CRIU\nCOMMIT\n")
-        }
-    }
-}
-
-/// Changes rules of IPv4 and of IPv6 in one go each.
-fn iptables_restore(changes: &str) -> Result<(), LockError> {
-    let v6 = std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false);
-    let programs = ["iptables-restore", "ip6tables-restore"];
-    let programs = if v6 { &programs[..] } else { &programs[..1] };
-    for program in programs {
-        let failed = |source| LockError::Program { program, source };
-        let mut child = Command::new(program)
-            .args(["-w", "--noflush"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(failed)?;
-        let mut input = child.stdin.take().expect("a pipe was asked for");
-        // What it does not read it refuses below.
-        let _ = input.write_all(changes.as_bytes());
-        drop(input);
-        let output = child.wait_with_output().map_err(failed)?;
-        if !output.status.success() {
-            return Err(LockError::Refused {
-                program,
-                arguments: "-w --noflush".to_string(),
-                output: String::from_utf8_lossy(&output.stderr).trim().to_string(),
-            });
-        }
-    }
-    Ok(())
-}
-
-/// Adds or deletes the rules for both directions of a connection, as CRIU does.
-fn iptables(command: &str, outgoing: &Flow) -> Result<(), LockError> {
-    for (chain, flow) in [("INPUT", outgoing.reversed()), ("OUTPUT", outgoing.clone())] {
-        let program = if flow.source.len() == 4 {
-            "iptables"
-        } else {
-            "ip6tables"
-        };
-        let arguments = [
-            "-w".to_string(),
-            "-t".into(),
-            "filter".into(),
-            command.into(),
-            chain.into(),
-            "--protocol".into(),
-            "tcp".into(),
-            "-m".into(),
-            "mark".into(),
-            "!".into(),
-            "--mark".into(),
-            format!("{PASS_MARK:#X}").replace("0X", "0x"),
-            "--source".into(),
-            shown(&flow.source),
-            "--sport".into(),
-            flow.source_port.to_string(),
-            "--destination".into(),
-            shown(&flow.target),
-            "--dport".into(),
-            flow.target_port.to_string(),
-            "-j".into(),
-            "DROP".into(),
-        ];
-        let output = Command::new(program)
-            .args(&arguments)
-            .output()
-            .map_err(|source| LockError::Program { program, source })?;
-        if !output.status.success() {
-            return Err(LockError::Refused {
-                program,
-                arguments: arguments.join(" "),
-                output: String::from_utf8_lossy(&output.stderr).trim().to_string(),
-            });
-        }
-    }
-    Ok(())
-}
-
-fn shown(address: &[u8]) -> String {
-    let v4: Option<[u8; 4]> = address.try_into().ok();
-    let v6: Option<[u8; 16]> = address.try_into().ok();
-    match (v4, v6) {
-        (Some(v4), _) => std::net::Ipv4Addr::from(v4).to_string(),
-        (_, Some(v6)) => std::net::Ipv6Addr::from(v6).to_string(),
-        _ => String::new(),
     }
 }
 
@@ -368,7 +326,11 @@ mod tests {
             target: vec![192, 0, 2, 2],
             target_port: 2,
         };
-        let lock = match Lock::new(NetworkLock::Nftables, Scope::Flows(vec![flow]), None) {
+        let lock = match Lock::new(
+            (NetworkLock::Nftables, Copies::All),
+            Scope::Flows(vec![flow]),
+            None,
+        ) {
             Ok(lock) => lock,
             Err(error) => return eprintln!("skipped: {error}"),
         };

@@ -19,7 +19,7 @@ use crate::logging::{Log, Target};
 use crate::pack::OnTheWay;
 use crate::scripts::Scripts;
 use crate::{
-    check, cpuinfo, demo, engine, explain, help, image, inspect, new_pids, pack, page_server,
+    check, cpuinfo, demo, engine, explain, help, image, inspect, new_pids, own, pack, page_server,
     report, rpc, squash, statistics, track, unpack, verify,
 };
 
@@ -83,6 +83,11 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
         name: "keeper",
         about: "",
         run: track::keep,
+    },
+    OwnCommand {
+        name: floe_resources::netlock::COMMAND,
+        about: "",
+        run: own::unlock,
     },
     OwnCommand {
         name: "demo",

@@ -31,6 +31,12 @@ pub fn print(text: &str) -> Result<(), Failure> {
     Ok(written.context("writing to standard output")?)
 }
 
+/// Becomes the process that unlocks the network if an engine is killed, which writes what it locks to our input.
+pub fn unlock(_: &[OsString]) -> Result<Exit, Failure> {
+    floe_resources::netlock::watch(std::io::stdin());
+    Ok(Exit::Done)
+}
+
 /// Threads for work that fills all processors.
 pub fn processors() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)

@@ -8,7 +8,7 @@ use floe_image::messages::NetnsEntry;
 use super::firewall::{self, Rules};
 use super::place::SocketPlace;
 use crate::fd::inet::is_connection;
-use crate::netlock::{Away, Left, Lock, Scope};
+use crate::netlock::{Away, Copies, Left, Lock, Scope};
 use crate::restore::{ExecuteError, Planner, World};
 
 /// The locks of a restore, by the number of the namespace.
@@ -41,7 +41,7 @@ pub fn lock_network(id: u32, world: &mut World<'_>) -> Result<(), ExecuteError> 
         return Ok(());
     }
     let away = Away::new(world.namespaces().home()?, world.namespaces().get(id)?);
-    let lock = Lock::new(method, Scope::Everything, Some(away))?;
+    let lock = Lock::new((method, Copies::One), Scope::Everything, Some(away))?;
     world.state::<Locks>().0.push((id, lock));
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -16,6 +17,12 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("tcp-half-closed", tcp_half_closed).with(&["--tcp-established"]),
     Program::new("tcp6-established", tcp6_established).with(&["--tcp-established"]),
     Program::new("udp", udp),
+];
+
+/// A connection to a program that is not in the tree, and that program.
+pub const WITH_PEER: &[Program] = &[
+    Program::new("tcp-with-peer", tcp_with_peer).with(&["--tcp-established"]),
+    Program::new("tcp-peer", tcp_peer),
 ];
 
 const LIMIT: Option<Duration> = Some(Duration::from_secs(10));
@@ -101,6 +108,36 @@ fn tcp6_established(_: &Place) -> anyhow::Result<Check> {
     TcpListener::bind((Ipv6Addr::LOCALHOST, 0))
         .map_err(|error| Missing(format!("no IPv6 on loopback: {error}")))?;
     established((Ipv6Addr::LOCALHOST, 0))
+}
+
+fn tcp_with_peer(_: &Place) -> anyhow::Result<Check> {
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+    let address = listener.local_addr()?.to_string();
+    // An orphan, that is, nobody's of the tree.
+    let peer = Command::new("sh")
+        .args(["-c", "\"$0\" tcp-peer \"$1\" </dev/null >/dev/null 2>&1 &"])
+        .arg(std::env::current_exe()?)
+        .arg(address)
+        .status()?;
+    ensure!(peer.success(), "the peer does not start");
+    let (mut stream, _) = listener.accept()?;
+    stream.set_read_timeout(LIMIT)?;
+    Ok(Box::new(move || {
+        stream.write_all(b"hello")?;
+        let mut found = [0; 5];
+        stream.read_exact(&mut found).context("the peer's answer")?;
+        ensure!(&found == b"hello", "other bytes than were sent");
+        Ok(())
+    }))
+}
+
+/// Says what it hears, until the other end, whose address stands for the directory, closes.
+fn tcp_peer(place: &Place) -> anyhow::Result<Check> {
+    let address = place.directory.to_str().context("an address")?;
+    let mut stream = TcpStream::connect(address)?;
+    let mut back = stream.try_clone()?;
+    std::io::copy(&mut stream, &mut back)?;
+    std::process::exit(0);
 }
 
 /// Data that was sent and not read, both ways.

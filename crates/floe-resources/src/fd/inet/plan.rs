@@ -20,7 +20,7 @@ use super::ip_options::{V6ONLY, set_ip_options, set_tcp_options};
 use super::restore_tcp::{Rebuilt, plan_connection};
 use super::{LISTEN, is_connection};
 use crate::net::{SocketPlace, unlock_networks};
-use crate::netlock::{Left, Lock, Scope};
+use crate::netlock::{Copies, Left, Lock, Scope};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, World, plan_owner, set_flags};
 
 /// Every socket has its port.
@@ -104,6 +104,7 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let name = format!("lock {} TCP connections", flows.len());
     planner.step_at_home(name, (&[], &[LOCKED]), move |world| {
         // Connections within the tree too: a timer may send before the other end is there.
+        let method = (method, Copies::One);
         let lock = Lock::new(method, Scope::Flows(flows.clone()), None)?;
         let network = world.state::<Network>();
         network.lock = Some(lock);

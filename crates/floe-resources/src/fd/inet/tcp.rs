@@ -27,8 +27,7 @@ use super::address::{End, outgoing};
 use super::tcp_state::Lengths;
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
 use crate::net::external_name;
-use crate::netlock::{Away, Left, Lock, LockError, Scope};
-use floe_options::NetworkLock;
+use crate::netlock::{Away, Copies, Kept, Lock, LockError, Scope};
 
 /// How often connections within the tree are looked at again until both ends agree.
 const ATTEMPTS: usize = 20;
@@ -71,9 +70,6 @@ pub struct HeldConnections {
     sockets: Vec<Repair>,
     notes: Vec<RepairNote>,
     locks: Vec<Lock>,
-    /// The namespaces besides our own that are locked.
-    away: Vec<Away>,
-    method: NetworkLock,
 }
 
 impl HeldConnections {
@@ -94,25 +90,24 @@ impl HeldConnections {
         result
     }
 
-    /// The tree is about to end: the lock stays for the restore of the dump with this run id, and the sockets
-    /// end without a word once the tree and the result have.
-    pub fn persist(self, run_id: &str) -> Result<SilencedConnections, LockError> {
+    /// The tree with this root is about to end: the lock stays for the restore of the dump with this run id, and
+    /// the sockets end without a word once the tree and the result have.
+    pub fn persist(self, run_id: &str, root: HostPid) -> Result<SilencedConnections, LockError> {
         let HeldConnections {
             sockets,
             notes,
             locks,
-            away,
-            method,
         } = self;
-        locks
-            .into_iter()
-            .try_for_each(|lock| lock.persist(run_id))?;
+        let kept = locks.into_iter().map(|lock| {
+            let mut kept = lock.persist(run_id)?;
+            kept.until_end_of(root)?;
+            Ok(kept)
+        });
+        let locks = kept.collect::<Result<_, LockError>>()?;
         Ok(SilencedConnections {
-            away,
             sockets,
             _notes: notes,
-            run_id: run_id.to_string(),
-            method,
+            locks,
         })
     }
 }
@@ -122,35 +117,14 @@ impl HeldConnections {
 pub struct SilencedConnections {
     sockets: Vec<Repair>,
     _notes: Vec<RepairNote>,
-    run_id: String,
-    away: Vec<Away>,
-    method: NetworkLock,
+    locks: Vec<Kept>,
 }
 
 impl SilencedConnections {
     /// The tree has ended: ends the sockets too.
     pub fn end(mut self) {
         self.sockets.drain(..).for_each(Repair::keep);
-        self.method = NetworkLock::Skip;
-    }
-}
-
-impl Drop for SilencedConnections {
-    fn drop(&mut self) {
-        let left = Left {
-            method: self.method,
-            run_id: Some(&self.run_id),
-        };
-        let away = self.away.iter().map(Some);
-        for place in std::iter::once(None).chain(away) {
-            let scope = match place {
-                Some(_) => Scope::Everything,
-                None => Scope::Flows(Vec::new()),
-            };
-            if let Err(error) = left.unlock(&scope, place) {
-                tracing::warn!(%error, "connections may stay locked");
-            }
-        }
+        self.locks.drain(..).for_each(Kept::leave);
     }
 }
 
@@ -194,14 +168,10 @@ pub fn hold_connections(
     journal: Option<&Arc<Journal>>,
 ) -> Result<HeldConnections, CollectError> {
     let connections = std::mem::take(&mut collector.cache(Connections::default).0);
-    let method = collector.options.sockets.network_lock;
-    let (locks, away) = lock(&connections, collector)?;
     let mut held = HeldConnections {
-        locks,
-        away,
+        locks: lock(&connections, collector)?,
         sockets: Vec::with_capacity(connections.len()),
         notes: Vec::with_capacity(connections.len()),
-        method,
     };
     for connection in &connections {
         let copy = connection
@@ -233,11 +203,9 @@ pub fn hold_connections(
 
 /// Locks what the connections are in: a namespace of the tree's own as a whole, whatever is in it, and of the
 /// others the connections.
-fn lock(
-    connections: &[Connection],
-    collector: &Collector<'_>,
-) -> Result<(Vec<Lock>, Vec<Away>), CollectError> {
-    let method = collector.options.sockets.network_lock;
+fn lock(connections: &[Connection], collector: &Collector<'_>) -> Result<Vec<Lock>, CollectError> {
+    // Nobody else locks a connection that is alive.
+    let method = (collector.options.sockets.network_lock, Copies::All);
     let namespaces = collector.namespaces();
     let flows_in = |tree: &dyn Fn(Option<u32>) -> bool| {
         let inside = connections.iter().filter(|one| tree(one.network));
@@ -249,7 +217,6 @@ fn lock(
     let of_tree = |number: Option<u32>| networks.iter().any(|one| Some(one.id) == number);
     let here = flows_in(&|number| !of_tree(number));
     let mut locks = vec![Lock::new(method, here, None)?];
-    let mut locked = Vec::new();
     for network in &networks {
         let external = external_name(network, collector.options).is_some();
         let scope = if external {
@@ -263,10 +230,9 @@ fn lock(
             source,
         })?;
         let away = Away::new(Rc::clone(namespaces.home()), Rc::new(clone));
-        locks.push(Lock::new(method, scope, Some(away.clone()))?);
-        locked.push(away);
+        locks.push(Lock::new(method, scope, Some(away))?);
     }
-    Ok((locks, locked))
+    Ok(locks)
 }
 
 /// A connection as it goes into its image.
