@@ -102,6 +102,17 @@ pub fn of_peer(peer: Peer, fd: i32) -> Result<PathBuf, DirectoryError> {
     Ok(PathBuf::from(format!("/proc/{pid}/fd/{fd}")))
 }
 
+/// Opens what the caller wants to hear from that all is ready (`status_fd`).
+pub fn open_status(peer: Peer, fd: i32) -> Result<OwnedFd, DirectoryError> {
+    let path = of_peer(peer, fd)?;
+    let opened = rustix::fs::open(&path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_err(|errno| DirectoryError::Open {
+        what: "status_fd",
+        path,
+        source: errno.into(),
+    })
+}
+
 /// Opens a directory, and says by which path it is found from now on: its own where that leads there, for
 /// scripts and messages, one through our descriptor where the caller sees other mounts than we.
 fn open_directory(what: &'static str, path: PathBuf) -> Result<(OwnedFd, PathBuf), DirectoryError> {

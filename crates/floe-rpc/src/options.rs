@@ -1,7 +1,11 @@
 //! From `criu_opts` to settings: one mapping for every request.
 //!
 //! What names descriptors of the caller (directories, `status_fd`) is not here: see
-//! [`crate::directories`].
+//! [`crate::directories`]. `pidfd_store_sk` needs nothing: what stands for a task between two rounds knows it by
+//! its start, so that nobody with the same pid is taken for it.
+
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -118,6 +122,7 @@ fn tasks(opts: &CriuOpts, started: Started, settings: &mut Settings) -> Result<(
     set(&mut settings.skip_file_rwx_check, &opts.skip_file_rwx_check);
     set(&mut settings.unprivileged, &opts.unprivileged);
     set(&mut settings.orphan_pts_master, &opts.orphan_pts_master);
+    set(&mut settings.display_stats, &opts.display_stats);
     if let Some(limit) = opts.ghost_limit {
         settings.ghost_limit = ByteLimit(limit.into());
     }
@@ -145,8 +150,9 @@ fn cpu_capabilities(bits: u32) -> CpuCapabilities {
         exact: bits & cpu_cap::EXACT != 0,
         image: false,
     };
+    // Whoever names capabilities, if only that none matter, wants them in the images.
     CpuCapabilities {
-        image: fields != CpuCapabilities::NONE,
+        image: true,
         ..fields
     }
 }

@@ -13,7 +13,7 @@ use floe_options::command::Command;
 use floe_options::config::{MayBeAbsent, apply_file};
 use floe_options::{Hooks, Settings};
 
-use crate::directories::{Context, Directories, Images};
+use crate::directories::{Context, Directories, Images, open_status};
 use crate::notify::{Notifier, chain};
 use crate::options::{Started, apply};
 use crate::server::{self, Parentage};
@@ -283,7 +283,19 @@ impl<'e> Session<'e> {
         let answer = response(CriuReqType::PageServer);
         match server::start(parentage, |ready| {
             let prepared = self.prepare(opts, Images::Needed)?;
-            self.engine.page_server(&prepared.settings, ready)
+            let status = opts.and_then(|opts| opts.status_fd);
+            let status = status.map(|fd| open_status(self.channel.peer(), fd));
+            let status = status
+                .transpose()
+                .map_err(|error| Refusal::bad_request(chain(&error)))?;
+            self.engine.page_server(&prepared.settings, &mut |port| {
+                if let Some(status) = &status
+                    && let Err(error) = rustix::io::write(status, &[0])
+                {
+                    tracing::warn!(%error, "nobody hears by status_fd that the server is ready");
+                }
+                ready(port);
+            })
         }) {
             Ok((pid, port)) => {
                 let ps = CriuPageServerInfo {

@@ -425,10 +425,18 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
     Ok(Exit::Done)
 }
 
-fn show_statistics(work_dir: &Path) -> Result<(), Failure> {
+pub fn show_statistics(work_dir: &Path) -> Result<(), Failure> {
     let stats = statistics::of_dump(work_dir);
     let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
     let text = stats.as_ref().map(statistics::dump_text);
+    print(&text.unwrap_or_default())
+}
+
+/// Prints what a restore has noted in its work directory.
+pub fn show_restore_statistics(work_dir: &Path) -> Result<(), Failure> {
+    let stats = statistics::of_restore(work_dir);
+    let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let text = stats.as_ref().map(statistics::restore_text);
     print(&text.unwrap_or_default())
 }
 
@@ -464,14 +472,7 @@ fn restore_here(
         told.map_err(|error| anyhow::anyhow!("telling the caller that the tree runs: {error}"))?;
     }
     if settings.display_stats {
-        let stats = statistics::of_restore(&options.place.work_dir);
-        let stats = stats.map_err(|error| Failure::new(Exit::BadImage, error))?;
-        print(
-            &stats
-                .as_ref()
-                .map(statistics::restore_text)
-                .unwrap_or_default(),
-        )?;
+        show_restore_statistics(&options.place.work_dir)?;
     }
     if let (true, Some((program, args))) = (settings.exec_cmd, rest.split_first()) {
         let error = std::process::Command::new(program).args(args).exec();

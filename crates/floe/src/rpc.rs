@@ -92,6 +92,13 @@ impl Program {
         watch: &Watch,
     ) -> Result<(), Failure> {
         command::refuse_not_yet(kind, settings)?;
+        // Callers fill one set of options for a dump and its restore, for which these are.
+        let asked = Settings {
+            inherit_fds: Vec::new(),
+            sibling: false,
+            ..settings.clone()
+        };
+        asked.check(kind, &[])?;
         let options = settings.dump_options(Self::hooks(settings, caller)?)?;
         let features = KernelFeatures::probe();
         match kind {
@@ -109,6 +116,9 @@ impl Program {
         }
         if let Some(codec) = &settings.compress {
             engine::compress(&options.place.images_dir, codec)?;
+        }
+        if settings.display_stats {
+            command::show_statistics(&options.place.work_dir)?;
         }
         tracing::info!("Dumping finished successfully");
         Ok(())
@@ -147,7 +157,11 @@ impl Engine for Program {
         let restore = || {
             command::refuse_not_yet(Command::Restore, settings)?;
             let options = settings.restore_options(Self::hooks(settings, hooks)?);
-            engine::restore(&options, &KernelFeatures::probe())
+            let root = engine::restore(&options, &KernelFeatures::probe())?;
+            if settings.display_stats {
+                command::show_restore_statistics(&options.place.work_dir)?;
+            }
+            Ok(root)
         };
         restore().map_err(refusal)
     }

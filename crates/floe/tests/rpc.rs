@@ -4,11 +4,15 @@ use std::fs::{self, File};
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use floe_image::messages::{CriuFeatures, CriuOpts, CriuReq, CriuReqType, CriuResp};
 use rustix::io::Errno;
 use testkit::rpc::{Client, Notified, no_options, request};
 use testkit::{Fixture, process, skips};
+
+/// How long a process may take to end.
+const LIMIT: Duration = Duration::from_secs(10);
 
 const FLOE: &str = env!("CARGO_BIN_EXE_floe");
 
@@ -127,6 +131,66 @@ fn what_is_no_request_or_makes_no_sense_is_answered_clearly() {
         );
         assert_eq!(answer.cr_errno, Some(Errno::BADRQC.raw_os_error()));
     }
+}
+
+/// A field of a request.
+type Fill = fn(&mut CriuOpts);
+
+#[test]
+fn fields_that_cannot_be_honoured_are_answered_by_their_names() {
+    let (dump, restore) = (CriuReqType::Dump, CriuReqType::Restore);
+    let cases: [(CriuReqType, Fill, &str); 7] = [
+        (dump, |o| o.lazy_pages = Some(true), "--lazy-pages"),
+        (restore, |o| o.lazy_pages = Some(true), "--lazy-pages"),
+        (dump, |o| o.tls = Some(true), "--tls"),
+        (CriuReqType::PageServer, |o| o.tls = Some(true), "--tls"),
+        (
+            dump,
+            |o| o.mntns_compat_mode = Some(true),
+            "--mntns-compat-mode",
+        ),
+        (
+            restore,
+            |o| o.lsm_profile = Some("selinux:a:b".into()),
+            "--lsm-profile",
+        ),
+        (
+            CriuReqType::PageServer,
+            |o| o.status_fd = Some(4242),
+            "status_fd",
+        ),
+    ];
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let images = File::open(directory.path()).expect("it is there");
+    for (kind, fill, named) in cases {
+        let mut opts = in_directory(&images, Some(4_194_303));
+        fill(&mut opts);
+        let mut client = start(directory.path());
+        let answer = client.call(&request(kind, opts)).expect("an answer");
+        let named = !answer.success && told(&answer).contains(named);
+        assert!(named, "{kind:?}: {answer:?}");
+    }
+}
+
+#[test]
+fn a_page_server_says_when_it_is_ready() {
+    process::adopt_orphans().expect("a request that cannot fail");
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let images = File::open(directory.path()).expect("it is there");
+    let (status, ready) = rustix::pipe::pipe().expect("a pipe");
+    let mut client = start(directory.path());
+    let opts = CriuOpts {
+        status_fd: Some(ready.as_raw_fd()),
+        ..in_directory(&images, None)
+    };
+    let asked = request(CriuReqType::PageServer, opts);
+    let answer = client.call(&asked).expect("an answer");
+    let server = answer.ps.and_then(|ps| ps.pid).expect("a server");
+    drop(ready);
+    let mut told = [1; 2];
+    let length = rustix::io::read(&status, &mut told).expect("it can be read");
+    process::kill_ours(&[server], LIMIT).expect("the server ends");
+    assert_eq!((length, told[0]), (1, 0));
 }
 
 #[test]
