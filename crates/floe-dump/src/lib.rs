@@ -40,7 +40,7 @@ use floe_kernel::proc::ProcDir;
 use floe_kernel::security::SecurityModule;
 use floe_memory::{PageStore, punch_replaced};
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
-use floe_resources::cgroup::CgroupSets;
+use floe_resources::cgroup::{CgroupSets, CgroupView};
 use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
@@ -295,6 +295,23 @@ fn finish(
     Ok(manifest.files.values().map(|file| file.size).sum())
 }
 
+/// The cgroup namespaces of the tree, the root's before all others.
+fn cgroup_views(collector: &Collector<'_>) -> Result<Vec<CgroupView>, DumpError> {
+    let namespaces = collector.namespaces().all().iter();
+    let mut own: Vec<_> = namespaces
+        .filter(|namespace| namespace.kind() == NsKind::Cgroup)
+        .collect();
+    own.sort_by_key(|namespace| !namespace.of_root);
+    let views = own.into_iter().map(|namespace| {
+        Ok(CgroupView {
+            id: namespace.id,
+            of_root: namespace.of_root,
+            member: ProcDir::open(namespace.member)?,
+        })
+    });
+    views.collect()
+}
+
 /// Collects and writes everything of a stopped tree.
 fn save(
     tree: &mut FrozenTree,
@@ -362,14 +379,13 @@ fn save(
     }
     report.files = collector.file_count();
     let links = std::mem::take(collector.cache(HeldNames::default));
-    let has_own_cgroups = collector.namespaces().of_root(NsKind::Cgroup).is_some();
+    let own_views = cgroup_views(&collector)?;
     collector.finish()?;
     writer.write_one(ImageKind::Seccomp, 0, &shared.seccomp.into_entry())?;
     if let Some(policy) = &shared.policy {
         writer.write_one(ImageKind::Apparmor, 0, policy)?;
     }
-    let own_view = has_own_cgroups.then_some(&tree.root().proc);
-    if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups, own_view)? {
+    if let Some(cgroups) = shared.cgroups.into_entry(&options.cgroups, &own_views)? {
         writer.write_one(ImageKind::Cgroup, 0, &cgroups)?;
     }
     let whose = (own_cgroups, shared.security);

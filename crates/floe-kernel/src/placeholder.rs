@@ -6,6 +6,7 @@
 //! own wrappers of `setresuid(2)` and the like would look for these threads.
 
 use std::io;
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -16,6 +17,32 @@ use crate::namespace::{self, Namespace, NsKind};
 #[derive(Debug)]
 pub struct Placeholder {
     pid: HostPid,
+}
+
+/// One that waits before it does what it was started for.
+#[derive(Debug)]
+pub struct Waiting {
+    started: Placeholder,
+    ready: OwnedFd,
+    go: OwnedFd,
+}
+
+impl Waiting {
+    /// Its pid.
+    pub fn pid(&self) -> HostPid {
+        self.started.pid
+    }
+
+    /// Tells it to go, and waits until it is done.
+    pub fn go(self) -> io::Result<Placeholder> {
+        rustix::io::write(&self.go, &[1])?;
+        let mut errno = [0u8];
+        match rustix::io::read(&self.ready, &mut errno)? {
+            1 if errno[0] == 0 => Ok(self.started),
+            1 => Err(io::Error::from_raw_os_error(i32::from(errno[0]))),
+            _ => Err(io::ErrorKind::UnexpectedEof.into()),
+        }
+    }
 }
 
 #[repr(C, align(8))]
@@ -83,21 +110,26 @@ impl Placeholder {
 
     /// Starts it, once it has done `first`, which makes system calls only.
     fn start_after(first: impl FnOnce() -> io::Result<()>) -> io::Result<Self> {
-        let (ready, done) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        Self::start_before(first)?.go()
+    }
+
+    /// Starts it to wait; it does `first`, which makes system calls only, when it is told to go.
+    pub fn start_before(first: impl FnOnce() -> io::Result<()>) -> io::Result<Waiting> {
+        let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC);
+        let ((ready, done), (word, go)) = (pipe()?, pipe()?);
         let pid = clone3(&CloneArgs::default())?;
         if pid == 0 {
+            let told = rustix::io::read(&word, &mut [0u8]);
+            let result = told.map_err(io::Error::from).and_then(|_| first());
             // Whoever does not hear of it finds the process dead.
-            let _ = rustix::io::write(&done, &[errno_of(first())]);
+            let _ = rustix::io::write(&done, &[errno_of(result)]);
             idle();
         }
-        let started = Placeholder { pid: HostPid(pid) };
-        drop(done);
-        let mut errno = [0u8];
-        match rustix::io::read(&ready, &mut errno)? {
-            1 if errno[0] == 0 => Ok(started),
-            1 => Err(io::Error::from_raw_os_error(i32::from(errno[0]))),
-            _ => Err(io::ErrorKind::UnexpectedEof.into()),
-        }
+        Ok(Waiting {
+            started: Placeholder { pid: HostPid(pid) },
+            ready,
+            go,
+        })
     }
 
     fn clone(flags: u32, numbers: &[u32]) -> io::Result<Self> {

@@ -18,6 +18,7 @@ use floe_resources::namespace::user_births::Arrival;
 use floe_resources::namespace::{nested, time};
 use floe_resources::restore::{Attempt, ExecuteError, PlanError, Planner, Puppet, World};
 use floe_resources::task::attributes;
+use floe_resources::task::credentials::Credentials;
 
 pub use threads::plan_threads;
 
@@ -54,7 +55,7 @@ impl Births<'_> {
         let mut litters = self.litters(planner)?;
         for birth in &self.tree.births {
             match birth.parent {
-                None => self.plan_root(birth, planner),
+                None => self.plan_root(birth, planner)?,
                 Some(_) => {
                     if let Some(litter) = litters.remove(&birth.pid) {
                         plan_forks(litter, planner);
@@ -79,8 +80,16 @@ impl Births<'_> {
         Ok(())
     }
 
-    fn plan_root(&self, birth: &Birth, planner: &mut Planner<'_>) {
+    fn plan_root(&self, birth: &Birth, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         let (pid, arena) = (birth.pid, self.arena);
+        let images = planner.images;
+        let arrival = match images.users.birth_of(pid) {
+            None => None,
+            Some(_) => {
+                let ours = Credentials::of_this_thread().map_err(unknown)?;
+                Some(Arrival::of(images, images.root(), (None, &ours))?)
+            }
+        };
         let sibling = planner.options.detach == DetachMode::Sibling;
         planner.step_at_home(
             format!("clone the root, pid {pid}"),
@@ -96,7 +105,9 @@ impl Births<'_> {
                     arena_bytes: ARENA_BYTES,
                 };
                 let (arena, mut leader) = world.inside(|world| {
-                    time::in_new_clocks(world, |world| midwife::root(world, spawn))
+                    time::in_new_clocks(world, |world| {
+                        midwife::root(world, spawn, arrival.as_ref())
+                    })
                 })?;
                 let mut body = memory::Puppet {
                     arena: &arena,
@@ -119,6 +130,7 @@ impl Births<'_> {
                 Ok(world.options.hooks.run(event)?)
             },
         );
+        Ok(())
     }
 
     /// Children of one parent that need the same are forked by one program; by the pid of the first.
@@ -197,7 +209,10 @@ impl Births<'_> {
         );
         let choice = Choice::new(images, user, (&birth.numbers, birth.namespace));
         let arrival = match images.task(birth.pid) {
-            Some(task) if user != from => Some(Arrival::of(images, task, from)?),
+            Some(task) if user != from => {
+                let ours = Credentials::of_this_thread().map_err(unknown)?;
+                Some(Arrival::of(images, task, (from, &ours))?)
+            }
             _ => None,
         };
         if arrival.is_some() && flags != 0 {
@@ -312,6 +327,10 @@ impl Births<'_> {
             });
         }
     }
+}
+
+fn unknown(error: std::io::Error) -> PlanError {
+    PlanError::damaged("/proc/thread-self", error.to_string())
 }
 
 /// `CLONE_FILES` and the like, for what a child shares with its parent.

@@ -19,14 +19,19 @@ use floe_resources::restore::{Attempt, ExecuteError, World};
 use crate::births::{PIDFD_OFFSET, clone_program};
 
 /// Clones the root from where the coordinator is; `spawn` says all but about namespaces.
-pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped), ExecuteError> {
+/// It is born in the user namespace that it arrives in, where it does.
+pub fn root(
+    world: &mut World<'_>,
+    spawn: RootSpawn,
+    arrival: Option<&Arrival>,
+) -> Result<(Arena, Stopped), ExecuteError> {
     let given = own_of_root(world.images, NsKind::Pid);
     let given = given.and_then(|id| world.namespaces().get(id).ok());
     let pids = match has_own_pids(world.images) && given.is_none() {
         true => libc::CLONE_NEWPID as u64,
         false => 0,
     };
-    match world.images.users.birth_of(world.images.root().pid()) {
+    match arrival {
         None => {
             let spawn = RootSpawn {
                 flags: spawn.flags | pids,
@@ -34,14 +39,14 @@ pub fn root(world: &mut World<'_>, spawn: RootSpawn) -> Result<(Arena, Stopped),
             };
             among(given.as_deref(), || Ok(spawn_root(&spawn)?))
         }
-        Some(user) => {
+        Some(arrival) => {
             let number = world.images.root().pid();
             let _unset = UnsetLogin::begin();
             let midwife = spawn_root(&RootSpawn {
                 set_tid: Vec::new(),
                 ..spawn
             })?;
-            born_of(midwife, world, (number, pids, user, given))
+            born_of(midwife, world, (number, pids, arrival, given))
         }
     }
 }
@@ -65,9 +70,9 @@ fn among<T>(
 fn born_of(
     (arena, mut midwife): (Arena, Stopped),
     world: &mut World<'_>,
-    (number, pids, user, given): (u32, u64, u32, Option<Rc<Namespace>>),
+    (number, pids, arrival, given): (u32, u64, &Arrival, Option<Rc<Namespace>>),
 ) -> Result<(Arena, Stopped), ExecuteError> {
-    let namespace = world.namespaces().get(user)?;
+    let namespace = world.namespaces().get(arrival.user())?;
     let mut program = Program::new();
     if let Some(given) = &given {
         let args = [
@@ -76,9 +81,9 @@ fn born_of(
         ];
         program.call("setns to the pid namespace", libc::SYS_setns, &args);
     }
-    let arrival = Arrival::of(world.images, world.images.root(), None);
-    let arrival = arrival.map_err(ExecuteError::from_plan)?;
-    arrival.plan(namespace.as_fd().as_raw_fd(), &mut program)?;
+    arrival
+        .plan(namespace.as_fd().as_raw_fd(), &mut program)
+        .map_err(ExecuteError::from_plan)?;
     let flags = pids | (libc::CLONE_PARENT | libc::CLONE_PIDFD) as u64;
     let label = format!("clone3 of the root, pid {number}");
     let (_, args) = clone_program(&mut program, label, flags, (&[number], 0));

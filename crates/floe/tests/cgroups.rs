@@ -236,3 +236,52 @@ fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
     }
     assert!(log.contains("seized in a frozen group"), "{log}");
 }
+
+/// A namespace begins where its maker was; its tasks may have moved on.
+#[test]
+fn a_cgroup_namespace_of_a_child_begins_where_it_did() {
+    if !skips::is_root("a_cgroup_namespace_of_a_child_begins_where_it_did") {
+        return;
+    }
+    let Some(group) = Group::make("child") else {
+        return;
+    };
+    let images = tempfile::tempdir().expect("a temporary directory");
+    let busy = group.file("busy");
+    fs::create_dir(&busy).expect("the group is ours");
+    // The root goes last: then the child stands as well.
+    let script = format!(
+        "(echo $(exec sh -c 'echo $PPID') > {0}/cgroup.procs; exec unshare -UrC sleep 101) &
+        until grep -q sleep /proc/$!/comm; do :; done
+        echo $! > {1}/cgroup.procs; exec sleep 100",
+        group.path.display(),
+        busy.display()
+    );
+    let mut task = start("sh", &["-c", &script]);
+    let seen = |root: u32| {
+        let children = format!("/proc/{root}/task/{root}/children");
+        let child = fs::read_to_string(children).expect("it lives");
+        let child = child.trim().to_string();
+        let output = Command::new("nsenter")
+            .args(["--target", &child, "--cgroup", "cat"])
+            .arg(format!("/proc/{child}/cgroup"))
+            .output()
+            .expect("nsenter is part of every system");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let line = text.lines().find(|line| line.starts_with("0::"));
+        (line.map(str::to_string), child)
+    };
+    let (before, _) = seen(task.id());
+    let output = dump(&mut task, images.path());
+    for path in [&busy, &group.path] {
+        patiently(|| fs::remove_dir(path));
+    }
+    expect_success(&output);
+    expect_success(&floe(images.path(), "restore -d"));
+    let (after, child) = seen(task.id());
+    end(task.id());
+    end(child.parse().expect("a pid"));
+    patiently(|| fs::remove_dir(&busy));
+    assert_eq!(before.as_deref(), Some("0::/busy"));
+    assert_eq!(before, after);
+}

@@ -18,7 +18,8 @@ facts() {
   for p in $(tree $1); do
     grep -E '^(Name|Uid|Gid|Groups|Cap|Sec|NoNew|NSpid|NSpgid|NSsid|Threads)' /proc/$p/status | tr '\n\t' '  '
     cat /proc/$p/uid_map /proc/$p/gid_map /proc/$p/setgroups | tr -s ' \n' ' '
-    lsns -n -r -o TYPE,NS,PNS,ONS -p $p | sort | tr '\n' ' '
+    # It looks at all processes, and says nothing where one ends meanwhile.
+    until lsns -n -r -o TYPE,NS,PNS,ONS -p $p | sort | tr '\n' ' ' | grep .; do :; done | tr '\n' ' '
     [ -z "$LOOK" ] || nsenter -t $p $LOOK | tr '\n' ' '
     echo
   done
@@ -39,6 +40,7 @@ $FLOE dump -t $root -D images
 while [ -d /proc/$root ]; do wait 2>/dev/null || true; done
 $FLOE restore -d -D images --pidfile "$DIR/pid"
 facts $(cat pid) >after
+[ $$ = 1 ] || kill -9 $(tree $(cat pid))
 "#;
 
 #[derive(Default)]
@@ -48,12 +50,17 @@ struct Case<'a> {
     sleeps: u32,
     /// Arguments of nsenter, which shows something of every task.
     look: &'a str,
+    /// Without a pid namespace around: its proc would lie on another one.
+    bare: bool,
 }
 
 /// The facts before and after.
 fn run(case: &Case<'_>) -> anyhow::Result<[Vec<String>; 2]> {
     let directory = tempfile::tempdir()?;
-    let around = "--pid --fork --kill-child --mount-proc sh -ec";
+    let around = match case.bare {
+        true => "sh -ec",
+        false => "--pid --fork --kill-child --mount-proc sh -ec",
+    };
     let output = Command::new("unshare")
         .args(around.split(' '))
         .arg(SCRIPT)
@@ -129,7 +136,8 @@ fn a_user_namespace_without_a_pid_namespace_comes_back() {
         &[
             "exec unshare --user --map-root-user sleep 1000",
             "exec unshare --user sleep 1000",
-            "exec unshare --user --map-root-user --net --uts --ipc sleep 1000",
+            "exec unshare --user --map-root-user --net --uts --ipc --cgroup sleep 1000",
+            "unshare --user --map-root-user --cgroup sleep 1000 & wait",
             // The network is that of another user namespace, in which nobody is any more.
             "exec unshare --user --map-root-user --net unshare --user --map-root-user sleep 1000",
         ],
@@ -257,6 +265,42 @@ open(\"/proc/self/comm\", \"w\").write(\"sleep\")' & exec sleep 1001";
                 ..Case::default()
             };
             comes_back(&case).context(wrap)?;
+        }
+        Ok(())
+    });
+}
+
+/// What runs in a mount namespace, without the memory of other programs.
+fn in_own_mounts(tree: &str) -> String {
+    format!(
+        "exec unshare --mount bash -c 'exec 10<&- </dev/null >/dev/null 2>&1
+        umount -l /dev/shm || :
+        {tree}'"
+    )
+}
+
+#[test]
+fn sandboxes_come_back() {
+    let name = "sandboxes_come_back";
+    skips::as_root(name, || {
+        if Command::new("bwrap").arg("--version").output().is_err() {
+            return skips::skip(name, "bwrap is not installed");
+        }
+        let base = "--ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib \
+            --symlink usr/lib64 /lib64 --dev /dev --tmpfs /tmp";
+        for options in [
+            "--unshare-all --ro-bind / / --dev /dev --tmpfs /tmp".to_string(),
+            format!("--unshare-all --uid 5 --gid 6 --hostname floe {base}"),
+            format!("--unshare-user --share-net --die-with-parent {base}"),
+        ] {
+            let case = Case {
+                tree: &in_own_mounts(&format!("bwrap {options} sleep 1000 & exec sleep 1001")),
+                sleeps: 2,
+                look: "--mount ls / /dev",
+                bare: true,
+                ..Case::default()
+            };
+            comes_back(&case).with_context(|| options.clone())?;
         }
         Ok(())
     });

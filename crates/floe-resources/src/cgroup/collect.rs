@@ -8,13 +8,13 @@ use std::path::Path;
 
 use floe_image::messages::{
     CgControllerEntry, CgMemberEntry, CgSetEntry, CgroupDirEntry, CgroupEntry, CgroupPerms,
-    CgroupPropEntry,
+    CgroupPropEntry, FloeCgNamespace,
 };
 use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
 use floe_options::policy::{CgroupOptions, ManageCgroups};
 
 use super::hierarchy::Hierarchy;
-use super::namespace;
+use super::namespace::{self, View};
 use super::properties::Selection;
 use crate::collect::CollectError;
 
@@ -46,28 +46,31 @@ impl CgroupSets {
     }
 
     /// The content of `cgroup.img`, or `None` when all tasks are in the coordinator's own groups, which
-    /// restore takes from its caller. `own_view` is the root task where the tree has a cgroup namespace
-    /// of its own.
+    /// restore takes from its caller, and no cgroup namespace of the tree begins elsewhere.
     pub fn into_entry(
         self,
         options: &CgroupOptions,
-        own_view: Option<&ProcDir>,
+        views: &[View],
     ) -> Result<Option<CgroupEntry>, CollectError> {
-        let Some((own, others)) = self
-            .sets
-            .split_first()
-            .filter(|(_, others)| !others.is_empty())
-        else {
+        let Some((own, others)) = self.sets.split_first() else {
             return Ok(None);
         };
+        let mut prefixes = HashMap::new();
+        let mut begins: Vec<(u32, Vec<CgroupMembership>)> = Vec::new();
+        for view in views {
+            let roots = namespace::prefixes(&view.member)?;
+            begins.push((view.id, namespace::roots(&roots, own)));
+            if view.of_root {
+                prefixes = roots;
+            }
+        }
+        if others.is_empty() && begins.is_empty() {
+            return Ok(None);
+        }
         let wanted = |member: &&CgroupMembership| {
             let mut names = member.controllers.split(',');
             let listed = |name: &str| options.dump_controllers.iter().any(|wanted| wanted == name);
             options.dump_controllers.is_empty() || names.any(listed)
-        };
-        let prefixes = match own_view {
-            Some(root) => namespace::prefixes(root)?,
-            None => HashMap::new(),
         };
         let selection = Selection::new(options)?;
         let mut controllers = Vec::new();
@@ -80,6 +83,9 @@ impl CgroupSets {
             let mut groups: Vec<&str> = of_tasks
                 .map(|other| root(other, options, &prefixes))
                 .collect();
+            let roots = begins.iter().flat_map(|(_, roots)| roots);
+            let of_it = roots.filter(|root| root.controllers == *name && root.path != "/");
+            groups.extend(of_it.map(|root| root.path.as_str()));
             let at_top = groups.contains(&"/");
             groups.retain(|group| *group != "/");
             let mut roots = topmost(groups.into_iter());
@@ -92,7 +98,19 @@ impl CgroupSets {
             ctls: members.iter().filter(wanted).map(entry).collect(),
         });
         let sets = sets.collect();
-        Ok(Some(CgroupEntry { sets, controllers }))
+        let floe_namespaces = begins.iter().map(|(id, roots)| FloeCgNamespace {
+            id: *id,
+            roots: roots
+                .iter()
+                .filter(wanted)
+                .map(|root| member_entry(root, &HashMap::new()))
+                .collect(),
+        });
+        Ok(Some(CgroupEntry {
+            sets,
+            controllers,
+            floe_namespaces: floe_namespaces.collect(),
+        }))
     }
 }
 

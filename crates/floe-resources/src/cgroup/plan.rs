@@ -4,15 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use floe_image::ImageKind;
-use floe_image::messages::{
-    CgControllerEntry, CgMemberEntry, CgroupEntry, CoreEntry, TaskKobjIdsEntry,
-};
+use floe_image::messages::{CgControllerEntry, CgMemberEntry, CgSetEntry, CgroupEntry, CoreEntry};
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::NsKind;
 use floe_options::policy::{CgroupOptions, CgroupRoot, ManageCgroups};
 use floe_plan::Handle;
 
 use super::execute::{Groups, Place};
 use super::namespace;
+use crate::namespace::own_of_root;
 use crate::restore::{PlanError, Planner, TreeImages};
 
 /// Hierarchies by name, and the group in each.
@@ -33,7 +33,44 @@ fn saved(planner: &Planner<'_>) -> Result<Option<CgroupEntry>, PlanError> {
         return Ok(None);
     }
     let mut entries: Vec<CgroupEntry> = planner.images.dir.read_all(ImageKind::Cgroup, 0)?;
-    Ok(entries.pop().filter(|entry| !entry.sets.is_empty()))
+    let Some(mut entry) = entries.pop() else {
+        return Ok(None);
+    };
+    let begins = entry
+        .floe_namespaces
+        .iter()
+        .filter(|it| !it.roots.is_empty());
+    // Their groups are changed with those of tasks.
+    let begins = begins.map(|namespace| CgSetEntry {
+        id: OF_NAMESPACE | namespace.id,
+        ctls: namespace.roots.clone(),
+    });
+    entry.sets.extend(begins.collect::<Vec<_>>());
+    change_roots(&mut entry, &options.cgroups);
+    Ok(Some(entry).filter(|entry| !entry.sets.is_empty()))
+}
+
+/// Numbers of sets in which namespaces begin; no image has such ones.
+const OF_NAMESPACE: u32 = 1 << 31;
+
+/// The groups in which a namespace begins; `None` for the coordinator's own.
+pub(super) fn namespace_begin(
+    planner: &Planner<'_>,
+    id: u32,
+) -> Result<Option<Membership>, PlanError> {
+    let Some(entry) = saved(planner)? else {
+        return Ok(None);
+    };
+    let root = planner.images.root();
+    if own_begun(planner) == Some(id)
+        && !entry
+            .floe_namespaces
+            .iter()
+            .any(|namespace| namespace.id == id)
+    {
+        return Ok(set_of(&root.core).map(|set| namespace_root(&entry, set)));
+    }
+    Ok(sets(&entry).remove(&(OF_NAMESPACE | id)))
 }
 
 /// What exists when the groups of the images do, if they are to be made.
@@ -48,10 +85,15 @@ pub fn groups_made(planner: &Planner<'_>) -> Result<Option<Handle>, PlanError> {
 pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError> {
     let (images, options) = (planner.images, planner.options);
     let mode = options.cgroups.manage;
+    let root = images.root().pid();
+    let own = own_begun(planner);
+    if let Some(id) = own {
+        namespace::plan(id, planner)?;
+    }
+    let begun: Vec<Handle> = own.map(crate::namespace::made).into_iter().collect();
     let Some(mut entry) = saved(planner)? else {
-        return Ok(BTreeSet::new());
+        return Ok(plan_root(planner, own).into_iter().collect());
     };
-    change_roots(&mut entry, &options.cgroups);
     let sets = Rc::new(sets(&entry));
     let home = images.inventory.root_cg_set;
     let yard = options.cgroups.yard.clone();
@@ -72,7 +114,10 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
         } else {
             inherited(images, parent).or(home)
         };
-        let begins = pid == images.root().pid() && has_own_namespace(images);
+        let begins = own.filter(|_| pid == root);
+        if from == Some(set) && begins.is_some() {
+            moved.extend(plan_root(planner, own));
+        }
         if from != Some(set) {
             let (from, to) = (
                 membership(&sets, from, home)?,
@@ -80,27 +125,18 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
             );
             moved.insert(pid);
             let place = Place { from, to };
-            let start = begins.then(|| namespace_root(&entry, set));
-            let start = start.map(|root| Place {
-                from: place.from.clone(),
-                to: Some(root),
-            });
+            let needs = match begins {
+                Some(_) => [&[made], &begun[..]].concat(),
+                None => vec![made],
+            };
             planner.task_step(
                 pid,
                 "enter control groups",
-                (&[made], &[entered(pid)]),
+                (&needs, &[entered(pid)]),
                 move |world| {
                     let host = world.puppet(pid)?.pid();
-                    if let Some(start) = &start {
-                        Groups::enter(world, host, start)?;
-                        namespace::begin(world, pid)?;
-                        let place = Place {
-                            from: start.to.clone(),
-                            to: place.to,
-                        };
-                        return Groups::enter(world, host, &place);
-                    }
-                    Groups::enter(world, host, &place)
+                    Groups::enter(world, host, &place)?;
+                    begins.map_or(Ok(()), |id| namespace::enter(world, pid, id))
                 },
             );
         }
@@ -114,11 +150,24 @@ pub fn plan_groups(planner: &mut Planner<'_>) -> Result<BTreeSet<u32>, PlanError
     Ok(moved)
 }
 
-/// Whether the tree has another cgroup namespace than the process that dumped it.
-fn has_own_namespace(images: &TreeImages) -> bool {
-    let number = |ids: Option<&TaskKobjIdsEntry>| ids.and_then(|ids| ids.cgroup_ns_id);
-    let of_tree = number(images.root().ids.as_ref());
-    of_tree.is_some() && of_tree != number(images.inventory.root_ids.as_ref())
+/// Adds the step by which a root that stays in its groups enters its own namespace, for its children to inherit.
+fn plan_root(planner: &mut Planner<'_>, own: Option<u32>) -> Option<u32> {
+    let (id, pid) = (own?, planner.images.root().pid());
+    let needs = [crate::namespace::made(id)];
+    planner.task_step(
+        pid,
+        "enter the cgroup namespace",
+        (&needs, &[entered(pid)]),
+        move |world| namespace::enter(world, pid, id),
+    );
+    Some(pid)
+}
+
+/// The cgroup namespace of the root, where it has one that is to be made.
+pub fn own_begun(planner: &Planner<'_>) -> Option<u32> {
+    let options = planner.options;
+    let touched = options.cgroups.manage != ManageCgroups::Ignore && !options.unprivileged;
+    own_of_root(planner.images, NsKind::Cgroup).filter(|_| touched)
 }
 
 /// The groups in which the namespace of a set begins.
@@ -210,7 +259,9 @@ fn membership(
 
 /// Puts `--cgroup-root` in the place of the groups that the tree was in.
 fn change_roots(entry: &mut CgroupEntry, options: &CgroupOptions) {
-    let CgroupEntry { sets, controllers } = entry;
+    let CgroupEntry {
+        sets, controllers, ..
+    } = entry;
     for controller in controllers {
         let Some(new) = root_of(&options.roots, controller) else {
             continue;
@@ -269,7 +320,7 @@ fn root_of<'a>(roots: &'a [CgroupRoot], controller: &CgControllerEntry) -> Optio
 #[cfg(test)]
 mod tests {
     use super::*;
-    use floe_image::messages::{CgSetEntry, CgroupDirEntry};
+    use floe_image::messages::CgroupDirEntry;
 
     fn entry(path: &str, dir: &str) -> CgroupEntry {
         CgroupEntry {
@@ -289,6 +340,7 @@ mod tests {
                 }],
                 is_threaded: None,
             }],
+            ..CgroupEntry::default()
         }
     }
 

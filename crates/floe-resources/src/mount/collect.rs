@@ -20,6 +20,7 @@ use super::formats;
 use super::groups::plan_groups;
 use super::model::{
     AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
+    shows_most,
 };
 use super::overlay;
 use super::overlay_layers;
@@ -476,7 +477,8 @@ fn save_content(
         return Ok(());
     };
     let known = collector.cache(KnownMounts::default);
-    if entry.root != "/" || !known.saved.insert(entry.root_dev) {
+    let is_whole = entry.root == "/" || shows_most(entry, known.namespaces.values().flatten());
+    if !is_whole || !known.saved.insert(entry.root_dev) {
         return Ok(());
     }
     let copy = pristine(entry, all, namespace, collector)?;

@@ -7,26 +7,21 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::rc::Rc;
 
-use floe_image::ImageKind;
 use floe_image::dir::ImageDir;
 use floe_image::messages::Fstype;
 use floe_kernel::mount::{
-    self, FsOption, NewMountError, Propagation, Reach, attach, copy_mount, join_group,
-    set_propagation,
+    self, NewMountError, Propagation, Reach, attach, copy_mount, join_group, set_propagation,
 };
 use floe_kernel::namespace::{Home, Namespace, NsKind};
 use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-use super::content;
-use super::context::context;
 use super::deleted::{Leftover, make_deleted};
 use super::formats;
 use super::groups::{Base, Group};
-use super::model::{Content, FsKind, attributes, split_options, super_words};
-use super::overlay;
-use super::overlay_index;
+use super::model::attributes;
+use super::new_fs::{self, describe};
 use super::sight::Whole;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
@@ -42,9 +37,6 @@ fn terminal(placed: &Placed) -> Option<u32> {
 const WITHIN: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
     .union(ResolveFlags::NO_XDEV);
-
-/// File systems whose options are those of the one instance that the kernel has.
-const SINGLE: [&str; 4] = ["devtmpfs", "debugfs", "tracefs", "securityfs"];
 
 /// Mounts in the making.
 #[derive(Debug)]
@@ -247,7 +239,7 @@ impl Workshop {
             match &source.origin {
                 Origin::New(_) if late => {}
                 Origin::New(fs) => {
-                    let mount = self.new_fs(fs)?;
+                    let mount = new_fs::make(&self.plan.images, fs)?;
                     self.keep_source(index, mount)?;
                 }
                 Origin::Host(_) => {
@@ -305,7 +297,7 @@ impl Workshop {
             return Ok(());
         };
         let visit = self.visit_tree(placed.namespace, places)?;
-        let mount = self.new_fs(fs)?;
+        let mount = new_fs::make(&self.plan.images, fs)?;
         drop(visit);
         let _visit = self.visit(&places.shown)?;
         self.keep_source(index, mount)
@@ -335,48 +327,6 @@ impl Workshop {
         made.during("Making", what)?;
         let point = open_path(&self.yard, name).during("Opening", what)?;
         attach(mount.as_fd(), point.as_fd()).during("Attaching", what)
-    }
-
-    fn new_fs(&self, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
-        let entry = &fs.entry;
-        let what = || format!("{} for {}", fs.name, entry.mountpoint);
-        let mut mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
-        if let Err(NewMountError::Call(_, error)) = &mounted
-            && error.raw_os_error() == Some(libc::ESTALE)
-            && overlay_index::rebuild(&entry.options).is_ok()
-        {
-            mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
-        }
-        let mounted = mounted.map_err(|error| {
-            let (action, source) = describe(error);
-            ExecuteError::Failed {
-                action: "Mounting",
-                object: format!("{}: {action}", what()),
-                source,
-            }
-        })?;
-        if has_files(fs) {
-            self.fill(&mounted, fs)?;
-            if entry.sb_flags.unwrap_or(0) & libc::MS_RDONLY as u32 != 0 {
-                mount::reconfigure(mounted.as_fd(), "ro").during("Protecting", what)?;
-            }
-        }
-        Ok(mounted)
-    }
-
-    fn fill(&self, mounted: &OwnedFd, fs: &NewFs) -> Result<(), ExecuteError> {
-        let entry = &fs.entry;
-        let images = &self.plan.images;
-        let (kind, id) = content_image(images, entry.root_dev, entry.mnt_id);
-        let image = images.open_raw(kind, id)?;
-        content::unpack(mounted.as_fd(), image).map_err(|error| ExecuteError::Failed {
-            action: "Filling",
-            object: format!(
-                "{} for {}: {} {}",
-                fs.name, entry.mountpoint, error.action, error.path
-            ),
-            source: error.source,
-        })
     }
 
     /// The copy that becomes one mount of the tree.
@@ -523,16 +473,6 @@ impl Workshop {
     }
 }
 
-/// The image with the files of a file system: by its device, or in older images by its mount.
-pub fn content_image(images: &ImageDir, device: u32, mount: u32) -> (ImageKind, u64) {
-    let by_device = (ImageKind::TmpfsDev, u64::from(device));
-    let by_mount = (ImageKind::TmpfsImg, u64::from(mount));
-    if !images.has(by_device.0, by_device.1) && images.has(by_mount.0, by_mount.1) {
-        return by_mount;
-    }
-    by_device
-}
-
 fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {
     rustix::fs::openat(at, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
@@ -540,49 +480,6 @@ fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {
 pub(super) fn open_within(at: BorrowedFd<'_>, path: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat2(at, path, flags, Mode::empty(), WITHIN)
-}
-
-/// Whether the files of a file system are in the images.
-pub fn has_files(fs: &NewFs) -> bool {
-    FsKind::of_name(&fs.name).is_some_and(|kind| kind.content == Content::Files)
-}
-
-/// The options to mount a file system with.
-pub fn new_fs_options(fs: &NewFs) -> Vec<FsOption> {
-    let entry = &fs.entry;
-    let mut options = vec![FsOption::Text("source".into(), entry.source.clone())];
-    if SINGLE.contains(&fs.name.as_str()) {
-        return options;
-    }
-    options.extend(fs_options(&entry.options));
-    // Files come in before it is protected.
-    let words = super_words(entry.sb_flags.unwrap_or(0));
-    let words = words.filter(|word| !(*word == "ro" && has_files(fs)));
-    options.extend(words.map(|word| FsOption::Flag(word.to_string())));
-    options
-}
-
-/// Options as the kernel prints them, without those that only tell what is in use.
-fn fs_options(options: &str) -> Vec<FsOption> {
-    let words = split_options(options).into_iter();
-    words
-        .filter(|word| word != "seclabel")
-        .map(|word| overlay::decoded(&word))
-        .flat_map(|word| match context(&word).or(word.split_once('=')) {
-            Some((key, value)) => overlay::option(key, value),
-            None => vec![FsOption::Flag(word)],
-        })
-        .collect()
-}
-
-pub fn describe(error: NewMountError) -> (String, std::io::Error) {
-    match error {
-        NewMountError::Call(call, source) => (call.to_string(), source),
-        NewMountError::Option(FsOption::Flag(key), source) => (format!("option {key}"), source),
-        NewMountError::Option(FsOption::Text(key, value), source) => {
-            (format!("option {key}={value}"), source)
-        }
-    }
 }
 
 fn new_mount_error(error: NewMountError) -> ExecuteError {

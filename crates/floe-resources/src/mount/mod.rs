@@ -13,6 +13,7 @@ mod execute;
 mod formats;
 mod groups;
 mod model;
+mod new_fs;
 mod overlay;
 mod overlay_index;
 mod overlay_layers;

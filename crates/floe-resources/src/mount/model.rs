@@ -51,6 +51,22 @@ pub const EXTERNAL_DEVICE: &str = "CRIU:EXTERNAL_DEV";
 /// The value of `root` that stands for one that images of older versions did not keep.
 pub const NO_ROOT: &str = "CRIU:NO_ROOT";
 
+/// Whether a mount shows most of a file system in memory whose root is mounted nowhere: sandboxes change to a
+/// directory of one (`pivot_root(2)`) and leave the rest behind. What only others show is lost.
+pub fn shows_most<'e>(entry: &MntEntry, all: impl Iterator<Item = &'e MntEntry>) -> bool {
+    let is_candidate = |other: &MntEntry| {
+        let kind = FsKind::of_entry(other);
+        other.root_dev == entry.root_dev
+            && other.ext_key.is_none()
+            && other.deleted != Some(true)
+            && kind.is_some_and(|kind| kind.content == Content::Files)
+    };
+    let candidates = all.filter(|other| is_candidate(other));
+    let widest = candidates.map(|other| other.root.as_str());
+    let widest = widest.min_by_key(|root| (root.len(), *root));
+    is_candidate(entry) && widest == Some(entry.root.as_str())
+}
+
 /// What a dump has to do about the content of a file system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Content {

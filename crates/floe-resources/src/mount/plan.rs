@@ -13,10 +13,11 @@ use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
 use super::context;
-use super::execute::{Places, Plan, Workshop, content_image, has_files};
+use super::execute::{Places, Plan, Workshop};
 use super::formats;
 use super::groups::plan_groups;
 use super::model::{attributes, below};
+use super::new_fs::{content_image, has_files};
 use super::remote::mount_in_task;
 use super::shown;
 use super::sight::Wholes;
@@ -91,13 +92,9 @@ fn plan_late(
     places: (Vec<u32>, Vec<u32>),
 ) -> Result<(), PlanError> {
     let pid = planner.images.root().pid();
-    // The root task begins the cgroup namespace when it enters its groups.
-    let own_cgroups = of_root(planner.images)
-        .iter()
-        .any(|(kind, _)| *kind == NsKind::Cgroup);
-    let enters = groups_made(planner)?.is_some();
     let mut needs = begun;
-    if own_cgroups && enters {
+    // The root task enters its cgroup namespace with its groups.
+    if cgroup::own_begun(planner).is_some() {
         needs.push(cgroup::entered(pid));
     }
     planner.task_step(pid, "mount proc", (&needs, &[COMPLETE]), move |world| {

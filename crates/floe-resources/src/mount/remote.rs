@@ -6,8 +6,8 @@ use floe_inject::{Arg, Program};
 use floe_kernel::ids::TaskFd;
 use floe_kernel::mount::{mount_of_context, mount_of_created};
 
-use super::execute::{describe, new_fs_options};
 use super::formats;
+use super::new_fs::{describe, new_fs_options};
 use super::tree::NewFs;
 use crate::restore::{ExecuteError, World};
 

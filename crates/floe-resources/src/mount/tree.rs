@@ -12,7 +12,9 @@ use floe_kernel::namespace::NsKind;
 use floe_options::{External, MountOptions};
 
 use super::formats;
-use super::model::{AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below};
+use super::model::{
+    AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below, shows_most,
+};
 use super::shown;
 use crate::restore::PlanError;
 
@@ -304,7 +306,9 @@ impl Sources<'_> {
             if self.given(mount).is_some() {
                 continue;
             }
-            if entry.root != "/" && !is_of_cgroups(entry) {
+            let all = mounts.iter().map(|mount| &mount.entry);
+            let is_whole = entry.root == "/" || shows_most(entry, all);
+            if !is_whole && !is_of_cgroups(entry) {
                 continue;
             }
             let Some(name) = fs_name(entry) else {
@@ -355,10 +359,9 @@ impl Sources<'_> {
             },
             // In a cgroup namespace the root of a mount is the namespace's; else all of the hierarchy is
             // mounted, of which the tree may have only a part.
-            root: if is_of_cgroups(&entry) && !self.request.own_cgroups {
-                "/".to_string()
-            } else {
-                entry.root.clone()
+            root: match is_of_cgroups(&entry) && self.request.own_cgroups {
+                true => entry.root.clone(),
+                false => "/".to_string(),
             },
             device: entry.root_dev,
             layered: entry.fstype == Fstype::Overlayfs as u32,

@@ -14,10 +14,10 @@ use floe_plan::Handle;
 
 use super::{READY, filled, ids, made, uts};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, TreeImages, World};
-use crate::{ipc, net};
+use crate::{cgroup, ipc, net};
 
 /// Kinds in which a task may differ from the root, but for mounts.
-pub(super) const SPLIT: [NsKind; 3] = [NsKind::Net, NsKind::Ipc, NsKind::Uts];
+pub(super) const SPLIT: [NsKind; 4] = [NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Cgroup];
 
 /// The numbers of a task's namespaces that are not the root's.
 pub(super) fn split_of(images: &TreeImages, task: &TaskImages) -> Vec<(NsKind, u32)> {
@@ -60,6 +60,10 @@ pub(super) fn plan_split(planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanE
     let all: BTreeSet<(NsKind, u32)> = split.iter().flat_map(|(_, split)| split.clone()).collect();
     for (kind, number) in &all {
         let (kind, number) = (*kind, *number);
+        if kind == NsKind::Cgroup {
+            cgroup::plan_namespace(number, planner)?;
+            continue;
+        }
         let name = format!("make {kind} namespace {number}");
         let needs: Vec<Handle> = images
             .users

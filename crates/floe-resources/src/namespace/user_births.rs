@@ -9,7 +9,7 @@ use floe_plan::Handle;
 
 use super::OwnerMap;
 use super::users::UserNamespace;
-use crate::restore::{Attempt, ExecuteError, PlanError, TaskImages, TreeImages, World};
+use crate::restore::{ExecuteError, PlanError, TaskImages, TreeImages, World};
 use crate::task::credentials::Credentials;
 use crate::task::rebuild::Birth;
 use crate::task::user_entry::{self, From, Ids};
@@ -91,15 +91,15 @@ pub struct Arrival {
     born_as: BornAs,
     around: OwnerMap,
     denies_groups: bool,
-    born: Option<Credentials>,
+    born: Credentials,
 }
 
 impl Arrival {
-    /// Of this task, by somebody who is born in `from`.
+    /// Of this task, by somebody who is born in `from`, and has `ours` where that is the coordinator's.
     pub fn of(
         images: &TreeImages,
         task: &TaskImages,
-        from: Option<u32>,
+        (from, ours): (Option<u32>, &Credentials),
     ) -> Result<Self, PlanError> {
         let (pid, users) = (task.pid(), &images.users);
         let user = users
@@ -124,11 +124,12 @@ impl Arrival {
             born_as: BornAs::of(images, task, user),
             around: users.map(from),
             denies_groups: around.is_some_and(|around| around.denies_groups),
-            born: came
-                .map(|(around, first)| BornAs::of(images, first, around).credentials(&around.map)),
+            born: came.map_or_else(
+                || ours.clone(),
+                |(around, first)| BornAs::of(images, first, around).credentials(&around.map),
+            ),
         };
-        let nothing = Credentials::default();
-        arrival.plan_from(&nothing, 0, &mut Program::new())?;
+        arrival.plan(0, &mut Program::new())?;
         Ok(arrival)
     }
 
@@ -138,19 +139,7 @@ impl Arrival {
     }
 
     /// Takes whoever runs the program there; `file` is its descriptor of the user namespace.
-    pub fn plan(&self, file: i32, program: &mut Program) -> Result<(), ExecuteError> {
-        let ours = Birth::of_this_thread();
-        let ours = ours.during("Reading", || "our own credentials".to_string())?;
-        self.plan_from(&ours.credentials, file, program)
-            .map_err(ExecuteError::from_plan)
-    }
-
-    fn plan_from(
-        &self,
-        ours: &Credentials,
-        file: i32,
-        program: &mut Program,
-    ) -> Result<(), PlanError> {
+    pub fn plan(&self, file: i32, program: &mut Program) -> Result<(), PlanError> {
         match &self.born_as {
             BornAs::First(uid, gid) => {
                 user_entry::enter(file, program);
@@ -164,7 +153,7 @@ impl Arrival {
                 let from = From {
                     map: &self.around,
                     denies_groups: self.denies_groups,
-                    born: self.born.as_ref().unwrap_or(ours),
+                    born: &self.born,
                 };
                 user_entry::plan_entry((self.pid, ids), from, file, program)
             }

@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use floe_kernel::ids::HostPid;
-use floe_kernel::proc::parse_status;
+use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::thread::{Scheduling, scheduling};
 
 use super::credentials::{CAP_SYS_ADMIN, Credentials};
@@ -29,11 +29,9 @@ impl Birth {
     /// What the calling thread would hand down. In a new user namespace the credentials are others:
     /// replace them.
     pub fn of_this_thread() -> io::Result<Self> {
-        let status = parse_status(&fs::read("/proc/thread-self/status")?)
-            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
-        let securebits = rustix::thread::capabilities_secure_bits()?.bits();
+        let status = own_status()?;
         let loginuid = fs::read_to_string("/proc/thread-self/loginuid");
-        let credentials = Credentials::from_status(&status, securebits);
+        let credentials = Credentials::of_this_thread()?;
         Ok(Birth {
             suspends_filters: credentials.has(CAP_SYS_ADMIN) && status.seccomp == 0,
             loginuid: loginuid.ok().and_then(|text| text.trim().parse().ok()),
@@ -42,4 +40,10 @@ impl Birth {
             scheduling: scheduling(HostPid(0))?,
         })
     }
+}
+
+/// The status of the calling thread.
+pub(super) fn own_status() -> io::Result<Status> {
+    parse_status(&fs::read("/proc/thread-self/status")?)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }

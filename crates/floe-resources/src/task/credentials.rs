@@ -9,6 +9,7 @@ use floe_image::messages::{CredsEntry, ThreadCoreEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::proc::Status;
 
+use super::birth::own_status;
 use super::label::Label;
 use super::rebuild::TaskContext;
 use super::user_entry::{Ids, outside_of};
@@ -145,6 +146,12 @@ impl Credentials {
             securebits,
             no_new_privs: status.no_new_privs,
         }
+    }
+
+    /// Those of the calling thread.
+    pub fn of_this_thread() -> std::io::Result<Self> {
+        let securebits = rustix::thread::capabilities_secure_bits()?.bits();
+        Ok(Credentials::from_status(&own_status()?, securebits))
     }
 
     /// From an image; `None` when a capability set is longer than any kernel's.

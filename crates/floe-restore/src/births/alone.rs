@@ -96,7 +96,8 @@ fn by_midwife(
     let mut midwife = newborn(world, parent, None)?;
     let arena: Arena = world.puppet(parent)?.arena.clone();
     let mut program = Program::new();
-    arrival.plan(there, &mut program)?;
+    let planned = arrival.plan(there, &mut program);
+    planned.map_err(ExecuteError::from_plan)?;
     program.call("close", libc::SYS_close, &[Arg::from(there)]);
     let label = format!("clone3 of task {}", child.pid);
     let flags = flags(litter, child) | libc::CLONE_PARENT as u64;
