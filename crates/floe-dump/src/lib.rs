@@ -46,7 +46,7 @@ use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::ipc::posix::{take_telling, write_telling};
 use floe_resources::namespace::collect_namespaces;
-use floe_resources::task::label::policy;
+use floe_resources::task::label::{policy, without_executable_memory};
 use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
@@ -421,11 +421,7 @@ fn collect_all<'a>(
         let draft = task::collect(task, shared, collector);
         drafts.extend(collector.note(draft)?);
     }
-    let labels = drafts.iter().flat_map(Draft::labels);
-    match policy::collect(labels, tree.root().pid) {
-        Ok(found) => shared.policy = found,
-        Err(obstacle) => collector.obstacle(obstacle),
-    }
+    check_labels(&drafts, tree.root().pid, shared, collector);
     collector.run_deferred()?;
     let obstacles = collector.take_obstacles();
     if !obstacles.is_empty() {
@@ -433,6 +429,27 @@ fn collect_all<'a>(
     }
     collector.run_after_preflight()?;
     Ok(drafts)
+}
+
+/// Looks for what else the labels of the tree need, and what they forbid.
+fn check_labels(
+    drafts: &[Draft],
+    root: HostPid,
+    shared: &mut Shared,
+    collector: &mut Collector<'_>,
+) {
+    let labels = || drafts.iter().flat_map(Draft::labels);
+    match shared.security {
+        SecurityModule::None => {}
+        SecurityModule::AppArmor => match policy::collect(labels().map(|(_, label)| label), root) {
+            Ok(found) => shared.policy = found,
+            Err(obstacle) => collector.obstacle(obstacle),
+        },
+        SecurityModule::SeLinux => {
+            let refused = without_executable_memory(labels());
+            refused.into_iter().for_each(|one| collector.obstacle(one));
+        }
+    }
 }
 
 /// A root whose session leader is outside can only be restored into a session of the caller's.

@@ -74,13 +74,14 @@ pub enum Draft {
 
 impl Draft {
     /// The labels of its threads.
-    pub fn labels(&self) -> impl Iterator<Item = &str> {
+    pub fn labels(&self) -> impl Iterator<Item = (HostPid, &str)> {
         let threads = match self {
             Draft::Living(task) => task.threads.as_slice(),
             Draft::Dead(_) => &[],
         };
-        let labels = threads.iter().map(|thread| &thread.label);
-        labels.filter_map(|label| label.current.as_deref())
+        threads
+            .iter()
+            .filter_map(|thread| Some((thread.tid, thread.label.current.as_deref()?)))
     }
 }
 

@@ -1,8 +1,10 @@
 //! Security modules that label tasks: which one is active here, and what it says about a thread.
 
 use std::fs;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
+use std::io::{self, Read, Write};
+use std::path::Path;
+
+use crate::namespace::own_proc_path;
 
 /// The module whose labels tasks have. There is one at most: AppArmor and SELinux exclude each other.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -96,8 +98,36 @@ pub fn label_new_sockets(label: Option<&str>) -> io::Result<()> {
     write_own("attr/sockcreate", label.unwrap_or("").as_bytes())
 }
 
-fn own_file(name: &str) -> PathBuf {
-    Path::new("/proc/thread-self").join(name)
+/// Whether SELinux lets `source` do this to a process of `target`; also where it only would not enforce it. `None`
+/// where it cannot be asked: its file system is not mounted, or the policy has no such permission.
+pub fn selinux_allows(source: &str, target: &str, permission: &str) -> Option<bool> {
+    const PLACE: &str = "/sys/fs/selinux";
+    let class = format!("{PLACE}/class/process");
+    let number = fs::read_to_string(format!("{class}/index")).ok()?;
+    let bit = fs::read_to_string(format!("{class}/perms/{permission}")).ok()?;
+    let bit = bit.trim().parse::<u32>().ok()?.checked_sub(1)?;
+    if fs::read(format!("{PLACE}/enforce")).is_ok_and(|text| text.starts_with(b"0")) {
+        return Some(true);
+    }
+    let options = fs::File::options().read(true).write(true).clone();
+    let mut query = options.open(format!("{PLACE}/access")).ok()?;
+    let question = format!("{source} {target} {}", number.trim());
+    query.write_all(question.as_bytes()).ok()?;
+    let mut answer = [0; 256];
+    let length = query.read(&mut answer).ok()?;
+    allowed_of(std::str::from_utf8(&answer[..length]).ok()?, bit)
+}
+
+/// Allowed, decided, audited (twice), sequence, flags: the first flag is that of a permissive domain.
+fn allowed_of(answer: &str, bit: u32) -> Option<bool> {
+    let words: Vec<&str> = answer.trim_end_matches('\0').split_whitespace().collect();
+    let number = |at: usize| u32::from_str_radix(words.get(at)?, 16).ok();
+    let is_permissive = number(5).is_some_and(|flags| flags & 1 != 0);
+    Some(is_permissive || number(0)? & 1u32.checked_shl(bit)? != 0)
+}
+
+fn own_file(name: &str) -> String {
+    own_proc_path(&format!("thread-self/{name}"))
 }
 
 fn own_text(name: &str) -> io::Result<String> {
@@ -137,6 +167,18 @@ mod tests {
     fn unconfined_is_no_label_of_apparmor() {
         assert_eq!(SecurityModule::AppArmor.label(b"unconfined\n"), None);
         assert_eq!(SecurityModule::AppArmor.label(b""), None);
+    }
+
+    #[test]
+    fn a_decision_of_selinux_is_read() {
+        let decision = "2 ffffffff 0 ffffffff 1 0";
+        assert_eq!(allowed_of(decision, 1), Some(true));
+        assert_eq!(allowed_of(decision, 0), Some(false));
+        assert_eq!(allowed_of("0 ffffffff 0 ffffffff 1 1", 0), Some(true));
+        for garbled in ["", "x", "2 3"] {
+            assert_ne!(allowed_of(garbled, 0), Some(true), "{garbled}");
+        }
+        assert_eq!(allowed_of(decision, 99), None);
     }
 
     #[test]

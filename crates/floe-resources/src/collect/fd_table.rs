@@ -11,6 +11,7 @@ use super::probe::Source;
 use super::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::fd::FD_KINDS;
 use crate::file_lock::collect_locks;
+use crate::task::label::sockets;
 
 /// Collects every descriptor of a stopped task. Descriptors that cannot be saved become obstacles.
 pub fn collect_fd_table(
@@ -43,7 +44,7 @@ fn collect_fd(
         flags: probe.fd_flags(),
         r#type: kind,
         fd: probe.fd().0.cast_unsigned(),
-        xattr_security_selinux: None,
+        xattr_security_selinux: sockets::collect(probe, collector)?,
     })
 }
 

@@ -41,6 +41,7 @@ use floe_image::messages::{FdTypes, FileEntry};
 
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
 use crate::restore::{PlanError, Planner};
+use crate::task::label::sockets::SocketLabels;
 
 /// How one kind of descriptor is saved.
 pub trait FdKind: Sync {
@@ -127,7 +128,9 @@ pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
     remap::plan_names(planner)?;
     let queues = queue::Queues::plan(planner)?;
+    let labels = SocketLabels::plan(planner)?;
     for file in images.files.values() {
+        planner.label_sockets(labels.of(file.id));
         if inherit::plan_inherited(file, planner) || queues.plan_descriptor(file, planner)? {
             continue;
         }
@@ -148,6 +151,7 @@ pub fn plan_files(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             }
         }
     }
+    planner.label_sockets(None);
     Ok(())
 }
 

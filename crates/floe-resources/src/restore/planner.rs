@@ -11,6 +11,7 @@ use floe_plan::{Actor, Coverage, EntryKey, Handle, Plan, PlanBuilder, Step};
 
 use super::{ExecuteError, PlanError, TreeImages, World};
 use crate::namespace::READY;
+use crate::task::label::sockets::labelled;
 
 /// What a step does when its turn comes.
 pub type Op<'i> = Box<dyn FnOnce(&mut World<'i>) -> Result<(), ExecuteError> + 'i>;
@@ -28,6 +29,8 @@ pub struct Planner<'i> {
     coverage: Coverage,
     /// Whether files are opened in namespaces that are made first.
     inside: bool,
+    /// The label of sockets that the next steps make.
+    socket_label: Option<String>,
 }
 
 impl<'i> Planner<'i> {
@@ -52,6 +55,7 @@ impl<'i> Planner<'i> {
             caches: HashMap::new(),
             coverage,
             inside: false,
+            socket_label: None,
         }
     }
 
@@ -136,6 +140,10 @@ impl<'i> Planner<'i> {
         (needs, makes): (&[Handle], &[Handle]),
         op: Op<'i>,
     ) {
+        let op = match self.socket_label.clone() {
+            Some(label) => labelled(label, op),
+            None => op,
+        };
         self.builder.add(Step {
             name,
             actor,
@@ -143,6 +151,11 @@ impl<'i> Planner<'i> {
             makes: makes.to_vec(),
             op,
         });
+    }
+
+    /// Has the steps to come make sockets with this label.
+    pub fn label_sockets(&mut self, label: Option<&str>) {
+        self.socket_label = label.map(str::to_string);
     }
 
     /// Adds the step that opens file `id`. When `needs` names nothing that a task makes, tasks inherit

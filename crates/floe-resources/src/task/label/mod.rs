@@ -10,12 +10,17 @@
 mod ask;
 pub mod change;
 pub mod policy;
+pub mod sockets;
 mod wanted;
+
+use std::collections::BTreeMap;
 
 use floe_image::messages::{CredsEntry, Lsmtype};
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError};
-use floe_kernel::security::SecurityModule;
+use floe_kernel::security::{SecurityModule, selinux_allows};
+
+use crate::collect::Obstacle;
 
 pub use ask::LabelQuestions;
 pub use wanted::Labels;
@@ -42,6 +47,25 @@ pub fn lsm_type(module: SecurityModule) -> Lsmtype {
         SecurityModule::AppArmor => Lsmtype::Apparmor,
         SecurityModule::SeLinux => Lsmtype::Selinux,
     }
+}
+
+/// Contexts of SELinux in which no code of ours can run: the executor lies in memory of its own.
+pub fn without_executable_memory<'l>(
+    labels: impl Iterator<Item = (HostPid, &'l str)>,
+) -> Vec<Obstacle> {
+    let first: BTreeMap<&str, HostPid> = labels.map(|(pid, label)| (label, pid)).collect();
+    let forbids = |label: &str| selinux_allows(label, label, "execmem") == Some(false);
+    let refused = first.into_iter().filter(|(label, _)| forbids(label));
+    let obstacle = |(label, pid): (&str, HostPid)| {
+        Obstacle {
+        pid,
+        object: format!("its SELinux context {label}, which forbids executable memory (execmem)"),
+        remedy: "allow it (a boolean such as httpd_execmem, or a module: allow TYPE self:process execmem), or \
+                 setenforce 0 for the time of the dump"
+            .to_string(),
+    }
+    };
+    refused.map(obstacle).collect()
 }
 
 impl Label {

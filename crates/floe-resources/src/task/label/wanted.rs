@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
 use floe_image::messages::{CredsEntry, InventoryEntry, Lsmtype};
-use floe_kernel::security::{SecurityModule, could_take_profile};
+use floe_kernel::security::{SecurityModule, could_take_profile, selinux_allows};
 use floe_options::{LsmKind, LsmProfile};
 
 use super::Label;
@@ -115,6 +115,18 @@ impl Labels {
         }
     }
 
+    /// What a socket is to be labelled with under SELinux; `tasks` are the labels that tasks had.
+    ///
+    /// Where those are replaced, sockets that had the same are, too.
+    pub(super) fn of_socket(&self, saved: &str, tasks: &BTreeSet<String>) -> Option<String> {
+        match &self.instead {
+            None if self.saved == self.here => Some(saved.to_string()),
+            Some(LsmProfile::Label(_, name)) if tasks.contains(saved) => Some(name.clone()),
+            Some(LsmProfile::Label(..)) if self.saved == self.here => Some(saved.to_string()),
+            _ => None,
+        }
+    }
+
     fn as_saved(&self, saved: Label) -> Result<Label, PlanError> {
         let wrong = self.saved != SecurityModule::None && self.saved != self.here;
         if !wrong && self.here != SecurityModule::None {
@@ -161,12 +173,13 @@ impl Labels {
 
     /// Whether all of these labels can be had here; `policy` is what will be loaded first.
     pub fn check(&self, wanted: &[Label], policy: &Policy) -> Result<(), PlanError> {
-        let mut labels = BTreeSet::new();
+        let (mut labels, mut changes) = (BTreeSet::new(), BTreeSet::new());
         for one in wanted {
-            labels.extend(self.change(one, self.born()));
+            changes.extend(self.change(one, self.born()));
             let others = [&one.sockcreate, &one.exec, &one.fscreate, &one.keycreate];
             labels.extend(others.into_iter().flatten().cloned());
         }
+        labels.extend(changes.iter().cloned());
         for label in labels.iter().filter_map(|label| policy.rest(label)) {
             match self.here {
                 SecurityModule::None => {}
@@ -174,7 +187,12 @@ impl Labels {
                 SecurityModule::SeLinux => check_context(&label)?,
             }
         }
-        Ok(())
+        match (self.here, self.born()) {
+            (SecurityModule::SeLinux, Some(born)) => changes
+                .iter()
+                .try_for_each(|label| check_change(born, label)),
+            _ => Ok(()),
+        }
     }
 
     /// Says once which labels were replaced by others.
@@ -249,7 +267,7 @@ fn check_profile(label: &str) -> Result<(), PlanError> {
 }
 
 /// Where SELinux's file system is not mounted, the kernel checks when the label is set.
-fn check_context(label: &str) -> Result<(), PlanError> {
+pub(super) fn check_context(label: &str) -> Result<(), PlanError> {
     match fs::write(SELINUX_CONTEXT, label) {
         Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Err(PlanError::Unsupported {
             object: format!("The SELinux context {label}, which the policy here does not know,"),
@@ -257,6 +275,22 @@ fn check_context(label: &str) -> Result<(), PlanError> {
         }),
         _ => Ok(()),
     }
+}
+
+/// Whether a task of ours may become this.
+fn check_change(born: &str, label: &str) -> Result<(), PlanError> {
+    let may = selinux_allows(born, born, "setcurrent") != Some(false)
+        && selinux_allows(born, label, "dyntransition") != Some(false);
+    if may {
+        return Ok(());
+    }
+    Err(PlanError::Unsupported {
+        object: format!(
+            "The SELinux context {label}, into which Floe may not change from its own, {born},"
+        ),
+        remedy: "run Floe in a context that may (unconfined_t with the boolean unconfined_dyntrans_all, or runcon), or \
+                 allow it: process dyntransition and setcurrent",
+    })
 }
 
 #[cfg(test)]
