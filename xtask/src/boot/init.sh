@@ -6,6 +6,10 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=0
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t securityfs securityfs /sys/kernel/security
+if [ -d /sys/fs/selinux ]; then
+	mount -t selinuxfs selinuxfs /sys/fs/selinux
+	cat /policy/selinux >/sys/fs/selinux/load
+fi
 for policy in /policy/apparmor/*; do cat $policy >/sys/kernel/security/apparmor/.replace; done 2>/dev/null
 mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm

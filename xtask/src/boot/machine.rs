@@ -36,7 +36,8 @@ pub fn run(
     jobs: &[Job],
 ) -> anyhow::Result<Vec<String>> {
     let console = initrd.with_file_name("console");
-    let mut machine = start(kernel, initrd, memory)?;
+    let append = jobs.first().map_or("", |job| &job.append);
+    let mut machine = start(kernel, initrd, memory, append)?;
     let output = machine.0.stdout.take().context("standard output")?;
     let (sender, lines) = mpsc::channel();
     std::thread::spawn(move || {
@@ -67,7 +68,7 @@ pub fn run(
     Ok(results.failed)
 }
 
-fn start(kernel: &Kernel, initrd: &Path, memory: u32) -> anyhow::Result<Machine> {
+fn start(kernel: &Kernel, initrd: &Path, memory: u32, append: &str) -> anyhow::Result<Machine> {
     let console = initrd.with_file_name("console");
     // Killed with us even where we cannot do it any more.
     let mut command = Command::new("setpriv");
@@ -89,7 +90,8 @@ fn start(kernel: &Kernel, initrd: &Path, memory: u32) -> anyhow::Result<Machine>
     command.args(["-serial", "stdio"]);
     command.arg("-kernel").arg(&kernel.image);
     command.arg("-initrd").arg(initrd);
-    command.args(["-append", "console=ttyS0 panic=-1 rdinit=/init"]);
+    let append = format!("console=ttyS0 panic=-1 rdinit=/init {append}");
+    command.args(["-append", &append]);
     let child = command
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

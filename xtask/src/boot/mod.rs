@@ -44,6 +44,9 @@ pub struct Arguments {
     /// A shell command to run inside in place of the sets.
     #[arg(long)]
     command: Option<String>,
+    /// More for the command line of the kernel, with `--command`.
+    #[arg(long, requires = "command", default_value = "")]
+    append: String,
     /// Only these sets: check, chains, faults, torture, cross, apparmor, selinux, fixtures.
     sets: Vec<String>,
 }
@@ -58,7 +61,12 @@ struct Set {
     limit: Duration,
     /// `$TEST` is the test binary.
     script: &'static str,
+    /// More for the command line of the kernel.
+    append: &'static str,
 }
+
+/// SELinux in place of AppArmor, which Debian's kernels take without being told.
+const SELINUX: &str = "security=selinux enforcing=1";
 
 const SETS: &[Set] = &[
     Set {
@@ -67,6 +75,7 @@ const SETS: &[Set] = &[
         needs_peer: false,
         limit: Duration::from_secs(60),
         script: "sh /tests/check.sh",
+        append: "",
     },
     Set {
         name: "chains",
@@ -74,6 +83,7 @@ const SETS: &[Set] = &[
         needs_peer: false,
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
+        append: "",
     },
     Set {
         name: "faults",
@@ -81,6 +91,7 @@ const SETS: &[Set] = &[
         needs_peer: false,
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
+        append: "",
     },
     Set {
         name: "torture",
@@ -89,6 +100,7 @@ const SETS: &[Set] = &[
         // And for each chain more.
         limit: Duration::from_secs(300),
         script: "FLOE_TORTURE=$TORTURE $TEST --nocapture",
+        append: "",
     },
     Set {
         name: "cross",
@@ -96,6 +108,7 @@ const SETS: &[Set] = &[
         needs_peer: true,
         limit: Duration::from_secs(600),
         script: "$TEST --nocapture",
+        append: "",
     },
     Set {
         name: "apparmor",
@@ -103,6 +116,15 @@ const SETS: &[Set] = &[
         needs_peer: false,
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
+        append: "",
+    },
+    Set {
+        name: "selinux",
+        test: Some("selinux"),
+        needs_peer: false,
+        limit: Duration::from_secs(900),
+        script: "$TEST --test-threads 2",
+        append: SELINUX,
     },
     Set {
         name: "fixtures",
@@ -111,6 +133,7 @@ const SETS: &[Set] = &[
         limit: Duration::from_secs(1200),
         // The peer sets hardware breakpoints at restore, which make QEMU 7.2 lose a kernel now and then.
         script: "unset FLOE_PEER_CRIU; $TEST --nocapture",
+        append: "",
     },
 ];
 
@@ -125,6 +148,7 @@ pub struct Job {
     name: String,
     limit: Duration,
     script: String,
+    append: String,
 }
 
 /// Boots each kernel and runs the sets; fails when one failed or a kernel did not come to its end.
@@ -136,13 +160,16 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
     let mut failed = Vec::new();
     for name in &arguments.kernels {
         let kernel = Kernel::find(name)?;
-        println!("\n== {}", kernel.release);
-        let wrong = boot(arguments, &kernel, (&built, &jobs))?;
-        failed.extend(
-            wrong
-                .iter()
-                .map(|set| format!("{set} ({})", kernel.release)),
-        );
+        // Each boot has its own command line of the kernel.
+        for jobs in jobs.chunk_by(|one, next| one.append == next.append) {
+            println!("\n== {} {}", kernel.release, jobs[0].append);
+            let wrong = boot(arguments, &kernel, (&built, jobs))?;
+            failed.extend(
+                wrong
+                    .iter()
+                    .map(|set| format!("{set} ({})", kernel.release)),
+            );
+        }
     }
     ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
@@ -256,6 +283,7 @@ fn jobs(arguments: &Arguments, sets: &[&Set], built: &Built) -> anyhow::Result<V
             name: "command".into(),
             limit: Duration::from_secs(1800),
             script: command.clone(),
+            append: arguments.append.clone(),
         }]);
     }
     let job = |set: &&Set| {
@@ -275,6 +303,7 @@ fn jobs(arguments: &Arguments, sets: &[&Set], built: &Built) -> anyhow::Result<V
             name: set.name.into(),
             limit: set.limit + CHAIN_LIMIT * chains,
             script: format!("TEST={path} TORTURE={}; {}", arguments.torture, set.script),
+            append: set.append.into(),
         })
     };
     sets.iter().map(job).collect()
@@ -300,6 +329,7 @@ fn boot(
     image.kernel_modules(kernel)?;
     image.text("/tests/check.sh", 0o755, CHECK)?;
     security::apparmor(&mut image)?;
+    security::selinux(&mut image)?;
     image.system(floe, peer_path.as_deref(), jobs)?;
     let initrd = image.write()?;
     let wrong = machine::run(kernel, &initrd, arguments.memory, jobs)?;

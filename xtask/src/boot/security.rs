@@ -5,11 +5,15 @@ use std::process::Command;
 
 use anyhow::{Context, ensure};
 
-use super::apt::Apt;
+use super::apt::{Apt, run};
 use super::initramfs::Initramfs;
 
 /// Profiles under which programs are tested.
 const PROFILES: &str = include_str!("profiles.apparmor");
+/// A policy of SELinux.
+const POLICY: &str = include_str!("policy.cil");
+/// As all kernels that we boot read it.
+const POLICY_VERSION: &str = "33";
 /// A suite whose tools and policies go with every kernel that we boot.
 const SUITE: &str = "bookworm";
 
@@ -39,5 +43,24 @@ pub fn apparmor(image: &mut Initramfs<'_>) -> anyhow::Result<()> {
         ensure!(!output.stdout.is_empty(), "apparmor_parser: {said}");
         image.bytes(&format!("/policy/apparmor/{number}"), output.stdout);
     }
+    Ok(())
+}
+
+/// Compiles the policy of SELinux.
+pub fn selinux(image: &mut Initramfs<'_>) -> anyhow::Result<()> {
+    let tree = Apt::of(SUITE)?.tree("secilc")?;
+    let [source, binary] = ["policy.cil", "policy"].map(|name| image.directory().join(name));
+    fs::write(&source, POLICY)?;
+    let mut compiler = Command::new(tree.join("usr/bin/secilc"));
+    compiler.args([
+        "--mls",
+        "true",
+        "--policyvers",
+        POLICY_VERSION,
+        "--filecontext",
+        "/dev/null",
+    ]);
+    run(compiler.arg("--output").arg(&binary).arg(&source))?;
+    image.bytes("/policy/selinux", fs::read(binary)?);
     Ok(())
 }
