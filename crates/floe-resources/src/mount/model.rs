@@ -97,7 +97,7 @@ const fn fs(name: &'static str, code: Fstype, content: Content) -> FsKind {
 }
 
 /// Every file system that can be mounted anew.
-pub const FS_KINDS: [FsKind; 18] = [
+pub const FS_KINDS: [FsKind; 19] = [
     fs("proc", Fstype::Proc, Content::Given),
     fs("sysfs", Fstype::Sysfs, Content::Given),
     fs("devtmpfs", Fstype::Devtmpfs, Content::Given),
@@ -117,6 +117,7 @@ pub const FS_KINDS: [FsKind; 18] = [
     // CRIU has no number for these, but mounts by name what an image says so of.
     fs("hugetlbfs", Fstype::Auto, Content::Nothing),
     fs("ramfs", Fstype::Auto, Content::Files),
+    fs("selinuxfs", Fstype::Auto, Content::Given),
 ];
 
 impl FsKind {

@@ -17,7 +17,7 @@ use super::tree::NewFs;
 use crate::restore::{Attempt, ExecuteError};
 
 /// File systems whose options are those of the one instance that the kernel has.
-const SINGLE: [&str; 4] = ["devtmpfs", "debugfs", "tracefs", "securityfs"];
+const SINGLE: [&str; 5] = ["devtmpfs", "debugfs", "tracefs", "securityfs", "selinuxfs"];
 
 /// Mounts it, with its files.
 pub fn make(images: &ImageDir, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
