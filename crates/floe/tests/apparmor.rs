@@ -215,3 +215,66 @@ fn policy_of_a_namespace_goes_along() {
         Ok(fs::remove_dir(&namespace)?)
     });
 }
+
+#[test]
+fn containers_keep_their_profile() {
+    under_apparmor("apparmor-containers", || {
+        // Without mounts of its own: the guest's root, which cannot be moved, stays theirs.
+        let kinds = ["--pid", "--ipc", "--uts"];
+        container(&kinds)?;
+        container(&[&kinds[..], &["--user", "--map-root-user"]].concat())
+    });
+}
+
+/// The programs are started anew inside, for their file to be seen from there.
+const CONTAINER: &str = "exec </dev/null >/dev/null 2>&1
+/bin/busybox sleep 1000 & exec /bin/busybox sleep 1001";
+
+/// Starts a shell with a child in namespaces of its own, under a profile; dumps and restores it.
+fn container(kinds: &[&'static str]) -> anyhow::Result<()> {
+    process::adopt_orphans()?;
+    let directory = tempfile::tempdir()?;
+    let images = directory.path().join("images");
+    fs::create_dir(&images)?;
+    let mut unshare = Command::new("unshare");
+    unshare.arg("--fork").args(kinds);
+    unshare.args(["setsid", "sh", "-c", CONTAINER]);
+    unshare
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let mut outer = under("floe-open", move || Ok(unshare.spawn()?))?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    let root = loop {
+        let family = process::family(outer.id() as i32);
+        let comm = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        if family.len() == 3 && family[1..].iter().all(|pid| comm(pid) == "busybox\n") {
+            break family[1];
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "the tree does not stand: {family:?}"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    outer.kill()?;
+    outer.wait()?;
+    floe().dump(root, &images, &[])?.ok("dump")?;
+    process::wait_for_ends(&[root], Duration::from_secs(20))?;
+    let pidfile = directory.path().join("pid");
+    let option = pidfile.to_str().context("UTF-8")?;
+    floe()
+        .restore(&images, &["--pidfile", option])?
+        .ok("restore")?;
+    let root: i32 = fs::read_to_string(&pidfile)?.trim().parse()?;
+    let family = process::family(root);
+    let label = |pid: &i32| fs::read_to_string(format!("/proc/{pid}/attr/apparmor/current"));
+    let labels: Vec<String> = family.iter().map(label).collect::<Result<_, _>>()?;
+    process::kill_ours(&family, Duration::from_secs(20))?;
+    ensure!(
+        labels == ["floe-open (enforce)\n"; 2],
+        "{kinds:?}: {labels:?}"
+    );
+    Ok(())
+}

@@ -122,7 +122,7 @@ fn threads_children_and_users_keep_their_context() {
         for program in ["identity", "threads", "tree", "thread-credentials"] {
             keeps(program, "open_t:s0:c1,c2")?;
         }
-        Ok(())
+        keeps("threads", "narrow_t:s0")
     });
 }
 
@@ -169,6 +169,23 @@ fn sockets_keep_their_context() {
         for program in ["tcp-established", "unix-stream", "udp"] {
             keeps(program, "open_t:s0")?;
         }
+        cycle(&mut confined("selinux-sockets", "open_t:s0")?, &[])
+    });
+}
+
+#[test]
+fn contexts_of_mounts_are_kept_or_replaced() {
+    under_selinux("selinux-mounts", || {
+        // Not in memory, of which the tree gets a copy: there it would answer nobody.
+        let start = || Fixture::start_in("selinux-mount", Path::new("/var/tmp"));
+        let mut fixture = under(&context("open_t:s0"), start)?;
+        cycle(&mut fixture, &[])?;
+        fixture.dump(&floe(), &[])?;
+        let chosen = "system_u:object_r:file_t:s0:c0,c2";
+        fixture.restore(&floe(), &["--lsm-mount-context", chosen])?;
+        let mounts = fs::read_to_string(format!("/proc/{}/mounts", fixture.pid))?;
+        let has_it = mounts.contains(&format!("context=\"{chosen}\""));
+        ensure!(has_it, "{mounts}");
         Ok(())
     });
 }

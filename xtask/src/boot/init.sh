@@ -3,6 +3,14 @@
 /bin/busybox mkdir -p /bin /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s 2>/dev/null
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root RUST_BACKTRACE=0
+# The kernel's first root cannot be moved, so nobody could make another: over it lies one that can.
+if [ "$1" != moved ]; then
+	mkdir /moved
+	mount --bind / /moved
+	cd /moved
+	mount --move . /
+	exec chroot . /init moved
+fi
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t securityfs securityfs /sys/kernel/security

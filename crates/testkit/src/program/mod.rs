@@ -21,6 +21,7 @@ mod mounted;
 mod pipes;
 mod queues;
 mod rounds;
+mod security;
 mod signals;
 mod tasks;
 mod terminal;
@@ -107,6 +108,7 @@ pub fn programs() -> Vec<&'static Program> {
         locks::PROGRAMS,
         ipc::PROGRAMS,
         queues::PROGRAMS,
+        security::PROGRAMS,
         blocked::PROGRAMS,
         rounds::PROGRAMS,
     ]
