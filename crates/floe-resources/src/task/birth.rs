@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 
 use floe_kernel::ids::HostPid;
+use floe_kernel::namespace::own_proc_path;
 use floe_kernel::proc::{Status, parse_status};
 use floe_kernel::thread::{Scheduling, scheduling};
 
@@ -30,7 +31,7 @@ impl Birth {
     /// replace them.
     pub fn of_this_thread() -> io::Result<Self> {
         let status = own_status()?;
-        let loginuid = fs::read_to_string("/proc/thread-self/loginuid");
+        let loginuid = fs::read_to_string(own_proc_path("thread-self/loginuid"));
         let credentials = Credentials::of_this_thread()?;
         Ok(Birth {
             suspends_filters: credentials.has(CAP_SYS_ADMIN) && status.seccomp == 0,
@@ -44,6 +45,6 @@ impl Birth {
 
 /// The status of the calling thread.
 pub(super) fn own_status() -> io::Result<Status> {
-    parse_status(&fs::read("/proc/thread-self/status")?)
+    parse_status(&fs::read(own_proc_path("thread-self/status"))?)
         .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
 }

@@ -6,6 +6,8 @@ use floe_image::messages::{
     CgroupRoot, CriuVethPair, ExtMountMap, InheritFd as InheritFdEntry, JoinNamespace, UnixSk,
 };
 
+use floe_options::{LsmKind, LsmProfile};
+
 use super::*;
 
 /// The table that messages are made of.
@@ -133,7 +135,7 @@ const ROWS: &[Row] = &[
     (
         "lsm_profile",
         |o| o.lsm_profile = Some("apparmor:one".into()),
-        |s| s.lsm_profile.as_ref().is_some_and(|one| one.name == "one"),
+        |s| matches!(&s.lsm_profile, Some(LsmProfile::Label(LsmKind::AppArmor, name)) if name == "one"),
     ),
     (
         "lsm_mount_context",
