@@ -2,14 +2,19 @@
 //!
 //! Contract relied on: `mount_setattr(2)` reads `size` bytes of its `struct mount_attr` and writes
 //! nothing; with `AT_EMPTY_PATH` and an empty path it acts on the mount whose root the descriptor is.
+//! A file system belongs to the user namespace of who calls `fsopen(2)`; who does the rest does not matter.
 
+use std::ffi::CStr;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
 
 use rustix::fs::CWD;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags,
 };
+
+use crate::namespace::{Namespace, NsKind, unshare};
+use crate::placeholder::{errand, errand_among};
 
 /// How mounts and unmounts below a mount reach others (mount_namespaces(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,6 +170,56 @@ pub fn mount_of_context(
     }
     rustix::mount::fsconfig_create(context).map_err(failed("fsconfig"))?;
     mount_of_created(context)
+}
+
+/// Begins a file system that shows a pid namespace, for [`mount_of_context`].
+pub fn begin_among(pids: &Namespace, fs_type: &CStr) -> io::Result<OwnedFd> {
+    let context = errand_among(pids, || {
+        let context = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        Ok(context.into_raw_fd())
+    })?;
+    // SAFETY: the process has opened it for us in our own table, and has ended.
+    Ok(unsafe { OwnedFd::from_raw_fd(context) })
+}
+
+/// Begins a file system that belongs to a user namespace, for [`mount_of_context`]; with `create` it is made there
+/// as well, without options, for [`mount_of_created`].
+pub fn begin_inside(user: &Namespace, fs_type: &CStr, create: bool) -> io::Result<OwnedFd> {
+    let context = errand(user, || {
+        // Only in a mount namespace of that user namespace there is the right to.
+        unshare(NsKind::Mnt.flag())?;
+        let context = rustix::mount::fsopen(fs_type, FsOpenFlags::FSOPEN_CLOEXEC)?;
+        if create {
+            rustix::mount::fsconfig_create(context.as_fd())?;
+        }
+        Ok(context.into_raw_fd())
+    })?;
+    // SAFETY: the process has opened it for us in our own table, and has ended.
+    Ok(unsafe { OwnedFd::from_raw_fd(context) })
+}
+
+/// Whether who has all rights in a user namespace has them over a file system without files on disk, by a directory
+/// of it: the kernel asks that first of who wants to freeze it, and then refuses as it cannot be frozen.
+pub fn is_in_hands_of(user: &Namespace, directory: BorrowedFd<'_>) -> io::Result<bool> {
+    /// `FIFREEZE` (ioctl_fsfreeze).
+    const FREEZE: libc::Ioctl = 0xc004_5877;
+    /// `FITHAW`.
+    const THAW: libc::Ioctl = 0xc004_5878;
+    let asked = errand(user, || {
+        // SAFETY: neither request reads or writes memory.
+        if unsafe { libc::ioctl(directory.as_raw_fd(), FREEZE, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        unsafe { libc::ioctl(directory.as_raw_fd(), THAW, 0) };
+        Ok(0)
+    });
+    match asked {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// As [`mount_of_context`], of a file system that is made already.

@@ -182,6 +182,18 @@ pub fn set_next_number(pids: Option<&Namespace>, number: u32) -> io::Result<()> 
     written.map(drop)
 }
 
+/// As [`errand`], by a process in a pid namespace.
+pub fn errand_among(
+    pids: &Namespace,
+    work: impl FnOnce() -> io::Result<libc::c_int>,
+) -> io::Result<libc::c_int> {
+    let home = Namespace::own(NsKind::Pid)?;
+    namespace::enter(pids)?;
+    let done = run(libc::CLONE_FILES, work);
+    namespace::enter(&home)?;
+    done
+}
+
 /// Does something in a process of its own.
 fn run(
     flags: libc::c_int,
