@@ -158,7 +158,28 @@ pub fn mount_of_context(
     context: BorrowedFd<'_>,
     options: &[FsOption],
 ) -> Result<OwnedFd, NewMountError> {
-    let failed = |call| move |errno: rustix::io::Errno| NewMountError::Call(call, errno.into());
+    set_options(context, options)?;
+    rustix::mount::fsconfig_create(context)
+        .map_err(|errno| NewMountError::Call("fsconfig", errno.into()))?;
+    mount_of_created(context)
+}
+
+/// As [`mount_of_context`], of what [`begin_inside`] has begun, made there too: some have files of their own, which
+/// are then of who has all rights there.
+pub fn mount_inside(
+    user: &Namespace,
+    context: BorrowedFd<'_>,
+    options: &[FsOption],
+) -> Result<OwnedFd, NewMountError> {
+    set_options(context, options)?;
+    errand(user, || {
+        Ok(rustix::mount::fsconfig_create(context).map(|()| 0)?)
+    })
+    .map_err(|error| NewMountError::Call("fsconfig", error))?;
+    mount_of_created(context)
+}
+
+fn set_options(context: BorrowedFd<'_>, options: &[FsOption]) -> Result<(), NewMountError> {
     for option in options {
         let set = match option {
             FsOption::Flag(key) => rustix::mount::fsconfig_set_flag(context, key.as_str()),
@@ -168,8 +189,7 @@ pub fn mount_of_context(
         };
         set.map_err(|errno| NewMountError::Option(option.clone(), errno.into()))?;
     }
-    rustix::mount::fsconfig_create(context).map_err(failed("fsconfig"))?;
-    mount_of_created(context)
+    Ok(())
 }
 
 /// Begins a file system that shows a pid namespace, for [`mount_of_context`].

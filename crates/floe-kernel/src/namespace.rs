@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use rustix::fs::{Mode, OFlags};
 
+use crate::fs_ids::FsIds;
 use crate::ids::HostPid;
 
 /// A kind of namespace.
@@ -102,6 +103,8 @@ pub struct Namespace {
     kind: NsKind,
     identity: NsIdentity,
     fd: OwnedFd,
+    /// As whom its visitors make files, where not as what they are.
+    files_of: Option<(u32, u32)>,
 }
 
 /// `ioctl(NS_GET_USERNS)` (ioctl_nsfs(2)).
@@ -146,7 +149,17 @@ impl Namespace {
                 inode: stat.st_ino,
             },
             fd,
+            files_of: None,
         })
+    }
+
+    /// Has its visitors make files as this user and group: in a mount namespace whose file systems have no name
+    /// for anybody else.
+    pub fn with_files_of(self, owner: Option<(u32, u32)>) -> Self {
+        Namespace {
+            files_of: owner,
+            ..self
+        }
     }
 
     /// What kind it is.
@@ -294,6 +307,7 @@ impl Home {
         let mut visit = Visit {
             home: Rc::clone(self),
             away: Vec::new(),
+            files: None,
         };
         for namespace in namespaces {
             visit.enter(namespace)?;
@@ -311,6 +325,7 @@ impl Home {
         Ok(Visit {
             home: Rc::clone(self),
             away: kinds.to_vec(),
+            files: None,
         })
     }
 }
@@ -320,6 +335,7 @@ impl Home {
 pub struct Visit {
     home: Rc<Home>,
     away: Vec<NsKind>,
+    files: Option<FsIds>,
 }
 
 impl Visit {
@@ -333,6 +349,11 @@ impl Visit {
         enter(namespace)?;
         if namespace.kind == NsKind::Mnt {
             rustix::process::fchdir(&self.home.proc)?;
+        }
+        if let Some((uid, gid)) = namespace.files_of {
+            // What was taken before is given up first: values of this kind end in the order that they began in.
+            self.files = None;
+            self.files = Some(FsIds::take(uid, gid)?);
         }
         Ok(())
     }
@@ -358,6 +379,7 @@ impl Visit {
 
 impl Drop for Visit {
     fn drop(&mut self) {
+        self.files = None;
         // A thread that is lost in a foreign namespace would do everything else in the wrong place.
         if let Err(error) = self.return_home() {
             panic!("coming home from other namespaces: {error}");

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use floe_inject::{ARENA_BYTES, Arg, BufferId, CallId, Program, RootSpawn, Seized};
+use floe_kernel::fs_ids::FsIds;
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Namespace, NsKind};
 use floe_options::{Action, DetachMode, HookEvent};
@@ -105,6 +106,8 @@ impl Births<'_> {
                     arena_bytes: ARENA_BYTES,
                 };
                 let (arena, mut leader) = world.inside(|world| {
+                    // It is to be what we are, not whom we make files as there.
+                    let _own = FsIds::own().during("Taking", || "our own ids".to_string())?;
                     time::in_new_clocks(world, |world| {
                         midwife::root(world, spawn, arrival.as_ref())
                     })

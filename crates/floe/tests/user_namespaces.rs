@@ -20,7 +20,7 @@ facts() {
     cat /proc/$p/uid_map /proc/$p/gid_map /proc/$p/setgroups | tr -s ' \n' ' '
     # It looks at all processes, and says nothing where one ends meanwhile.
     until lsns -n -r -o TYPE,NS,PNS,ONS -p $p | sort | tr '\n' ' ' | grep .; do :; done | tr '\n' ' '
-    [ -z "$LOOK" ] || nsenter -t $p $LOOK | tr '\n' ' '
+    [ -z "$LOOK" ] || eval nsenter -t $p $LOOK | tr '\n' ' '
     echo
   done
 }
@@ -50,6 +50,8 @@ struct Case<'a> {
     sleeps: u32,
     /// Arguments of nsenter, which shows something of every task.
     look: &'a str,
+    /// What `$DIR/look` does, for `look` to name.
+    script: &'a str,
     /// Without a pid namespace around: its proc would lie on another one.
     bare: bool,
 }
@@ -57,6 +59,7 @@ struct Case<'a> {
 /// The facts before and after.
 fn run(case: &Case<'_>) -> anyhow::Result<[Vec<String>; 2]> {
     let directory = tempfile::tempdir()?;
+    std::fs::write(directory.path().join("look"), case.script)?;
     let around = match case.bare {
         true => "sh -ec",
         false => "--pid --fork --kill-child --mount-proc sh -ec",
@@ -213,7 +216,7 @@ open(\"/proc/self/comm\", \"w\").write(\"sleep\")'";
         let case = Case {
             tree: python,
             sleeps: 1,
-            look: "sh -c 'ls /proc/self/task'",
+            look: "--net ls /proc/$p/task",
             ..Case::default()
         };
         let facts = comes_back(&case)?;
@@ -301,6 +304,46 @@ fn sandboxes_come_back() {
                 ..Case::default()
             };
             comes_back(&case).with_context(|| options.clone())?;
+        }
+        Ok(())
+    });
+}
+
+/// Their root may mount them again with other options, and nobody else can have files there.
+#[test]
+fn file_systems_of_a_user_namespace_belong_to_it_again() {
+    let name = "file_systems_of_a_user_namespace_belong_to_it_again";
+    skips::as_root(name, || {
+        let inside = "exec 10<&- </dev/null >/dev/null 2>&1
+            mount -t tmpfs -o size=64k,mode=750 none /mnt && mkdir /mnt/kept
+            mount -t devpts -o newinstance,ptmxmode=0666 none /mnt/kept
+            mount -t tmpfs -o size=96k none /srv";
+        let script = "grep -E ' (/mnt|/mnt/kept|/srv) ' /proc/self/mountinfo | cut -d ' ' -f 4-6,9-
+            stat -c %u:%a /mnt /srv /mnt/kept/*
+            touch /srv/new; stat -c %u /srv/new; rm /srv/new
+            mount -t tmpfs none /srv -o remount,size=96k; echo $?
+            mount -t tmpfs none /mnt -o remount,size=64k; echo $?";
+        // Whoever has it made ends soon, and is not of the tree.
+        let mapped = in_own_mounts(&format!(
+            "setsid sh -c \"unshare --user sleep 3 & echo \\$! >holder\"; n=$(cat holder)
+            until [ $(cat /proc/$n/comm) = sleep ]; do :; done
+            echo 0 100000 1000 >/proc/$n/uid_map; echo 0 100000 1000 >/proc/$n/gid_map
+            exec nsenter -t $n --user -S 0 -G 0 unshare --mount bash -c \"{inside}; exec sleep 1001\""
+        ));
+        let own = in_own_mounts(&format!(
+            "exec unshare -Ur --mount bash -c \"{inside}; exec sleep 1001\""
+        ));
+        for (tree, how) in [(mapped, "-S 0 -G 0"), (own, "--preserve-credentials")] {
+            let case = Case {
+                tree: &tree,
+                sleeps: 1,
+                look: &format!("--user --mount {how} sh $DIR/look"),
+                script,
+                bare: true,
+                ..Case::default()
+            };
+            let facts = comes_back(&case)?;
+            ensure!(facts[0].ends_with(" 0 0"), "it may mount again: {facts:#?}");
         }
         Ok(())
     });

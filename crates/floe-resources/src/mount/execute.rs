@@ -22,6 +22,7 @@ use super::formats;
 use super::groups::{Base, Group};
 use super::model::attributes;
 use super::new_fs::{self, describe};
+use super::owner::Owner;
 use super::sight::Whole;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
@@ -70,6 +71,8 @@ pub struct Places {
     pub mount: BTreeMap<u32, Rc<Namespace>>,
     /// Its other namespaces that a new file system shows: network, IPC, control groups.
     pub shown: Vec<Rc<Namespace>>,
+    /// Its user namespaces, which file systems may belong to.
+    pub users: BTreeMap<u32, Owner>,
 }
 
 impl Workshop {
@@ -239,7 +242,7 @@ impl Workshop {
             match &source.origin {
                 Origin::New(_) if late => {}
                 Origin::New(fs) => {
-                    let mount = new_fs::make(&self.plan.images, fs)?;
+                    let mount = new_fs::make(&self.plan.images, fs, owner(fs, places))?;
                     self.keep_source(index, mount)?;
                 }
                 Origin::Host(_) => {
@@ -253,7 +256,7 @@ impl Workshop {
         for (index, placed) in plan.tree.mounts.iter().enumerate() {
             let source = &plan.tree.sources[placed.source];
             if source.late == late && !source.layered {
-                self.mounts[index] = Some(self.copy_part(placed)?);
+                self.mounts[index] = Some(self.copy_part(placed, places)?);
             }
         }
         for (index, group) in plan.groups.iter().enumerate() {
@@ -274,7 +277,7 @@ impl Workshop {
             if source.layered {
                 self.make_of_layers(placed, places)?;
                 let _visit = self.visit(&places.shown)?;
-                self.mounts[index] = Some(self.copy_part(placed)?);
+                self.mounts[index] = Some(self.copy_part(placed, places)?);
             }
             if let (true, Some(parent)) = (placed.layered, placed.parent) {
                 let _visit = self.visit_tree(placed.namespace, places)?;
@@ -297,7 +300,7 @@ impl Workshop {
             return Ok(());
         };
         let visit = self.visit_tree(placed.namespace, places)?;
-        let mount = new_fs::make(&self.plan.images, fs)?;
+        let mount = new_fs::make(&self.plan.images, fs, owner(fs, places))?;
         drop(visit);
         let _visit = self.visit(&places.shown)?;
         self.keep_source(index, mount)
@@ -330,7 +333,7 @@ impl Workshop {
     }
 
     /// The copy that becomes one mount of the tree.
-    fn copy_part(&mut self, placed: &Placed) -> Result<OwnedFd, ExecuteError> {
+    fn copy_part(&mut self, placed: &Placed, places: &Places) -> Result<OwnedFd, ExecuteError> {
         let what = || format!("{} for {}", placed.entry.root, placed.entry.mountpoint);
         let source = self.source(placed.source)?.try_clone_to_owned();
         let source = source.during("Duplicating", what)?;
@@ -339,6 +342,12 @@ impl Workshop {
             copy_mount(source, b"").during("Copying", what)?
         } else if placed.entry.deleted == Some(true) {
             let kind = self.kind_of_point(placed);
+            let plan = Rc::clone(&self.plan);
+            let owner = match &plan.tree.sources[placed.source].origin {
+                Origin::New(fs) => owner(fs, places),
+                Origin::Host(_) => None,
+            };
+            let _files = owner.map(Owner::files).transpose()?;
             let made = make_deleted(source, &placed.part, kind);
             let (part, leftovers) = made.during("Making the deleted", what)?;
             self.leftovers.extend(leftovers);
@@ -471,6 +480,11 @@ impl Workshop {
             self.plan.tree.mounts[index].entry.mountpoint.clone()
         })
     }
+}
+
+/// Whose a file system is that is mounted anew, where it is not ours.
+fn owner<'p>(fs: &NewFs, places: &'p Places) -> Option<&'p Owner> {
+    places.users.get(&fs.entry.floe_user_ns?)
 }
 
 fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {

@@ -17,6 +17,7 @@ mod new_fs;
 mod overlay;
 mod overlay_index;
 mod overlay_layers;
+mod owner;
 mod place;
 mod plan;
 mod remote;

@@ -13,22 +13,28 @@ use super::execute::open_within;
 use super::model::{Content, FsKind, split_options, super_words};
 use super::overlay;
 use super::overlay_index;
+use super::owner::Owner;
 use super::tree::NewFs;
 use crate::restore::{Attempt, ExecuteError};
 
 /// File systems whose options are those of the one instance that the kernel has.
 const SINGLE: [&str; 5] = ["devtmpfs", "debugfs", "tracefs", "securityfs", "selinuxfs"];
 
-/// Mounts it, with its files.
-pub fn make(images: &ImageDir, fs: &NewFs) -> Result<OwnedFd, ExecuteError> {
+/// Mounts it, with its files, for `owner` where it is not ours.
+pub fn make(images: &ImageDir, fs: &NewFs, owner: Option<&Owner>) -> Result<OwnedFd, ExecuteError> {
     let entry = &fs.entry;
     let what = || format!("{} for {}", fs.name, entry.mountpoint);
-    let mut mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
+    let options = new_fs_options(fs);
+    let _files = owner.map(Owner::files).transpose()?;
+    let mut mounted = match owner {
+        Some(owner) => owner.mount(fs, &options)?,
+        None => mount::new_mount(&fs.name, &options),
+    };
     if let Err(NewMountError::Call(_, error)) = &mounted
         && error.raw_os_error() == Some(libc::ESTALE)
         && overlay_index::rebuild(&entry.options).is_ok()
     {
-        mounted = mount::new_mount(&fs.name, &new_fs_options(fs));
+        mounted = mount::new_mount(&fs.name, &options);
     }
     let mounted = mounted.map_err(|error| {
         let (action, source) = describe(error);

@@ -18,6 +18,7 @@ use super::formats;
 use super::groups::plan_groups;
 use super::model::{attributes, below};
 use super::new_fs::{content_image, has_files};
+use super::owner::{self, Owner};
 use super::remote::mount_in_task;
 use super::shown;
 use super::sight::Wholes;
@@ -59,7 +60,9 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .filter(|(kind, _)| matches!(kind, NsKind::Net | NsKind::Ipc))
         .map(|(_, id)| *id)
         .collect();
-    let mut needs: Vec<Handle> = all.iter().chain(&shown).map(|id| made(*id)).collect();
+    let users: Vec<u32> = images.users.ids().collect();
+    let needed = all.iter().chain(&shown).chain(&users);
+    let mut needs: Vec<Handle> = needed.map(|id| made(*id)).collect();
     // Parts of their hierarchies may be mounted.
     needs.extend(groups_made(planner)?);
     let makes: Vec<Handle> = all.iter().map(|id| filled(*id)).collect();
@@ -125,7 +128,12 @@ fn find(
         .iter()
         .map(|id| namespaces.get(*id))
         .collect::<Result<_, _>>()?;
-    Ok(Places { mount, shown })
+    let users = Owner::all(world)?;
+    Ok(Places {
+        mount,
+        shown,
+        users,
+    })
 }
 
 /// The mount namespaces that tasks of the tree are in.
@@ -148,6 +156,7 @@ fn tree(images: &TreeImages, root: u32, planner: &Planner<'_>) -> Result<MountTr
         let instead = planner.options.lsm_mount_context.as_deref();
         for entry in &mut entries {
             entry.options = context::adapted(&entry.options, here, instead);
+            owner::complete(entry, id, images);
         }
         mounts.insert(id, entries);
     }

@@ -129,13 +129,15 @@ fn make_owned(
     user: u32,
 ) -> Result<(), ExecuteError> {
     let kinds: Vec<NsKind> = wanted.iter().map(|(kind, _)| *kind).collect();
+    let files = world.images.users.files_of(user);
     let user = world.namespaces().get(user)?;
     let maker = Placeholder::start_inside(&user, &kinds);
     let maker = maker.during("Making namespaces", || format!("{kinds:?}"))?;
     for (kind, id) in wanted {
         let namespace = Namespace::of_task(maker.pid(), *kind)
             .during("Opening the new namespace", || kind.to_string())?;
-        world.namespaces().keep(*id, namespace);
+        let files = files.filter(|_| *kind == NsKind::Mnt);
+        world.namespaces().keep(*id, namespace.with_files_of(files));
     }
     Ok(())
 }

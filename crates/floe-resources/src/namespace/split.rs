@@ -100,7 +100,8 @@ pub(crate) fn make_beside(
     number: u32,
 ) -> Result<(), ExecuteError> {
     let what = || format!("{kind} namespace {number}");
-    let namespace = match world.images.users.owner_of(number) {
+    let owner = world.images.users.owner_of(number);
+    let namespace = match owner {
         Some(user) => {
             let user = world.namespaces().get(user)?;
             let maker = Placeholder::start_inside(&user, &[kind]).during("Making", what)?;
@@ -113,7 +114,10 @@ pub(crate) fn make_beside(
         }
     };
     let namespace = namespace.during("Opening the new", what)?;
-    world.namespaces().keep(number, namespace);
+    let files = owner.and_then(|user| world.images.users.files_of(user));
+    let files = files.filter(|_| kind == NsKind::Mnt);
+    let namespaces = world.namespaces();
+    namespaces.keep(number, namespace.with_files_of(files));
     Ok(())
 }
 

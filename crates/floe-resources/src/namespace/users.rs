@@ -29,7 +29,7 @@ const MAX_DEPTH: usize = 33;
 
 /// The user namespace that owns another namespace, or that is around a user namespace; `None` for ours, and for
 /// what is out of our sight.
-pub(super) fn around(namespace: &Namespace) -> Option<Namespace> {
+pub(crate) fn around(namespace: &Namespace) -> Option<Namespace> {
     let around = match namespace.kind() {
         NsKind::User => namespace.parent(),
         _ => namespace.owner(),
@@ -247,6 +247,11 @@ impl Users {
         self.births.get(&pid).copied()
     }
 
+    /// Their numbers.
+    pub fn ids(&self) -> impl Iterator<Item = u32> + '_ {
+        self.all.keys().copied()
+    }
+
     /// Whether all are in the coordinator's.
     pub fn is_empty(&self) -> bool {
         self.all.is_empty()
@@ -266,6 +271,14 @@ impl Users {
     pub fn map(&self, id: Option<u32>) -> OwnerMap {
         let user = id.and_then(|id| self.all.get(&id));
         user.map_or_else(OwnerMap::default, |user| user.map.clone())
+    }
+
+    /// As whom files are made in its file systems, as the coordinator sees them; `None` where it has no users.
+    pub fn files_of(&self, id: u32) -> Option<(u32, u32)> {
+        let map = &self.all.get(&id)?.map;
+        let (uid, gid) = map.first();
+        let (uid, gid) = (map.uid_outside(uid), map.gid_outside(gid));
+        (map.has_uid(uid).is_some() && map.has_gid(gid).is_some()).then_some((uid, gid))
     }
 
     /// The one that another namespace of the tree belongs to; `None` for the coordinator's.

@@ -77,7 +77,7 @@ fn failed_restores() -> anyhow::Result<()> {
     let tree = Tree::start(&format!("{MANY}{SLEEP}"))?;
     tree.dump(&[])?;
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    for step in (1..60).step_by(4) {
+    for step in (1..50).step_by(4) {
         let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
         command.args(["restore", "-d", "-D"]).arg(tree.images());
         let output = command.env("FLOE_FAULT", format!("step:{step}")).output()?;
