@@ -255,6 +255,14 @@ const MESSAGES: &[(&str, &str)] = &[
         "apparmor",
     ),
     (
+        "Error (criu/lsm.c:1): mismatched lsm types and lsm profile specified",
+        "--lsm-profile",
+    ),
+    (
+        "The AppArmor profile web, which is not loaded here (No such file or directory (os error 2)), cannot be restored",
+        "--lsm-profile",
+    ),
+    (
         "Error (criu/seize.c:1): Timeout reached. Try to interrupt: 0",
         "--timeout",
     ),

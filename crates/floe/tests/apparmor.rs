@@ -278,3 +278,24 @@ fn container(kinds: &[&'static str]) -> anyhow::Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn profiles_cross_with_criu() {
+    under_apparmor("apparmor-cross", || {
+        let criu = Engine::peer().ok_or_else(|| skips::missing("no peer"))?;
+        for (dumper, restorer) in [(floe(), criu.clone()), (criu, floe())] {
+            let mut fixture = confined("threads", "floe-open")?;
+            let before = labels(&fixture)?;
+            fixture.dump(&dumper, &[])?;
+            fixture.restore(&restorer, &[])?;
+            fixture.check()?;
+            let after = labels(&fixture)?;
+            ensure!(
+                after == before,
+                "by {}: had {before:?}, has {after:?}",
+                restorer.name
+            );
+        }
+        Ok(())
+    });
+}

@@ -269,3 +269,28 @@ fn what_a_task_chose_for_new_objects_is_kept() {
         Ok(())
     });
 }
+
+#[test]
+fn contexts_cross_with_criu() {
+    under_selinux("selinux-cross", || {
+        let criu = Engine::peer().ok_or_else(|| skips::missing("no peer"))?;
+        for (dumper, restorer) in [(criu.clone(), floe()), (floe(), criu)] {
+            let mut fixture = confined("threads", "open_t:s0:c1,c2")?;
+            let before = labels(&fixture)?;
+            fixture.dump(&dumper, &[])?;
+            let core = fs::read(fixture.images().join(format!("core-{}.img", fixture.pid)))?;
+            if !core.windows(4).any(|bytes| bytes == b"_t:s") {
+                return Err(skips::missing("no SELinux in the peer"));
+            }
+            fixture.restore(&restorer, &[])?;
+            fixture.check()?;
+            let after = labels(&fixture)?;
+            ensure!(
+                after == before,
+                "by {}: had {before:?}, has {after:?}",
+                restorer.name
+            );
+        }
+        Ok(())
+    });
+}

@@ -97,6 +97,16 @@ impl<'a> Initramfs<'a> {
         Ok(())
     }
 
+    /// Any file of the host, with its libraries where it is a program.
+    pub fn file(&mut self, path: &Path) -> anyhow::Result<()> {
+        let content = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        if content.starts_with(b"\x7fELF") {
+            return self.program(path);
+        }
+        self.entries.insert(text(path)?, Entry::Copy(path.into()));
+        Ok(())
+    }
+
     /// A peer; answers its path in the guest.
     pub fn peer(&mut self, peer: &Peer<'_>) -> anyhow::Result<String> {
         let binary = text(peer.path)?;

@@ -44,6 +44,9 @@ pub struct Arguments {
     /// A shell command to run inside in place of the sets.
     #[arg(long)]
     command: Option<String>,
+    /// More files to take along at the paths that they have here, programs with their libraries.
+    #[arg(long = "file")]
+    files: Vec<PathBuf>,
     /// More for the command line of the kernel, with `--command`.
     #[arg(long, requires = "command", default_value = "")]
     append: String,
@@ -319,6 +322,9 @@ fn boot(
     let mut image = Initramfs::new(directory.path());
     for file in built.files() {
         image.program(file)?;
+    }
+    for file in &arguments.files {
+        image.file(file)?;
     }
     let floe = built.floe.to_str().context("a path that is text")?;
     let mut peer_path = None;

@@ -52,6 +52,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#2392", "criu#552", "criu#484"],
     },
     Rule {
+        pattern: r"mismatched lsm types and lsm profile specified|can't write lsm profile|(?:apparmor|selinux) LSM specified but|label \S+ on a machine with|profile \S+, which is not loaded here|context \S+, which the policy here does not know",
+        role: Role::Cause,
+        what: "The tasks ran under a profile of AppArmor's or in a context of SELinux's that this machine does not have.",
+        remedy: "Load the profile or policy, or choose another label. Without any, nothing confines the tasks any more.",
+        command: "aa-status; getenforce    # --lsm-profile apparmor:NAME, selinux:CONTEXT, or none",
+        threads: &[],
+    },
+    Rule {
         pattern: r"Timeout reached\. Try to interrupt|Unable to freeze cgroup|did not come to rest within|is stuck in the kernel",
         role: Role::Cause,
         what: "The tasks did not stop in time. One of them is in an uninterruptible wait (state D), or the freezer of cgroup v1 got stuck.",
