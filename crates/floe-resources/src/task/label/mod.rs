@@ -98,6 +98,22 @@ impl Label {
         creds.floe_lsm_keycreate.clone_from(&self.keycreate);
     }
 
+    /// What holds for new objects and the next `exec`.
+    pub fn for_later(&self) -> impl Iterator<Item = &str> {
+        let all = [
+            &self.sockcreate,
+            &self.exec,
+            &self.fscreate,
+            &self.keycreate,
+        ];
+        all.into_iter().filter_map(|label| label.as_deref())
+    }
+
+    /// All labels in it.
+    pub fn parts(&self) -> impl Iterator<Item = &str> {
+        self.for_later().chain(self.current.as_deref())
+    }
+
     /// What the credentials of the images say.
     pub fn of_entry(creds: &CredsEntry) -> Self {
         let some = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());

@@ -13,6 +13,8 @@ use crate::restore::PlanError;
 
 /// What SELinux checks a context by, where it is mounted.
 const SELINUX_CONTEXT: &str = "/sys/fs/selinux/context";
+/// The kernel takes a page, of which AppArmor's command needs some bytes, and leaves out the rest.
+const MAX_LENGTH: usize = 4000;
 /// What AppArmor calls a task without a profile.
 const UNCONFINED: &str = "unconfined";
 /// Between the profiles of a stack.
@@ -83,6 +85,12 @@ impl Labels {
     /// What a thread is to be labelled with.
     pub fn wanted(&self, creds: &CredsEntry) -> Result<Label, PlanError> {
         let saved = Label::of_entry(creds);
+        if saved.parts().any(|label| label.len() > MAX_LENGTH) {
+            return Err(PlanError::damaged(
+                "core-*.img",
+                "a security label is too long",
+            ));
+        }
         // Who makes the next `exec` a confined one is confined.
         if saved == Label::default() {
             return Ok(self.without_label(saved));
@@ -176,8 +184,7 @@ impl Labels {
         let (mut labels, mut changes) = (BTreeSet::new(), BTreeSet::new());
         for one in wanted {
             changes.extend(self.change(one, self.born()));
-            let others = [&one.sockcreate, &one.exec, &one.fscreate, &one.keycreate];
-            labels.extend(others.into_iter().flatten().cloned());
+            labels.extend(one.for_later().map(str::to_string));
         }
         labels.extend(changes.iter().cloned());
         for label in labels.iter().filter_map(|label| policy.rest(label)) {
@@ -279,9 +286,16 @@ pub(super) fn check_context(label: &str) -> Result<(), PlanError> {
 
 /// Whether a task of ours may become this.
 fn check_change(born: &str, label: &str) -> Result<(), PlanError> {
-    let may = selinux_allows(born, born, "setcurrent") != Some(false)
-        && selinux_allows(born, label, "dyntransition") != Some(false);
-    if may {
+    let rights = [
+        (born, "setcurrent"),
+        (label, "dyntransition"),
+        // Its tracer is one of ours then.
+        (label, "ptrace"),
+    ];
+    if rights
+        .iter()
+        .all(|(target, right)| selinux_allows(born, target, right) != Some(false))
+    {
         return Ok(());
     }
     Err(PlanError::Unsupported {
@@ -289,7 +303,7 @@ fn check_change(born: &str, label: &str) -> Result<(), PlanError> {
             "The SELinux context {label}, into which Floe may not change from its own, {born},"
         ),
         remedy: "run Floe in a context that may (unconfined_t with the boolean unconfined_dyntrans_all, or runcon), or \
-                 allow it: process dyntransition and setcurrent",
+                 allow it: process setcurrent, dyntransition and ptrace",
     })
 }
 
@@ -392,6 +406,13 @@ mod tests {
         assert_eq!(change(Some("web"), None).as_deref(), Some("web"));
         assert_eq!(change(Some("web"), Some("web")), None);
         assert_eq!(change(Some("unconfined"), None), None);
+    }
+
+    #[test]
+    fn a_label_that_the_kernel_would_cut_off_is_damage() {
+        let same = labels(AppArmor, AppArmor, None);
+        let long = "x".repeat(5000);
+        assert!(same.wanted(&creds(Some(&long))).is_err());
     }
 
     #[test]
