@@ -62,5 +62,6 @@ pub fn selinux(image: &mut Initramfs<'_>) -> anyhow::Result<()> {
     ]);
     run(compiler.arg("--output").arg(&binary).arg(&source))?;
     image.bytes("/policy/selinux", fs::read(binary)?);
-    Ok(())
+    // Without it the library of a peer takes SELinux for turned off.
+    image.text("/etc/selinux/config", 0o644, "SELINUX=enforcing\n")
 }
