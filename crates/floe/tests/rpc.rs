@@ -151,7 +151,7 @@ fn fields_that_cannot_be_honoured_are_answered_by_their_names() {
         ),
         (
             restore,
-            |o| o.lsm_profile = Some("selinux:a:b".into()),
+            |o| o.lsm_profile = Some("smack:a".into()),
             "--lsm-profile",
         ),
         (
