@@ -336,6 +336,94 @@ fn what_users_set_in_a_network_comes_back() -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Devices whose drivers are modules on most systems; `v0` is one end of a pair.
+const KINDS: [(&str, &str); 7] = [
+    (
+        "vlan",
+        "ip link add link v0 name n0 type vlan id 5 protocol 802.1ad reorder_hdr off ingress-qos-map 1:2 egress-qos-map 3:4
+        ip link set n0 up; ip addr add 10.5.0.1/24 dev n0",
+    ),
+    (
+        "ipvlan",
+        "ip link add link v0 name n0 type ipvlan mode l3 private; ip link set n0 up; ip addr add 10.5.0.1/24 dev n0",
+    ),
+    (
+        "macvlan",
+        "ip link add link v0 name n0 type macvlan mode bridge; ip link add link v0 name n1 type macvlan mode vepa
+        ip link set n0 up; ip addr add 10.5.0.1/24 dev n0",
+    ),
+    (
+        "sit",
+        "ip link add n0 type sit local 10.0.0.1 remote 10.0.0.2 ttl 64 dev v0
+        ip link add n1 type sit local 10.0.0.1 remote any; ip tunnel 6rd dev n1 6rd-prefix 2001:db8::/32
+        ip link set n0 up; ip addr add 2001:db8::1/64 dev n0 nodad",
+    ),
+    (
+        "dummy",
+        "ip link add n0 type dummy; ip link set n0 up mtu 1300; ip addr add 10.5.0.1/24 dev n0",
+    ),
+    ("nlmon", "ip link add n0 type nlmon; ip link set n0 up"),
+    (
+        "vrf",
+        "ip link add n0 type vrf table 10; ip link set v0 master n0; ip link set n0 up; ip addr add 10.5.0.1/24 dev v0",
+    ),
+];
+
+#[test]
+fn devices_of_every_kind_come_back() -> anyhow::Result<()> {
+    let name = "devices_of_every_kind_come_back";
+    if !is_possible(name) {
+        return Ok(());
+    }
+    let pair = "ip link add v0 type veth peer name v1; ip link set v0 up; ip link set v1 up
+        ip addr add 10.0.0.1/24 dev v0";
+    for (kind, script) in KINDS {
+        let probe = format!(
+            "unshare --net ip link add n0 type {kind} 2>&1 | grep -q \"Unknown device\\|not supported\""
+        );
+        if shell(&probe).is_ok() {
+            skips::skip(kind, "no driver of this kind of device").expect("the skip is listed");
+            continue;
+        }
+        let tree = Tree::start(&format!("{pair}\n{script}")).context(kind)?;
+        let list =
+            "ip -d -o link | sed \"s/state [A-Z]*//; s/NO-CARRIER,//; s/,LOWER_UP//; s/,M-DOWN//\"
+            ip -o addr | grep -v fe80; ip route show table all | grep -v fe80 | sort";
+        let before = tree.inside(tree.pid, list)?;
+        ensure!(before.contains("n0"), "{kind}: {before}");
+        tree.dump(&[]).context(kind)?;
+        tree.restore(&[]).context(kind)?;
+        pretty_assert(kind, &before, &tree.inside(tree.pid, list)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_setting_that_is_missing_fails_the_restore_unless_told_otherwise() -> anyhow::Result<()> {
+    if !is_possible("a_setting_that_is_missing_fails_the_restore_unless_told_otherwise") {
+        return Ok(());
+    }
+    let tree = Tree::start("echo 77 >/proc/sys/net/unix/max_dgram_qlen")?;
+    tree.dump(&[])?;
+    let restore = |option: &str| {
+        let floe = env!("CARGO_BIN_EXE_floe");
+        let images = tree.images();
+        shell(&format!(
+            "unshare --mount sh -ec 'mount -t tmpfs -o ro none /proc/sys/net
+                {floe} restore -d -D {} {option} 2>&1 || echo failed'",
+            images.display()
+        ))
+    };
+    let said = restore("")?;
+    ensure!(
+        said.contains("Setting /proc/sys/net/") && said.contains("failed"),
+        "{said}"
+    );
+    let said = restore("--weak-sysctls")?;
+    ensure!(!said.contains("failed"), "{said}");
+    Ok(())
+}
+
 /// Compares line by line.
 fn pretty_assert(what: &str, before: &str, after: &str) {
     let before: Vec<&str> = before.lines().collect();

