@@ -17,13 +17,18 @@ const INIT: &str = include_str!("init.sh");
 /// Where a peer and its libraries lie in the guest.
 const PEER: &str = "/peer";
 /// Parts of `kernel/` whose modules are taken along: what sockets need, and nftables with its checksums.
-const MODULES: [&str; 6] = [
+const MODULES: [&str; 11] = [
     "lib/libcrc32c",
     "crypto/crc32c",
     "net/",
     "drivers/net/tun",
     "drivers/net/veth",
     "drivers/net/dummy",
+    "drivers/net/ifb",
+    "drivers/net/ipvlan",
+    "drivers/net/macvlan",
+    "drivers/net/nlmon",
+    "drivers/net/vrf",
 ];
 
 /// A CRIU of the host.

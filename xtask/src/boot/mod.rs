@@ -50,7 +50,7 @@ pub struct Arguments {
     /// More for the command line of the kernel, with `--command`.
     #[arg(long, requires = "command", default_value = "")]
     append: String,
-    /// Only these sets: check, chains, faults, torture, cross, apparmor, selinux, fixtures.
+    /// Only these sets: check, chains, faults, torture, cross, apparmor, selinux, fixtures, networks.
     sets: Vec<String>,
 }
 
@@ -60,6 +60,8 @@ struct Set {
     /// The test binary that it needs.
     test: Option<&'static str>,
     needs_peer: bool,
+    /// Programs of this system that busybox has not, or less of.
+    programs: &'static [&'static str],
     /// Under software emulation, with a margin.
     limit: Duration,
     /// `$TEST` is the test binary.
@@ -76,6 +78,7 @@ const SETS: &[Set] = &[
         name: "check",
         test: None,
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(60),
         script: "sh /tests/check.sh",
         append: "",
@@ -84,6 +87,7 @@ const SETS: &[Set] = &[
         name: "chains",
         test: Some("chains"),
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
         append: "",
@@ -92,6 +96,7 @@ const SETS: &[Set] = &[
         name: "faults",
         test: Some("chain_faults"),
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
         append: "",
@@ -100,6 +105,7 @@ const SETS: &[Set] = &[
         name: "torture",
         test: Some("torture"),
         needs_peer: false,
+        programs: &[],
         // And for each chain more.
         limit: Duration::from_secs(300),
         script: "FLOE_TORTURE=$TORTURE $TEST --nocapture",
@@ -109,6 +115,7 @@ const SETS: &[Set] = &[
         name: "cross",
         test: Some("chains_cross"),
         needs_peer: true,
+        programs: &[],
         limit: Duration::from_secs(600),
         script: "$TEST --nocapture",
         append: "",
@@ -117,6 +124,7 @@ const SETS: &[Set] = &[
         name: "apparmor",
         test: Some("apparmor"),
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(900),
         script: "$TEST --test-threads 2",
         append: "",
@@ -125,6 +133,7 @@ const SETS: &[Set] = &[
         name: "selinux",
         test: Some("selinux"),
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(900),
         // One of them saves all that lies in the memory of the guest, where the others work.
         script: "$TEST --test-threads 1",
@@ -134,9 +143,28 @@ const SETS: &[Set] = &[
         name: "fixtures",
         test: Some("fixtures"),
         needs_peer: false,
+        programs: &[],
         limit: Duration::from_secs(1200),
         // The peer sets hardware breakpoints at restore, which make QEMU 7.2 lose a kernel now and then.
         script: "unset FLOE_PEER_CRIU; $TEST --nocapture",
+        append: "",
+    },
+    Set {
+        name: "networks",
+        test: Some("networks"),
+        needs_peer: false,
+        programs: &[
+            "/usr/sbin/ip",
+            "/usr/sbin/bridge",
+            "/usr/sbin/sysctl",
+            "/usr/bin/nsenter",
+            "/usr/bin/unshare",
+            "/usr/bin/setsid",
+            "/usr/bin/dash",
+        ],
+        limit: Duration::from_secs(1200),
+        // Programs of busybox that run others, a shell among them, prefer its own.
+        script: "ln -s dash /usr/bin/sh; echo tcp 6 >/etc/protocols; $TEST --test-threads 1 --nocapture",
         append: "",
     },
 ];
@@ -167,7 +195,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<()> {
         // Each boot has its own command line of the kernel.
         for jobs in jobs.chunk_by(|one, next| one.append == next.append) {
             println!("\n== {} {}", kernel.release, jobs[0].append);
-            let wrong = boot(arguments, &kernel, (&built, jobs))?;
+            let wrong = boot(arguments, &kernel, (&built, &sets, jobs))?;
             failed.extend(
                 wrong
                     .iter()
@@ -317,7 +345,7 @@ fn jobs(arguments: &Arguments, sets: &[&Set], built: &Built) -> anyhow::Result<V
 fn boot(
     arguments: &Arguments,
     kernel: &Kernel,
-    (built, jobs): (&Built, &[Job]),
+    (built, sets, jobs): (&Built, &[&Set], &[Job]),
 ) -> anyhow::Result<Vec<String>> {
     let directory = tempfile::tempdir()?;
     let mut image = Initramfs::new(directory.path());
@@ -326,6 +354,10 @@ fn boot(
     }
     for file in &arguments.files {
         image.file(file)?;
+    }
+    let of_sets = sets.iter().flat_map(|set| set.programs).map(Path::new);
+    for program in of_sets.filter(|program| program.exists()) {
+        image.program(program)?;
     }
     let floe = built.floe.to_str().context("a path that is text")?;
     let mut peer_path = None;
