@@ -158,6 +158,22 @@ fn a_network_namespace_is_taken_from_the_caller() {
 }
 
 #[test]
+fn a_time_namespace_is_joined() {
+    run("a_time_namespace_is_joined", || {
+        let other = Tree::start(&["-T", "--monotonic", "100000"], ":")?;
+        for kinds in [&["-T"][..], &[]] {
+            let tree = Tree::start(kinds, ":")?;
+            tree.dump(&[])?;
+            let given = format!("time:{}", other.pid);
+            tree.restore(None, &["--join-ns", &given])?;
+            let clocks = |tree: &Tree| fs::read_link(tree.proc("ns/time"));
+            ensure!(clocks(&tree)? == clocks(&other)?, "{kinds:?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn a_mount_is_made_from_the_device_that_is_named() {
     run("a_mount_is_made_from_the_device_that_is_named", || {
         let script = "mkdir $DIR/m; mount -t bpf nodev $DIR/m";

@@ -16,7 +16,13 @@ use super::{filled, host_number, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 /// Kinds that can be joined.
-const JOINED: [NsKind; 4] = [NsKind::Net, NsKind::Ipc, NsKind::Uts, NsKind::Pid];
+const JOINED: [NsKind; 5] = [
+    NsKind::Net,
+    NsKind::Ipc,
+    NsKind::Uts,
+    NsKind::Pid,
+    NsKind::Time,
+];
 
 /// What the caller gives.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +42,7 @@ pub(super) fn plan_given(
         let kind = JOINED.into_iter().find(|kind| kind.name() == join.kind);
         let kind = kind.ok_or_else(|| PlanError::Unsupported {
             object: format!("Joining a {} namespace", join.kind),
-            remedy: "only net, ipc, uts and pid namespaces can be joined; run Floe inside of it (nsenter)",
+            remedy: "only net, ipc, uts, pid and time namespaces can be joined; run Floe inside of it (nsenter)",
         })?;
         let id = own.iter().find(|(known, _)| *known == kind);
         if kind == NsKind::Pid && id.is_none() {

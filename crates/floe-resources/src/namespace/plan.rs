@@ -66,9 +66,9 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let wanted: Vec<(NsKind, u32)> = wanted.copied().collect();
     let makes: Vec<Handle> = wanted.iter().map(|(_, id)| made(*id)).collect();
     let needs = users::all_made(images);
-    // Nobody goes into a pid namespace and comes back: the root is born there.
+    // Others are not gone into: the root is born there.
     let mut visited = [&wanted[..], &given].concat();
-    visited.retain(|(kind, _)| *kind != NsKind::Pid);
+    visited.retain(|(kind, _)| VISITED.contains(kind));
     planner.step_at_home("make namespaces", (&needs, &makes), move |world| {
         let owner = |(_, id): &(NsKind, u32)| world.images.users.owner_of(*id);
         let owners: BTreeSet<Option<u32>> = wanted.iter().map(owner).collect();

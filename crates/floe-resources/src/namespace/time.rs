@@ -12,7 +12,7 @@ use floe_kernel::namespace::{self, Namespace, NsKind, own_proc_path};
 use floe_kernel::proc::ProcDir;
 use rustix::time::{ClockId, clock_gettime};
 
-use super::{TreeNamespace, own_of_root};
+use super::{TreeNamespace, host_number, own_of_root};
 use crate::collect::{CollectError, Collector};
 use crate::restore::{Attempt, ExecuteError, PlanError, TreeImages, World};
 
@@ -99,16 +99,24 @@ pub fn in_new_clocks<T>(
     world: &mut World<'_>,
     birth: impl FnOnce(&mut World<'_>) -> Result<T, ExecuteError>,
 ) -> Result<T, ExecuteError> {
-    let Some(id) = own_of_root(world.images, NsKind::Time) else {
+    let saved = own_of_root(world.images, NsKind::Time);
+    let id = saved.unwrap_or_else(|| host_number(NsKind::Time));
+    let given = world.namespaces().get(id).ok();
+    if saved.is_none() && given.is_none() {
         return birth(world);
-    };
-    let entry: TimensEntry = world
-        .images
-        .dir
-        .read_one(ImageKind::Timens, u64::from(id))?;
+    }
     let own =
         Namespace::own(NsKind::Time).during("Opening", || "our time namespace".to_string())?;
-    enter_new(&entry).during("Setting the clocks of", || format!("time namespace {id}"))?;
+    match given {
+        Some(given) => namespace::enter(&given).during("Entering", || {
+            format!("the time namespace {id} that is given")
+        })?,
+        None => {
+            let dir = &world.images.dir;
+            let entry: TimensEntry = dir.read_one(ImageKind::Timens, u64::from(id))?;
+            enter_new(&entry).during("Setting the clocks of", || format!("time namespace {id}"))?;
+        }
+    }
     let born = birth(world);
     // Only a process with one thread may; else its own children would have the tree's clocks.
     if let Err(error) = namespace::enter(&own) {
