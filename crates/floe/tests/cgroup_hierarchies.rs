@@ -20,6 +20,13 @@ clean() {
         sleep 0.1
     done
     umount named cls 2>/dev/null
+    # Where groups are still going when the last mount goes, the hierarchy stays until the next one does.
+    for try in $(seq 50); do
+        sleep 0.05
+        grep -qE "name=$H:|net_cls" /proc/self/cgroup || break
+        mount -t cgroup -o none,name=$H none named && umount named
+        mount -t cgroup -o net_cls,net_prio none cls && umount cls
+    done
     rm fx/answer
 }
 trap clean EXIT
