@@ -20,7 +20,7 @@ facts() {
     cat /proc/$p/uid_map /proc/$p/gid_map /proc/$p/setgroups | tr -s ' \n' ' '
     # It looks at all processes, and says nothing where one ends meanwhile.
     until lsns -n -r -o TYPE,NS,PNS,ONS -p $p | sort | tr '\n' ' ' | grep .; do :; done | tr '\n' ' '
-    [ -z "$LOOK" ] || eval nsenter -t $p $LOOK | tr '\n' ' '
+    [ -z "$LOOK" ] || eval "nsenter -t $p $LOOK" | tr '\n' ' '
     echo
   done
 }
@@ -345,6 +345,24 @@ fn file_systems_of_a_user_namespace_belong_to_it_again() {
             let facts = comes_back(&case)?;
             ensure!(facts[0].ends_with(" 0 0"), "it may mount again: {facts:#?}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn open_user_namespaces_come_back() {
+    skips::as_root("open_user_namespaces_come_back", || {
+        let case = Case {
+            // The second is around that of the second child, and nobody is in it.
+            tree: "unshare -Ur sleep 1000 & a=$!; unshare -Ur unshare -Ur sleep 1001 & b=$!
+                until [ $(cat /proc/$a/comm)$(cat /proc/$b/comm) = sleepsleep ]; do :; done
+                exec 3</proc/$a/ns/user 4</proc/$b/ns/user 5</proc/self/ns/user; exec sleep 1002",
+            sleeps: 3,
+            look: "--net stat -Lc %i /proc/$p/fd/* 2>/dev/null | sed s/^/inode\\ / | grep 402 || :",
+            ..Case::default()
+        };
+        let facts = comes_back(&case)?;
+        ensure!(facts[0].matches("inode").count() == 3, "{facts:#?}");
         Ok(())
     });
 }

@@ -1,20 +1,21 @@
 //! Open namespaces (`/proc/<pid>/ns/*`).
 //!
 //! Saved:    the kind and the number of the namespace, flags.
-//! Rebuilt:  our own namespace of that kind is opened, one of the tree's through a task in it. Needs: that task.
+//! Rebuilt:  our own namespace of that kind is opened, a user namespace when it is made, others of the tree through
+//!           a task in it. Needs: that task.
 //! Not kept: namespaces that only this descriptor keeps alive, and mount namespaces of single tasks; they
 //!           are refused.
 
 use std::os::fd::{AsFd, OwnedFd};
 
 use floe_image::messages::{FdTypes, FileEntry, NsFileEntry};
-use floe_kernel::namespace::{NsIdentity, NsKind, own_proc_path};
+use floe_kernel::namespace::{NsIdentity, NsKind, own_fd_path, own_proc_path};
 use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
-use crate::namespace::{entered, ids};
+use crate::namespace::{entered, ids, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, set_flags};
 
 /// See the module.
@@ -86,6 +87,16 @@ impl FdRestore for Namespace {
 /// A namespace of the tree is there with the first task that is in it.
 fn plan_of_tree(entry: &NsFileEntry, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let images = planner.images;
+    let number = entry.ns_id;
+    if entry.ns_cflag == NsKind::User.flag() && images.users.get(number).is_some() {
+        let flags = entry.flags;
+        let name = format!("open user namespace {number}");
+        planner.open(entry.id, name, &[made(number)], move |world| {
+            let namespace = world.namespaces().get(number)?;
+            open(own_fd_path(namespace.as_fd()), flags)
+        });
+        return Ok(());
+    }
     let found = NsKind::of_flag(entry.ns_cflag).and_then(|kind| {
         let is_in = |task: &&TaskImages| {
             let number = task.ids.as_ref().and_then(|ids| ids::get(ids, kind));
