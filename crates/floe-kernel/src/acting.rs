@@ -35,6 +35,12 @@ impl Acting {
             false => Err(io::Error::from_raw_os_error(libc::EPERM)),
         }
     }
+
+    /// Begins to act as what the process is, whomever its thread acts as now.
+    pub fn as_ourselves() -> io::Result<Self> {
+        let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
+        Acting::as_owner(uid.as_raw(), gid.as_raw())
+    }
 }
 
 fn set(call: libc::c_long, id: u32) -> u32 {
@@ -73,6 +79,10 @@ mod tests {
         };
         let acting = Acting::as_owner(1234, 5678).expect("root may");
         assert_eq!(owner("one"), (1234, 5678));
+        let ourselves = Acting::as_ourselves().expect("root may");
+        assert_eq!(owner("own"), (0, 0));
+        drop(ourselves);
+        assert_eq!(owner("three"), (1234, 5678));
         drop(acting);
         assert_eq!(owner("two"), (0, 0));
         std::fs::remove_dir_all(&directory).expect("ours");

@@ -11,7 +11,6 @@ pub mod cpu;
 pub mod fault;
 pub mod features;
 pub mod file_owner;
-pub mod fs_ids;
 pub mod ids;
 pub mod inherited;
 pub mod janitor;

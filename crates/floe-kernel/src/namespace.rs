@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use rustix::fs::{Mode, OFlags};
 
-use crate::fs_ids::FsIds;
+use crate::acting::Acting;
 use crate::ids::HostPid;
 
 /// A kind of namespace.
@@ -335,7 +335,7 @@ impl Home {
 pub struct Visit {
     home: Rc<Home>,
     away: Vec<NsKind>,
-    files: Option<FsIds>,
+    files: Option<Acting>,
 }
 
 impl Visit {
@@ -353,7 +353,7 @@ impl Visit {
         if let Some((uid, gid)) = namespace.files_of {
             // What was taken before is given up first: values of this kind end in the order that they began in.
             self.files = None;
-            self.files = Some(FsIds::take(uid, gid)?);
+            self.files = Some(Acting::as_owner(uid, gid)?);
         }
         Ok(())
     }

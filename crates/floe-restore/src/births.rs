@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use floe_inject::{ARENA_BYTES, Arg, BufferId, CallId, Program, RootSpawn, Seized};
-use floe_kernel::fs_ids::FsIds;
+use floe_kernel::acting::Acting;
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Namespace, NsKind};
 use floe_options::{Action, DetachMode, HookEvent};
@@ -107,7 +107,8 @@ impl Births<'_> {
                 };
                 let (arena, mut leader) = world.inside(|world| {
                     // It is to be what we are, not whom we make files as there.
-                    let _own = FsIds::own().during("Taking", || "our own ids".to_string())?;
+                    let _own =
+                        Acting::as_ourselves().during("Taking", || "our own ids".to_string())?;
                     time::in_new_clocks(world, |world| {
                         midwife::root(world, spawn, arrival.as_ref())
                     })

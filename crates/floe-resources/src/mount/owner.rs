@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::rc::Rc;
 
 use floe_image::messages::MntEntry;
-use floe_kernel::fs_ids::FsIds;
+use floe_kernel::acting::Acting;
 use floe_kernel::mount::{FsOption, NewMountError, begin_inside, is_in_hands_of, mount_inside};
 use floe_kernel::namespace::{Namespace, NsKind};
 use rustix::fs::{Mode, OFlags};
@@ -128,8 +128,8 @@ impl Owner {
     }
 
     /// Has the coordinator make files as its root.
-    pub fn files(&self) -> Result<Option<FsIds>, ExecuteError> {
-        let taken = self.files_of.map(|(uid, gid)| FsIds::take(uid, gid));
+    pub fn files(&self) -> Result<Option<Acting>, ExecuteError> {
+        let taken = self.files_of.map(|(uid, gid)| Acting::as_owner(uid, gid));
         let taken = taken.transpose();
         taken.during("Making files as", || format!("{:?}", self.files_of))
     }
