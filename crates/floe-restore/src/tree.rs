@@ -216,6 +216,12 @@ fn add_session_helpers(
             );
             return Err(PlanError::damaged("pstree.img", what));
         }
+        if let Some(leader) = leader
+            && !is_below(nodes, session, parent)
+            && below_adopter(nodes, order, (session, leader), (parent, unused))
+        {
+            unused += 1;
+        }
         // A dead leader's place is taken by a helper. Where there is a leader, or that helper has orphans
         // for another task already, a helper is the child of the leader that died.
         let (helper, helpers_parent) = match leader {
@@ -241,6 +247,37 @@ fn add_session_helpers(
         nodes.get_mut(&pid).expect("it was found there").parent = Some(helper);
         sort_parents_first(nodes, order)?;
     }
+}
+
+/// Has a leader be born below a task that adopts members of its session; whether that took a helper. A leader
+/// that lives is born by a helper, and goes to its own parent when that ends, after its members have gone.
+fn below_adopter(
+    nodes: &mut BTreeMap<u32, Node>,
+    order: &mut Vec<u32>,
+    (session, leader): (u32, Node),
+    (adopter, unused): (u32, u32),
+) -> bool {
+    let goes_to = leader.parent.filter(|at| is_below(nodes, adopter, *at));
+    if goes_to.is_none() || is_below(nodes, adopter, session) {
+        return false; // What comes of it is found at the end.
+    }
+    let mut birth_parent = adopter;
+    if !leader.helper {
+        let Node { sid, pgid, .. } = nodes[&adopter];
+        let helper = Node {
+            parent: Some(adopter),
+            sid,
+            pgid,
+            helper: true,
+            adopter: goes_to,
+        };
+        nodes.insert(unused, helper);
+        order.push(unused);
+        birth_parent = unused;
+    }
+    let leader = nodes.get_mut(&session).expect("it is the leader");
+    leader.parent = Some(birth_parent);
+    !leader.helper
 }
 
 /// Whether `pid` descends from `ancestor`, or is it.

@@ -29,12 +29,19 @@ fn live(dice: &mut Dice, steps: usize) -> BTreeMap<u32, Family> {
         let index = dice.below(tasks.len());
         let pid = *tasks.keys().nth(index).expect("it is below the length");
         match dice.below(10) {
-            0..=4 => {
-                let sid = tasks[&pid].sid;
-                tasks.insert(next, Family { parent: pid, sid });
+            kind @ 0..=4 => {
+                let forker = tasks[&pid];
+                // With CLONE_PARENT its child is a sibling.
+                let parent = match kind == 0 && pid != ROOT {
+                    true => forker.parent,
+                    false => pid,
+                };
+                let sid = forker.sid;
+                tasks.insert(next, Family { parent, sid });
                 next += 1;
             }
             5 | 6 => tasks.get_mut(&pid).expect("it lives").sid = pid,
+            7 if pid != ROOT && subreapers.contains(&pid) => drop(subreapers.remove(&pid)),
             7 => drop(subreapers.insert(pid)),
             _ if pid != ROOT => {
                 let dead = tasks.remove(&pid).expect("it lives");
@@ -80,10 +87,10 @@ fn every_past_leads_to_the_same_tree() {
     let mut dice = Dice(88_172_645_463_325_252);
     let mut lost = 0;
     for round in 0..3000 {
-        let tasks = live(&mut dice, 10 + round % 120);
+        let tasks = live(&mut dice, 10 + round % 600);
         let births = plan(&tasks).expect("each tree has a past");
         lost += usize::from(outcome(&births) != tasks);
     }
-    // Where the leader of a session was adopted by somebody else than its members; `Tree::new` refuses it.
-    assert!(lost <= 3, "{lost} trees");
+    // Where adoptions of several sessions cross each other; `Tree::new` refuses them.
+    assert!(lost <= 12, "{lost} trees");
 }
