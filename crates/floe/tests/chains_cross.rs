@@ -113,7 +113,7 @@ fn the_peer_restores_our_chain() {
     };
     let floe = floe();
     // The peer itself makes no chain of a tree that forks and becomes other programs meanwhile.
-    let programs = [PROGRAMS.as_slice(), &["memory-churn"]].concat();
+    let programs = [PROGRAMS.as_slice(), &["memory-churn-without-system-v"]].concat();
     for tracker in floe.trackers().expect("`floe check` answers") {
         each(&programs, |program| {
             let ours: (&Engine, &[&str]) = (&floe, &["--tracker", tracker]);

@@ -13,13 +13,16 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, anyhow, ensure};
 use libc::{PROT_NONE, PROT_READ, PROT_WRITE};
 
-use super::churn_shared::{self, Part};
+use super::churn_shared::{self, Kinds, Part};
 use super::{Check, Place, Program};
 use crate::sys::memory::{Map, Mapping, PAGE};
 use crate::sys::task;
 
 pub const PROGRAMS: &[Program] = &[
-    Program::new("memory-churn", churn),
+    Program::new("memory-churn", |place| churn(place, Kinds::All)),
+    Program::new("memory-churn-without-system-v", |place| {
+        churn(place, Kinds::WithoutSystemV)
+    }),
     Program::new("memory-churn-again", again),
 ];
 
@@ -480,26 +483,26 @@ fn seed() -> anyhow::Result<u64> {
 
 /// Starts over without restartable sequences: the kernel writes the number of the processor to their
 /// memory whenever a thread comes back from a stop, so that two dumps of a stopped program differ.
-fn without_rseq(place: &Place) -> anyhow::Result<()> {
+fn without_rseq() -> anyhow::Result<()> {
     const TUNABLES: &str = "GLIBC_TUNABLES";
     if std::env::var_os(TUNABLES).is_some() {
         return Ok(());
     }
     let error = Command::new("/proc/self/exe")
-        .args(["memory-churn".as_ref(), place.directory.as_os_str()])
+        .args(std::env::args_os().skip(1))
         .env(TUNABLES, "glibc.pthread.rseq=0")
         .exec();
     Err(error).context("starting over")
 }
 
 /// Threads churn, a child churns and forks; a check holds them up and looks at every page.
-fn churn(place: &Place) -> anyhow::Result<Check> {
-    without_rseq(place)?;
+fn churn(place: &Place, kinds: Kinds) -> anyhow::Result<Check> {
+    without_rseq()?;
     let seed = seed()?;
     println!("seed {seed}");
     let file = make_file(place)?;
     let board = Board::open(&place.directory)?;
-    let [ours, theirs] = churn_shared::make()?;
+    let [ours, theirs] = churn_shared::make(kinds)?;
     let mut worker = Worker {
         churn: Churn::new(file.try_clone()?, seed.rotate_left(9)),
         board: Board::open(&place.directory)?,

@@ -33,12 +33,23 @@ pub struct Part {
     seeds: Vec<u64>,
 }
 
+/// Which segments there are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Kinds {
+    All,
+    /// CRIU restores none of System V outside of an IPC namespace.
+    WithoutSystemV,
+}
+
 /// The parts of each writer, in one address space: the others are to be dropped after a fork.
-pub fn make() -> anyhow::Result<[Vec<Part>; WRITERS]> {
+pub fn make(kinds: Kinds) -> anyhow::Result<[Vec<Part>; WRITERS]> {
     let mut parts = [Vec::new(), Vec::new()];
     let memfd = File::from(rustix::fs::memfd_create("churned", MemfdFlags::CLOEXEC)?);
     memfd.set_len((PAGES * PAGE) as u64)?;
-    let id = sysv::segment(libc::IPC_PRIVATE, PAGES)?;
+    let id = match kinds {
+        Kinds::All => Some(sysv::segment(libc::IPC_PRIVATE, PAGES)?),
+        Kinds::WithoutSystemV => None,
+    };
     let anonymous = Map::shared(PAGES * PAGE).make()?;
     for (writer, part) in parts.iter_mut().enumerate() {
         let mut add = |map, origin| {
@@ -51,9 +62,11 @@ pub fn make() -> anyhow::Result<[Vec<Part>; WRITERS]> {
         };
         add(anonymous.again()?, Origin::Anonymous);
         add(map_file(&memfd)?, Origin::Memfd(memfd.try_clone()?));
-        add(sysv::attach(id, PAGES, 0)?, Origin::SystemV(id));
+        if let Some(id) = id {
+            add(sysv::attach(id, PAGES, 0)?, Origin::SystemV(id));
+        }
     }
-    sysv::mark(id)?;
+    id.map_or(Ok(()), sysv::mark)?;
     Ok(parts)
 }
 

@@ -15,7 +15,7 @@ use rustix::mount::{
 use rustix::pty;
 
 use super::watches::memory;
-use super::{Check, Place, Program};
+use super::{Check, Missing, Place, Program};
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("overlay-many-layers", many_layers).in_own_mounts(),
@@ -46,7 +46,13 @@ fn mapped_ids(place: &Place) -> anyhow::Result<Check> {
     let mapped = crate::sys::mounts::map_ids(&from, &users, &point);
     helper.kill()?;
     helper.wait()?;
-    mapped?;
+    match mapped {
+        // Linux 6.3 began to map the ids of a tmpfs.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+            return Err(Missing("no mapped ids on a tmpfs".into()).into());
+        }
+        mapped => mapped?,
+    }
     fs::write(from.join("file"), "x")?;
     Ok(Box::new(move || {
         fs::read(point.join("file"))?;
