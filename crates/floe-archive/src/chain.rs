@@ -1,5 +1,7 @@
 //! A chain of generations: a checkpoint and all that it builds on.
 
+use std::path::PathBuf;
+
 use floe_image::manifest::{Manifest, ManifestError};
 use floe_image::{ImageDir, ImageError, ImageKind};
 
@@ -27,6 +29,17 @@ pub enum ChainError {
     /// A manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+    /// A link `parent` leads to another generation than the one that was built on.
+    #[error(
+        "{} builds on generation {wanted}, but its link `parent` leads to generation {found}: \
+         the directories of the chain were mixed up. Bring each back to its own place, or make the link anew (`ln -sfn`)",
+        dir.display()
+    )]
+    Mixed {
+        dir: PathBuf,
+        wanted: String,
+        found: u32,
+    },
 }
 
 impl Chain {
@@ -41,6 +54,27 @@ impl Chain {
         }
         generations.reverse();
         Ok(Chain { generations })
+    }
+
+    /// Checks that each generation builds on the one that it was made on, as far as they have numbers.
+    pub fn check_numbers(&self) -> Result<(), ChainError> {
+        for pair in self.generations.windows(2) {
+            let (Some(older), Some(newer)) = (&pair[0].manifest, &pair[1].manifest) else {
+                continue;
+            };
+            // Of merged generations the oldest one builds on the parent.
+            let merged = newer.rounds.iter().map(|round| round.number);
+            let first = merged.min().unwrap_or(newer.generation);
+            if older.generation.checked_add(1) != Some(first) {
+                let wanted = first.checked_sub(1);
+                return Err(ChainError::Mixed {
+                    dir: pair[1].dir.path().to_path_buf(),
+                    wanted: wanted.map_or("none".to_string(), |number| number.to_string()),
+                    found: older.generation,
+                });
+            }
+        }
+        Ok(())
     }
 
     /// All, oldest first.

@@ -181,6 +181,9 @@ fn begin_memory<'a>(
     features: &KernelFeatures,
 ) -> Result<MemoryDump<'a>, DumpError> {
     let root = HostPid(options.tree.get());
+    if options.place.prev_images_dir.is_none() && options.page_server.is_none() {
+        writer.unlink_parent()?;
+    }
     let mut memory = match track(options, features, root)? {
         Some(mut tracking) => {
             tracking.lineage().write_link(writer)?;

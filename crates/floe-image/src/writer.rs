@@ -1,5 +1,7 @@
 //! Writes an images directory: entries, raw files, and the manifest when all is there.
 
+mod link;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -12,7 +14,6 @@ use rustix::fs::{AtFlags, Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use crate::catalogue::{Extra, ImageKind};
-use crate::dir::PARENT_LINK;
 use crate::framing::MAX_ENTRY;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY, Manifest, ManifestFile, ManifestInfo};
 use crate::pages::PagesReader;
@@ -323,19 +324,6 @@ impl ImageWriter {
         let name = kind.file_name(id);
         self.files().insert(name, Noted::Pieces(pieces.clone()));
         pieces
-    }
-
-    /// Makes the link to the directory that this dump builds on; `target` is relative to this one.
-    pub fn link_parent(&self, target: &Path) -> Result<(), WriteError> {
-        let error = |errno: Errno| WriteError::Create {
-            path: self.file_path(PARENT_LINK),
-            source: errno.into(),
-        };
-        match rustix::fs::unlinkat(&self.inner.fd, PARENT_LINK, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => return Err(error(errno)),
-        }
-        rustix::fs::symlinkat(target, &self.inner.fd, PARENT_LINK).map_err(error)
     }
 
     /// Hashes what is not hashed yet, syncs everything as asked for and writes the manifest: only now is

@@ -234,7 +234,7 @@ pub const FLAGS: &[Flag] = &[
         "with --iterate: most rounds (default: 10; not in CRIU)"),
     value("max-time", "TIME", Dump, |s, v| { s.rounds.max_time = Some(values::duration(v)?); Ok(()) },
         "with --iterate: no round begins after this time (not in CRIU)"),
-    value("max-rate", "SIZE", Dump, |s, v| { s.max_rate = Some(values::byte_limit(v)?); Ok(()) },
+    value("max-rate", "SIZE", Dump, |s, v| { s.max_rate = Some(values::rate(v)?); Ok(()) },
         "rounds copy at most so much in a second: 100M (not in CRIU)"),
     value("compress", "CODEC", Dump, |s, v| { s.compress = Some(values::codec(v)?); Ok(()) },
         "compress the pages: lz4, zstd or zstd:LEVEL; only Floe reads them (not in CRIU)"),

@@ -30,6 +30,17 @@ pub(crate) fn descriptor(text: &str) -> Result<i32, ValueError> {
     })
 }
 
+/// Bytes in a second: less than a page in each would never end.
+pub(crate) fn rate(text: &str) -> Result<ByteLimit, ValueError> {
+    const LEAST: u64 = 4096;
+    match byte_limit(text)? {
+        rate if rate.0 >= LEAST => Ok(rate),
+        _ => Err(ValueError::Expected(
+            "a size of 4K or more; leave it out for no limit",
+        )),
+    }
+}
+
 /// `N`, or `N` followed by K, M or G (1024, 1024^2, 1024^3).
 pub(crate) fn byte_limit(text: &str) -> Result<ByteLimit, ValueError> {
     const WHAT: &str = "a size such as 1048576, 512K, 64M or 2G";
@@ -287,6 +298,14 @@ mod tests {
         }
         for bad in ["", "M", "12X", "-1", "99999999999G"] {
             assert!(byte_limit(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_rate_of_less_than_a_page_is_refused() {
+        assert_eq!(rate("4K"), Ok(ByteLimit(4096)));
+        for bad in ["0", "1", "4095"] {
+            assert!(rate(bad).is_err(), "{bad}");
         }
     }
 

@@ -51,6 +51,50 @@ fn refused(directory: &Path, wanted: &[&str]) {
 }
 
 #[test]
+fn a_link_to_another_generation_is_refused() {
+    let root = tempfile::tempdir().expect("a directory");
+    let full: Pages = (0..4).map(|number| (number * 4096, filled(1))).collect();
+    let again: Pages = (0..4)
+        .map(|number| (number * 4096, Page::InParent))
+        .collect();
+    let chain = write_chain(root.path(), &[full, again.clone(), again]).expect("a chain");
+    let link = chain[2].join("parent");
+    std::fs::remove_file(&link).expect("there");
+    std::os::unix::fs::symlink("../0", &link).expect("made");
+    let wanted = ["builds on generation 1", "leads to generation 0"];
+    refused(&chain[2], &wanted);
+    for command in ["squash", "pack"] {
+        let mut floe = Command::new(env!("CARGO_BIN_EXE_floe"));
+        floe.arg(command).arg(&chain[2]);
+        if command == "pack" {
+            floe.arg("-o").arg(root.path().join("archive"));
+        }
+        let output = floe.output().expect("the binary runs");
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(5), "{command}: {text}");
+        assert!(text.contains(wanted[1]), "{command}: {text}");
+    }
+}
+
+#[test]
+fn a_dump_into_a_used_directory_builds_on_nothing() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: not root");
+        return;
+    }
+    let mut fixture = testkit::Fixture::start("busy").expect("started");
+    let images = fixture.images().to_path_buf();
+    std::fs::create_dir_all(&images).expect("made");
+    std::os::unix::fs::symlink(".", images.join("parent")).expect("made");
+    let engine = testkit::Engine::new("floe", env!("CARGO_BIN_EXE_floe"));
+    fixture.dump(&engine, &[]).expect("dumped");
+    assert!(std::fs::symlink_metadata(images.join("parent")).is_err());
+    fixture.restore(&engine, &[]).expect("restored");
+    fixture.check().expect("as it was");
+    fixture.kill().expect("ours");
+}
+
+#[test]
 fn images_one_directory_too_deep_are_found() {
     let root = tempfile::tempdir().expect("a directory");
     std::fs::create_dir(root.path().join("copy")).expect("made");

@@ -92,6 +92,11 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
             Err(error) => rows.push(broken_parent(&dir, &error)),
         }
     }
+    if length > 1
+        && let Err(error) = Chain::open(dir).and_then(|chain| chain.check_numbers())
+    {
+        rows.push(Row::bad("chain", sentence(&error), ORDER));
+    }
     if length > 1 && rows.iter().all(|row| row.state != State::Bad) {
         rows.push(Row::good(
             "chain",
@@ -110,7 +115,6 @@ pub fn full(dir: &ImageDir, threads: usize) -> (Vec<Row>, HashReport) {
     }
     match Chain::open(dir) {
         Ok(chain) => {
-            generations(&chain, &mut rows);
             for generation in chain.generations() {
                 hash::check(generation, threads, &mut rows, &mut report);
             }
@@ -121,6 +125,7 @@ pub fn full(dir: &ImageDir, threads: usize) -> (Vec<Row>, HashReport) {
     (rows, report)
 }
 
+const ORDER: &str = "each directory says in floe.json which generation it is, and what `parent` led to when it was made";
 const COPY_AGAIN: &str = "copy the checkpoint again into an empty directory, or dump again";
 
 /// An error with its causes.
@@ -309,27 +314,6 @@ fn broken_parent(dir: &ImageDir, error: &ImageError) -> Row {
         None => "bring the earlier generation to that place; without it the pages that did not change are lost".to_string(),
     };
     Row::bad("chain", text, remedy)
-}
-
-/// Whether the generations' own numbers and links make one chain.
-fn generations(chain: &Chain, rows: &mut Vec<Row>) {
-    for pair in chain.generations().windows(2) {
-        let (Some(older), Some(newer)) = (&pair[0].manifest, &pair[1].manifest) else {
-            continue;
-        };
-        if newer.generation <= older.generation {
-            rows.push(Row::bad(
-                "chain",
-                format!(
-                    "{} is generation {}, but builds on generation {}",
-                    pair[1].dir.path().display(),
-                    newer.generation,
-                    older.generation
-                ),
-                "the directories of the chain were mixed up: bring each back to its own place",
-            ));
-        }
-    }
 }
 
 /// Whether every page is found in the chain, and every file of pages is long enough.

@@ -47,11 +47,11 @@ impl Lineage {
         })
     }
 
-    /// Makes the link to the parent.
+    /// Makes the link to the parent, or takes away that of an earlier dump into this directory.
     pub fn write_link(&self, writer: &ImageWriter) -> Result<(), WriteError> {
         match &self.link {
             Some(link) => writer.link_parent(link),
-            None => Ok(()),
+            None => writer.unlink_parent(),
         }
     }
 
