@@ -90,6 +90,9 @@ pub fn dump_in_rounds(
         let began = Instant::now();
         let report = crate::pre_dump(&options, features, watch)?;
         let round = progress.note(began, &report);
+        if watch.is_some_and(Watch::is_cancelled) {
+            return Err(DumpError::Cancelled);
+        }
         show(&round);
         if let Some(reason) = progress.verdict(&round, limits, started.elapsed()) {
             break reason;

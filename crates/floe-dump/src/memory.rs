@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use floe_image::messages::VmaEntry;
 use floe_image::{ImageKind, ImageWriter};
+use floe_inject::Watch;
 use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_kernel::pagemap::Pagemap;
 use floe_memory::{
@@ -59,6 +60,8 @@ pub struct MemoryDump<'a> {
     pub hashes: bool,
     /// Holds back copies of running tasks.
     pub pace: Option<Pace>,
+    /// Tells that nobody wants a copy that is held back any more.
+    pub watch: Option<Watch>,
     /// How long shared memory was compared with the parent's.
     pub comparing: Duration,
     /// Reads the mappings of the stopped tree.
@@ -103,6 +106,7 @@ impl<'a> MemoryDump<'a> {
             tracking: None,
             hashes: false,
             pace: None,
+            watch: None,
             comparing: Duration::ZERO,
             mappings: MappingReader::default(),
             counts: MemoryCounts::default(),
@@ -281,8 +285,11 @@ impl<'a> MemoryDump<'a> {
         source: &Arc<dyn PageSource>,
         runs: &[PageRun],
     ) -> Result<(), DumpError> {
-        let pump = &mut self.pump;
-        let mut send = |runs: &[PageRun]| builder.send(pump, source, runs);
+        let (pump, watch) = (&mut self.pump, &self.watch);
+        let mut send = |runs: &[PageRun]| match watch.as_ref().is_some_and(Watch::is_cancelled) {
+            true => Err(DumpError::Cancelled),
+            false => builder.send(pump, source, runs),
+        };
         match &mut self.pace {
             Some(pace) => pace.send(runs, send),
             None => send(runs),

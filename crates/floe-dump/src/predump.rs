@@ -80,6 +80,7 @@ pub fn pre_dump(
     let mut memory = MemoryDump::incremental(&writer, tracking);
     memory.server = server;
     memory.pace = options.max_rate.map(|rate| Pace::new(rate.0));
+    memory.watch = watch.cloned();
     let unsure = copy(&mut memory, tasks, segments, &mut report)?;
     if ProcDir::open(root).is_err() {
         return Err(DumpError::Ended { pid: root });

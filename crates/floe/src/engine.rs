@@ -234,11 +234,23 @@ fn step_exit(error: &ExecuteError) -> Exit {
         ExecuteError::Image(_) => Exit::BadImage,
         ExecuteError::Net(NetError::Unsupported { .. }) => Exit::Unsupported,
         ExecuteError::Plan(error) => plan_exit(error),
+        error if is_damage(error) => Exit::BadImage,
         ExecuteError::Failed { .. } | ExecuteError::Inject(_) | ExecuteError::Memory { .. } => {
             Exit::Kernel
         }
         _ => Exit::Failed,
     }
+}
+
+/// Whether the cause is that pages ended early or did not match their checksum.
+fn is_damage(error: &ExecuteError) -> bool {
+    let first: &dyn std::error::Error = error;
+    std::iter::successors(Some(first), |error| error.source())
+        .filter_map(|error| error.downcast_ref::<std::io::Error>())
+        .any(|error| {
+            use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+            matches!(error.kind(), InvalidData | UnexpectedEof)
+        })
 }
 
 /// Waits until all children of ours have ended, as CRIU does without `--restore-detached`: the

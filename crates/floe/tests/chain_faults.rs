@@ -297,3 +297,39 @@ fn memory_with_unseen_writers_is_copied_whole() {
         Ok(())
     });
 }
+
+#[test]
+fn a_round_that_is_held_back_ends_with_its_caller() {
+    let name = "a_round_that_is_held_back_ends_with_its_caller";
+    skips::as_root(name, || {
+        let mut fixture = Fixture::start("memory-large")?;
+        let place = tempfile::tempdir()?;
+        let mut caller = std::process::Command::new(env!("CARGO_BIN_EXE_floe"))
+            .args([
+                "dump",
+                "--no-default-config",
+                "--iterate",
+                "--max-rate",
+                "1M",
+            ])
+            .args(["-t", &fixture.pid.to_string(), "-D"])
+            .arg(place.path())
+            .spawn()?;
+        let begun = place.path().join("generations/0/pages-1.img");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !begun.exists() {
+            ensure!(Instant::now() < deadline, "no round has begun");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        caller.kill()?;
+        caller.wait()?;
+        // It would take a minute, and the next dump waits for its end.
+        let began = Instant::now();
+        fixture.dump(&floe(), &["--leave-running"])?;
+        ensure!(
+            began.elapsed() < Duration::from_secs(20),
+            "the round went on"
+        );
+        fixture.check()
+    });
+}
