@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::Path;
 
-use floe_archive::Chain;
 use floe_dump::{Destination, DumpError, DumpReport, FreezeError, RoundReport, Seal};
 use floe_image::ImageDir;
 use floe_image::frames::Codec;
@@ -184,15 +183,7 @@ fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
         return opened.map_err(|error| Failure::new(Exit::BadImage, error));
     }
     let opened = ImageDir::open(&options.place.images_dir);
-    let opened = opened.map_err(|error| Failure::new(Exit::BadImage, error))?;
-    // What cannot be followed is named by the restore itself, with where it seems to be.
-    match Chain::open(&opened) {
-        Ok(chain) => chain
-            .check_numbers()
-            .map_err(|error| Failure::new(Exit::BadImage, error))?,
-        Err(error) => tracing::debug!(%error, "the chain cannot be followed"),
-    }
-    Ok(opened)
+    opened.map_err(|error| Failure::new(Exit::BadImage, error))
 }
 
 /// The highest pid in the images of a restore.

@@ -304,7 +304,7 @@ fn a_round_that_is_held_back_ends_with_its_caller() {
     skips::as_root(name, || {
         let mut fixture = Fixture::start("memory-large")?;
         let place = tempfile::tempdir()?;
-        let mut caller = std::process::Command::new(env!("CARGO_BIN_EXE_floe"))
+        let mut caller = Command::new(env!("CARGO_BIN_EXE_floe"))
             .args([
                 "dump",
                 "--no-default-config",
