@@ -15,6 +15,7 @@ use crate::arch;
 use crate::call::{RemoteCall, remote_call, remote_calls};
 use crate::error::{InjectError, OnTask};
 use crate::program::{Arg, ENTRY_SIZE, Outcome, Program};
+use crate::supervisor::Executor;
 use crate::tracee::{Seized, Stopped, wait_for_stop, wait_for_stop_beside};
 
 /// Offset of the programs: the executor has the first page for itself.
@@ -101,8 +102,8 @@ impl Arena {
         let pid = thread.pid();
         vm::write_exact(pid, TaskAddr(self.base), arch::executor_code())
             .map_err(|source| InjectError::WriteProgram { pid, source })?;
-        thread.note_arena(Some((self.base, self.len as u64)));
         self.idle(thread)?;
+        thread.note_executor(self.noted(true));
         fault::point();
         Ok(())
     }
@@ -119,6 +120,14 @@ impl Arena {
             self.signal.0,
         );
         ptrace::set_regs(pid, &regs).on(pid, "setregs")
+    }
+
+    fn noted(&self, is_own: bool) -> Executor {
+        Executor {
+            base: self.base,
+            len: self.len as u64,
+            is_own,
+        }
     }
 
     /// An arena that a killed coordinator left in a task.
@@ -169,6 +178,7 @@ impl Arena {
         vm::write_exact(pid, TaskAddr(base), &program.assemble(base))
             .map_err(|source| InjectError::WriteProgram { pid, source })?;
         let saved = thread.save()?;
+        thread.note_executor(self.noted(false));
         let mut regs = saved.regs;
         let entries = base..base + (program.len() * ENTRY_SIZE) as u64;
         arch::aim_at_program(&mut regs, self.base, entries, self.signal.0);
@@ -374,10 +384,7 @@ impl Arena {
         let mut first_error = Ok(());
         let results = remote_calls(&mut calls);
         for (call, result) in calls.iter_mut().zip(results) {
-            let done = result.and_then(|_| {
-                call.thread.note_arena(None);
-                call.thread.put_back()
-            });
+            let done = result.and_then(|_| call.thread.put_back());
             first_error = first_error.and(done);
         }
         first_error

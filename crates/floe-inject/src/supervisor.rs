@@ -7,7 +7,7 @@
 //! killed, the engine notices ([`Watch::is_cancelled`]) and gives up as after any failure.
 //!
 //! Not covered: the engine killed within the microseconds of the one call that maps the executor, which
-//! goes through an instruction of the vDSO that other code follows.
+//! goes through an instruction of the vDSO that other code follows, or of the one that unmaps it.
 //!
 //! Contract relied on: `fork(2)` from a process with one thread leaves the child a working copy;
 //! `MAP_SHARED` memory is the same in both; a reader of a pipe sees its end when the last writer is
@@ -27,6 +27,7 @@ use floe_kernel::tcp_repair;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 
+use crate::arch;
 use crate::arena::Arena;
 use crate::call::remote_call;
 use crate::error::InjectError;
@@ -43,12 +44,28 @@ enum Note {
     /// A thread that runs our code.
     Thread {
         saved: Saved,
-        arena: Option<(u64, u64)>,
+        executor: Option<Executor>,
         /// Where to close the userfaultfd that the thread may have been made to open.
         userfaultfd: Option<u64>,
     },
     /// A socket of the thread that is in repair mode.
     Repair { fd: i32, reuse_address: bool },
+}
+
+/// The executor that a thread runs programs in.
+#[derive(Clone, Copy)]
+pub(crate) struct Executor {
+    pub base: u64,
+    pub len: u64,
+    /// Whether it is this thread that has it unmapped; others of its process run in it too.
+    pub is_own: bool,
+}
+
+impl Executor {
+    fn holds(self, thread: &Stopped) -> bool {
+        let at = thread.regs().map(|regs| arch::instruction_pointer(&regs));
+        at.is_ok_and(|at| (self.base..self.base + self.len).contains(&at))
+    }
 }
 
 #[repr(C)]
@@ -109,7 +126,7 @@ impl Journal {
             tid,
             Note::Thread {
                 saved,
-                arena: None,
+                executor: None,
                 userfaultfd: None,
             },
         )
@@ -140,14 +157,18 @@ impl Journal {
         Some(SlotId(id))
     }
 
-    /// Adds the executor to the note of the thread that has it mapped.
-    pub(crate) fn note_arena(&self, id: SlotId, arena: Option<(u64, u64)>) {
+    /// Adds to the note of a thread the executor that it is about to run programs in. The one that the
+    /// thread has mapped itself stays noted.
+    pub(crate) fn note_executor(&self, id: SlotId, executor: Executor) {
         let slot = self.slot(id);
         // SAFETY: the slot was written by `write`, and its owner alone changes it.
         unsafe {
             let note = (*slot).note.assume_init_mut();
-            if let Note::Thread { arena: place, .. } = note {
-                *place = arena;
+            if let Note::Thread {
+                executor: place, ..
+            } = note
+            {
+                place.get_or_insert(executor);
             }
         }
     }
@@ -156,7 +177,7 @@ impl Journal {
     /// `None` once it has closed it.
     pub(crate) fn note_userfaultfd(&self, id: SlotId, gate: Option<u64>) {
         let slot = self.slot(id);
-        // SAFETY: as in `note_arena`.
+        // SAFETY: as in `note_executor`.
         unsafe {
             let note = (*slot).note.assume_init_mut();
             if let Note::Thread { userfaultfd, .. } = note {
@@ -329,27 +350,32 @@ fn put_right(notes: Vec<(HostPid, Note)>) {
             Note::Repair { fd, reuse_address } => end_repair(tid, fd, reuse_address),
             Note::Thread {
                 saved,
-                arena,
+                executor,
                 userfaultfd,
             } => {
                 let thread = take_over(tid).and_then(Seized::wait_stopped);
                 stopped.extend(thread.map(|mut thread| {
-                    if let Some(gate) = userfaultfd {
+                    let is_away = executor.is_none_or(|executor| executor.holds(&thread));
+                    if let (true, Some(gate)) = (is_away, userfaultfd) {
                         close_userfaultfds(&mut thread, gate);
                     }
-                    (thread, saved, arena)
+                    (thread, is_away.then_some((saved, executor)))
                 }));
             }
         }
     }
-    // Every thread is stopped before the memory that some of them run in goes away.
-    for (thread, saved, arena) in &mut stopped {
-        thread.replace(*saved);
-        if let Some((base, len)) = *arena {
-            let _ = Arena::left_behind(base, len as usize).remove(thread);
+    // Every thread is stopped before the memory that some of them run in goes away. One that is back in its
+    // program has run on since: what it was is not what it is.
+    for (thread, away) in &mut stopped {
+        let Some((saved, executor)) = *away else {
+            continue;
+        };
+        thread.replace(saved);
+        if let Some(executor) = executor.filter(|executor| executor.is_own) {
+            let _ = Arena::left_behind(executor.base, executor.len as usize).remove(thread);
         }
     }
-    for (thread, _, _) in stopped {
+    for (thread, _) in stopped {
         let _ = thread.release();
     }
 }

@@ -11,7 +11,7 @@ use floe_kernel::proc::{ProcDir, parse_status};
 use floe_kernel::ptrace::{self, EVENT_STOP, Regs, WaitStatus};
 
 use crate::error::{InjectError, OnTask};
-use crate::supervisor::{Journal, SlotId};
+use crate::supervisor::{Executor, Journal, SlotId};
 
 /// How long a stop may take before the task counts as stuck. A task in an uninterruptible call
 /// (a dead NFS server) stops only when the call ends.
@@ -221,21 +221,19 @@ impl Stopped {
         self.journal = Some(journal);
     }
 
-    /// Tells the supervisor where this thread has an executor mapped.
-    pub(crate) fn note_arena(&self, arena: Option<(u64, u64)>) {
+    /// Tells the supervisor which executor this thread is about to run programs in.
+    pub(crate) fn note_executor(&self, executor: Executor) {
         if let (Some(journal), Some(note)) = (&self.journal, self.note) {
-            journal.note_arena(note, arena);
+            journal.note_executor(note, executor);
         }
     }
 
     /// Tells the supervisor that the thread is about to open a userfaultfd for us through the instruction
-    /// at `gate`, or that it has closed it.
-    pub fn note_userfaultfd(&mut self, gate: Option<u64>) -> Result<(), InjectError> {
-        self.save()?;
+    /// at `gate`, or that it has closed it. It has an executor.
+    pub fn note_userfaultfd(&self, gate: Option<u64>) {
         if let (Some(journal), Some(note)) = (&self.journal, self.note) {
             journal.note_userfaultfd(note, gate);
         }
-        Ok(())
     }
 
     /// Whether its process was stopped by a signal (state `T`) when it was seized.
@@ -289,7 +287,8 @@ impl Stopped {
         self.saved = Some(saved);
     }
 
-    /// Remembers the program's own registers and mask, once, before they are changed.
+    /// Remembers the program's own registers and mask, once, right before they are changed: should we be
+    /// killed, a noted thread counts as one that runs our code.
     pub(crate) fn save(&mut self) -> Result<Saved, InjectError> {
         let saved = match self.saved {
             Some(saved) => saved,
@@ -314,8 +313,9 @@ impl Stopped {
     /// Puts back registers and mask, leaving the thread stopped.
     pub fn put_back(&mut self) -> Result<(), InjectError> {
         if let Some(saved) = self.saved {
-            ptrace::set_regs(self.pid, &saved.regs).on(self.pid, "setregs")?;
+            // In this order: a thread that is back in its program needs nothing more from the supervisor.
             ptrace::set_sigmask(self.pid, saved.sigmask).on(self.pid, "setsigmask")?;
+            ptrace::set_regs(self.pid, &saved.regs).on(self.pid, "setregs")?;
             self.saved = None;
             self.seen_regs.set(Some(saved.regs));
             self.seen_mask.set(Some(saved.sigmask));

@@ -59,8 +59,12 @@ fn a_killed_keeper_means_a_whole_copy() {
 #[test]
 fn a_round_killed_at_any_step_leaves_the_chain_good() {
     as_root("a_round_killed_at_any_step_leaves_the_chain_good", || {
-        for first in [0, 1] {
-            let mut fixture = Fixture::start("threads-few")?;
+        for (name, first) in [
+            ("threads-few", 0),
+            ("threads-few", 1),
+            ("register-count", 0),
+        ] {
+            let mut fixture = Fixture::start(name)?;
             let base = tempfile::tempdir_in("/dev/shm")?;
             let before = outside(&fixture)?;
             for number in 0..first {
@@ -71,7 +75,7 @@ fn a_round_killed_at_any_step_leaves_the_chain_good() {
                 let fault = format!("step:{step}");
                 let variables = [("FLOE_FAULT", fault.as_str())];
                 let outcome = try_round(fixture.pid, base.path(), (first, best()), &variables)?;
-                let what = || format!("round {first} broken at step {step}");
+                let what = || format!("{name}: round {first} broken at step {step}");
                 same(&before, &outside(&fixture)?).with_context(what)?;
                 fixture.check().with_context(what)?;
                 if outcome.status.success() {

@@ -149,10 +149,11 @@ fn break_restores(name: &str) -> anyhow::Result<u32> {
     bail!("the restore of {name} has no last step")
 }
 
-const PROGRAMS: [&str; 6] = [
+const PROGRAMS: [&str; 7] = [
     "plain",
     "tree",
     "threads-few",
+    "register-count",
     "files-deleted",
     "unix-stream",
     "tcp-established",

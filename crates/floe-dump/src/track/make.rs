@@ -115,8 +115,8 @@ fn create(task: &mut FrozenTask, mappings: &[Mapping]) -> Result<Uffd, DumpError
     }
     let status = parse_status(&task.proc.read("status")?).map_err(|error| task.proc.bad(error))?;
     let pending = status.private_pending | status.shared_pending;
-    leader.note_userfaultfd(Some(gate))?;
     let arena = Arena::inject(leader, gate, QuietSignal::choose(status.caught, pending))?;
+    leader.note_userfaultfd(Some(gate));
     let taken = open_and_close(&arena, leader);
     arena.remove(leader)?;
     Uffd::new(taken?, TRACKING_FEATURES).map_err(DumpError::Uffd)
@@ -139,7 +139,7 @@ fn open_and_close(arena: &Arena, leader: &mut Stopped) -> Result<OwnedFd, DumpEr
     );
     arena.run(leader, &program)?;
     fault::point();
-    leader.note_userfaultfd(None)?;
+    leader.note_userfaultfd(None);
     taken.map_err(DumpError::Uffd)
 }
 

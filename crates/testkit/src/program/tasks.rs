@@ -10,13 +10,14 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use anyhow::{Context, anyhow, ensure};
 
-use super::{Check, Place, Program, fact, unchanged};
+use super::{Check, Place, Program, fact, serve, unchanged};
 use crate::sys::task;
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("plain", plain),
     Program::new("threads", |_| threads(64)),
     Program::new("threads-few", |_| threads(3)),
+    Program::new("register-count", register_count),
     Program::new("tree", tree),
     Program::new("zombies-stopped", zombies_and_stopped),
     Program::new("orphaned-session", orphaned_session),
@@ -152,6 +153,35 @@ fn plain(_: &Place) -> anyhow::Result<Check> {
 
 thread_local! {
     static OWN: AtomicU64 = const { AtomicU64::new(0) };
+}
+
+/// The first thread counts in a register, and never makes a system call; another one answers.
+fn register_count(place: &Place) -> anyhow::Result<Check> {
+    let shown = Arc::new(AtomicU64::new(0));
+    let wrong = Arc::new(Mutex::new(None));
+    let (seen, found) = (shown.clone(), wrong.clone());
+    let directory = place.directory.clone();
+    let check = move || {
+        let before = seen.load(Ordering::Relaxed);
+        loop {
+            let wrong: &Option<String> = &found.lock().unwrap_or_else(PoisonError::into_inner);
+            ensure!(wrong.is_none(), "{}", wrong.as_deref().unwrap_or_default());
+            if seen.load(Ordering::Relaxed) != before {
+                return Ok(());
+            }
+            std::thread::yield_now();
+        }
+    };
+    std::thread::spawn(move || serve(&directory, Box::new(check)));
+    let count = task::count_twice(&shown);
+    let text = format!(
+        "counted to {count}, but {} is in memory",
+        shown.load(Ordering::Relaxed)
+    );
+    *wrong.lock().unwrap_or_else(PoisonError::into_inner) = Some(text);
+    loop {
+        std::thread::park();
+    }
 }
 
 /// Many threads with their own tids, names, local storage and stacks, waiting in a futex.

@@ -3,7 +3,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use super::check;
 
@@ -175,6 +175,26 @@ pub fn rseq_cpu() -> Option<u32> {
         let area = thread.wrapping_add_signed(__rseq_offset) as *const u32;
         Some(area.add(1).read_volatile())
     }
+}
+
+/// Counts in a register and in memory at once until the two differ, which only somebody else can bring
+/// about; returns the register's count.
+pub fn count_twice(shown: &AtomicU64) -> u64 {
+    let mut count = shown.load(Ordering::Relaxed);
+    // SAFETY: writes nothing but `shown`, which is atomic and has no other writer.
+    unsafe {
+        std::arch::asm!(
+            "2: inc {count}",
+            "inc qword ptr [{shown}]",
+            "pause",
+            "cmp [{shown}], {count}",
+            "je 2b",
+            count = inout(reg) count,
+            shown = in(reg) shown.as_ptr(),
+            options(nostack),
+        );
+    }
+    count
 }
 
 /// Moves this thread to one CPU.
