@@ -23,13 +23,14 @@ mount -t devtmpfs devtmpfs /dev
 mkdir -p /dev/pts /dev/shm
 mount -t devpts -o gid=5,mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
-mount -t tmpfs -o mode=1777 tmpfs /tmp
+# No file system of its own: a program in a mount namespace of its own would get a copy of it.
+mkdir -p /tmp && chmod 1777 /tmp
 mount -t tmpfs -o mode=755 tmpfs /run
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
 ln -s /proc/self/fd /dev/fd
 ln -s pts/ptmx /dev/ptmx 2>/dev/null
 ip link set lo up
-for module in tun nf_tables; do modprobe $module 2>/dev/null; done
+for module in tun nf_tables overlay; do modprobe $module 2>/dev/null; done
 echo 1 >/proc/sys/kernel/panic
 stty -F /dev/ttyS1 raw -echo
 exec </dev/null >/dev/ttyS1 2>&1

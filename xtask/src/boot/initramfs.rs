@@ -16,8 +16,8 @@ const BUSYBOX: &str = "/bin/busybox";
 const INIT: &str = include_str!("init.sh");
 /// Where a peer and its libraries lie in the guest.
 const PEER: &str = "/peer";
-/// Parts of `kernel/` whose modules are taken along: what sockets need, and nftables with its checksums.
-const MODULES: [&str; 11] = [
+/// Parts of `kernel/` whose modules are taken along: what sockets need, and nftables with its checksums; overlays.
+const MODULES: [&str; 12] = [
     "lib/libcrc32c",
     "crypto/crc32c",
     "net/",
@@ -29,6 +29,7 @@ const MODULES: [&str; 11] = [
     "drivers/net/macvlan",
     "drivers/net/nlmon",
     "drivers/net/vrf",
+    "fs/overlayfs/",
 ];
 
 /// A CRIU of the host.
