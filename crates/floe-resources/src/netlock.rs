@@ -14,7 +14,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Home, Namespace};
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::nftables::{Flow, Lifetime, add_closed_table, add_table, delete_table};
+use floe_kernel::nftables::{
+    Flow, Lifetime, add_closed_table, add_table, close_in_background, delete_table,
+};
 use floe_options::NetworkLock;
 
 pub use guard::{COMMAND, watch};
@@ -166,7 +168,7 @@ impl Lock {
         };
         if let Some((Undo::Table(name), _)) = &kept.held {
             let add = || add(name, Lifetime::Persistent, &self.scope);
-            within(self.away.as_ref(), add)?;
+            close_in_background(within(self.away.as_ref(), add)?);
         }
         Ok(kept)
     }
@@ -211,18 +213,20 @@ impl Drop for Kept {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        let result = match &self.held {
+        let result = match std::mem::replace(&mut self.held, Held::Nothing) {
             // Tasks in the making may have copies of the socket, so its end alone is not enough.
             Held::Nftables(socket, table) => {
-                delete_table(socket, table).map_err(|source| LockError::Nftables {
+                let deleted = delete_table(&socket, &table);
+                close_in_background(socket);
+                deleted.map_err(|source| LockError::Nftables {
                     action: "Deleting",
-                    table: table.clone(),
+                    table,
                     source,
                 })
             }
-            Held::Iptables(copies, _) => within(self.away.as_ref(), || {
-                iptables::unlock(&self.scope, *copies)
-            }),
+            Held::Iptables(copies, _guard) => {
+                within(self.away.as_ref(), || iptables::unlock(&self.scope, copies))
+            }
             Held::Nothing => Ok(()),
         };
         if let Err(error) = result {
@@ -268,8 +272,11 @@ fn add(name: &str, lifetime: Lifetime, scope: &Scope) -> Result<NetlinkSocket, L
 
 /// Deletes a table of nftables; one that is not there is gone already.
 fn delete(table: &str) -> Result<(), LockError> {
-    let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER)
-        .and_then(|socket| delete_table(&socket, table));
+    let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER).and_then(|socket| {
+        let deleted = delete_table(&socket, table);
+        close_in_background(socket);
+        deleted
+    });
     match deleted {
         Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
         other => other.map_err(|source| LockError::Nftables {
