@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
 use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
     fsconfig_set_string, fsmount, fsopen, mount, move_mount,
@@ -63,11 +64,17 @@ fn mapped_ids(place: &Place) -> anyhow::Result<Check> {
 /// Mounts an overlay with layers that are given one by one.
 fn overlay(options: &[(&str, &str)], point: &std::path::Path) -> anyhow::Result<()> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    let mut made = Ok(());
     for (key, value) in options {
-        let set = fsconfig_set_string(context.as_fd(), *key, *value);
-        set.with_context(|| format!("{key}={value}"))?;
+        made = made.and_then(|()| fsconfig_set_string(context.as_fd(), *key, *value));
     }
-    fsconfig_create(context.as_fd()).context("making the overlay")?;
+    match made.and_then(|()| fsconfig_create(context.as_fd())) {
+        Err(Errno::INVAL) => {
+            let old = "no overlay with layers one by one, which Linux 6.8 has";
+            return Err(Missing(old.to_string()).into());
+        }
+        made => made.context("making the overlay")?,
+    }
     let flags = FsMountFlags::FSMOUNT_CLOEXEC;
     let made = fsmount(context.as_fd(), flags, MountAttrFlags::empty())?;
     fs::create_dir(point)?;

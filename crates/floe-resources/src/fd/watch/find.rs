@@ -75,9 +75,9 @@ pub(in crate::fd) fn find_path(
         entry.mnt_id = mount;
         return Ok(watched);
     }
-    let named = match (opened, &handle) {
-        (false, Some(handle)) => among_open_files(handle, collector).unwrap_or(watched),
-        _ => watched,
+    let named = match opened {
+        false => among_open_files((watched, handle.as_ref()), collector).unwrap_or(watched),
+        true => watched,
     };
     let in_memory = |sight: &Sight| matches!(&*sight.fs_type, "tmpfs" | "devtmpfs");
     if !opened || sights.iter().any(in_memory) {
@@ -202,22 +202,33 @@ fn by_search(
 }
 
 /// A file that some task of the tree has open, as it is named by its descriptor.
-fn among_open_files(handle: &FileHandle, collector: &Collector<'_>) -> Option<Watched> {
-    collector.processes().find_map(|pid| of_task(pid, handle))
+fn among_open_files(
+    sought: (Watched, Option<&FileHandle>),
+    collector: &Collector<'_>,
+) -> Option<Watched> {
+    collector.processes().find_map(|pid| of_task(pid, sought))
 }
 
-fn of_task(pid: HostPid, handle: &FileHandle) -> Option<Watched> {
+fn of_task(pid: HostPid, (watched, handle): (Watched, Option<&FileHandle>)) -> Option<Watched> {
     let proc = ProcDir::open(pid).ok()?;
     let numbers = proc.list("fd").unwrap_or_default();
     let names = numbers.into_iter().map(|number| format!("fd/{number}"));
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     names.chain(["cwd".to_string()]).find_map(|name| {
         let file = proc.open_file(&name, flags).ok()?;
-        let (own, _) = handle_of(file.as_fd(), c"").ok()?;
         let stat = rustix::fs::fstat(&file).ok()?;
-        (own == *handle).then_some(Watched {
+        let is_it = match handle_of(file.as_fd(), c"") {
+            Ok((own, _)) => handle == Some(&own),
+            // A kernel before 6.5 has no handles on overlays; the number is the same in both places.
+            Err(_) => stat.st_ino == watched.ino && is_on_overlay(file.as_fd()),
+        };
+        is_it.then_some(Watched {
             dev: kernel_device(stat.st_dev),
             ino: stat.st_ino,
         })
     })
+}
+
+fn is_on_overlay(file: BorrowedFd<'_>) -> bool {
+    rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == libc::OVERLAYFS_SUPER_MAGIC)
 }
