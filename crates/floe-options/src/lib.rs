@@ -15,6 +15,7 @@ pub mod error;
 pub mod external;
 pub mod flags;
 pub mod hooks;
+pub mod need;
 pub mod parse;
 pub mod policy;
 pub mod restore;
@@ -28,6 +29,7 @@ pub use dump::{AfterDump, DumpOptions, IterateOptions, PageServer, PreDumpMode, 
 pub use error::{UsageError, ValueError};
 pub use external::{ExtMount, External, ExternalError, InheritFd};
 pub use hooks::{Action, HookError, HookEvent, Hooks, NoHooks};
+pub use need::Need;
 pub use parse::{CommandLine, set_option};
 pub use policy::{
     ByteLimit, CgroupOptions, CgroupRoot, CpuCapabilities, FileValidation, ManageCgroups,

@@ -103,15 +103,18 @@ fn load(dir: ImageDir) -> Result<TreeImages, RestoreError> {
 pub fn highest_pid(dir: &ImageDir) -> Result<u32, RestoreError> {
     let images = load(dir.clone())?;
     if has_own_pids(&images) {
-        return Err(PlanError::Unsupported {
-            object: "A new pid namespace for a tree that had one of its own".to_string(),
-            remedy: "leave out --new-pidns: its pids are free in any case",
-        }
-        .into());
+        return Err(needless_pids().into());
     }
     let tree = Tree::new(&images)?;
     let helpers = tree.ids(&images).max().unwrap_or(0);
     Ok(highest_id(&images).max(helpers))
+}
+
+pub(crate) fn needless_pids() -> PlanError {
+    PlanError::Unsupported {
+        object: "A new pid namespace for a tree that had one of its own".to_string(),
+        remedy: "leave out --new-pidns: its pids are free in any case",
+    }
 }
 
 /// Restores the tree of images: of a directory, or of an archive.

@@ -22,4 +22,4 @@ mod tree;
 
 pub use engine::{RestoreReport, dry_run, highest_pid, plan, restore};
 pub use error::RestoreError;
-pub use machine::check_machine;
+pub use machine::{Outlook, PidSpace, check_machine};

@@ -66,7 +66,7 @@ pub const OWN_COMMANDS: &[OwnCommand] = &[
     },
     OwnCommand {
         name: "verify",
-        about: "check that a checkpoint is whole and can be restored here",
+        about: "check that a checkpoint is whole and can be restored here, and how",
         run: verify::run,
     },
     OwnCommand {
@@ -211,14 +211,14 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
     }
     let made = make_images_dir(&settings, command)?;
     reporter.made = made;
-    let outcome = execute(command, absolute(settings)?, rest, reporter);
+    let outcome = execute(command, absolute(settings, command)?, rest, reporter);
     if outcome.is_err() {
         give_back(reporter.made.as_deref());
     }
     outcome
 }
 
-fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
+pub fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
     let word = |arg: &OsString| arg.clone().into_string();
     args.iter()
         .map(|arg| word(arg).map_err(|bad| UsageError::NotUtf8(bad.to_string_lossy().into())))
@@ -226,7 +226,7 @@ fn utf8(args: &[OsString]) -> Result<Vec<String>, UsageError> {
 }
 
 /// Configuration files first, then the command line over them.
-fn configured(line: &CommandLine, from_line: &Settings) -> Result<Settings, Failure> {
+pub fn configured(line: &CommandLine, from_line: &Settings) -> Result<Settings, Failure> {
     let mut settings = by_files(from_line)?;
     line.apply(&mut settings)?;
     settings.deprecated |= std::env::var_os("CRIU_DEPRECATED").is_some();
@@ -263,13 +263,23 @@ fn give_back(made: Option<&Path>) {
 }
 
 /// Directories are resolved once, so that nothing depends on the current directory later.
-fn absolute(mut settings: Settings) -> Result<Settings, Failure> {
+fn absolute(mut settings: Settings, command: Command) -> Result<Settings, Failure> {
     let place = settings.place();
     let resolve = |path: &Path, option: &str| {
         let found = std::fs::canonicalize(path);
         found.map_err(|error| anyhow::anyhow!("directory {} ({option}): {error}", path.display()))
     };
-    settings.images_dir = Some(resolve(&place.images_dir, "--images-dir")?);
+    let images = resolve(&place.images_dir, "--images-dir");
+    // Who reads images misses them.
+    let reads = matches!(
+        command,
+        Command::Restore | Command::CpuinfoCheck | Command::Dedup
+    );
+    let images = images.map_err(|error| match reads && settings.archives.is_empty() {
+        true => Failure::new(Exit::BadImage, error),
+        false => error.into(),
+    })?;
+    settings.images_dir = Some(images);
     settings.work_dir = Some(resolve(&place.work_dir, "--work-dir")?);
     Ok(settings)
 }

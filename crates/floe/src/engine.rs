@@ -177,7 +177,8 @@ pub fn restore(options: &RestoreOptions, features: &KernelFeatures) -> Result<Ho
         .map_err(|error| Failure::new(restore_exit(&error), error))
 }
 
-fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
+/// Opens the images that a restore is to read.
+pub fn images(options: &RestoreOptions) -> Result<ImageDir, Failure> {
     if !options.archives.is_empty() {
         let opened = floe_archive::archive::open_set(&options.archives);
         return opened.map_err(|error| Failure::new(Exit::BadImage, error));
@@ -214,7 +215,9 @@ fn restore_exit(error: &RestoreError) -> Exit {
 fn plan_exit(error: &PlanError) -> Exit {
     match error {
         PlanError::Image(_) | PlanError::Damaged { .. } => Exit::BadImage,
-        PlanError::Unsupported { .. } => Exit::Unsupported,
+        PlanError::Unsupported { .. }
+        | PlanError::NeedsOption { .. }
+        | PlanError::IdTaken { .. } => Exit::Unsupported,
         PlanError::Missing { .. } => Exit::Kernel,
         _ => Exit::Failed,
     }
@@ -223,7 +226,10 @@ fn plan_exit(error: &PlanError) -> Exit {
 fn step_exit(error: &ExecuteError) -> Exit {
     match error {
         ExecuteError::Image(_) => Exit::BadImage,
-        ExecuteError::Net(NetError::Unsupported { .. }) => Exit::Unsupported,
+        ExecuteError::File(_)
+        | ExecuteError::Address(_)
+        | ExecuteError::Group(_)
+        | ExecuteError::Net(NetError::Unsupported { .. }) => Exit::Unsupported,
         ExecuteError::Plan(error) => plan_exit(error),
         error if is_damage(error) => Exit::BadImage,
         ExecuteError::Failed { .. } | ExecuteError::Inject(_) | ExecuteError::Memory { .. } => {

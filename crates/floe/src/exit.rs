@@ -13,11 +13,11 @@ pub enum Exit {
     Failed = 1,
     /// The command line or a configuration file is wrong.
     Usage = 2,
-    /// The tree or the images hold something that Floe cannot save or restore.
+    /// Something cannot be saved, or not be restored as this machine is.
     Unsupported = 3,
     /// The kernel refused something, or lacks a feature that is needed.
     Kernel = 4,
-    /// An image is missing, damaged or of another kind than it says.
+    /// An image is missing, damaged, not readable or of another kind than it says.
     BadImage = 5,
 }
 
@@ -28,9 +28,9 @@ Exit codes:
   0  done
   1  failed for another reason than these:
   2  wrong usage: an option, a value, a configuration file
-  3  something in the tree or the images cannot be saved or restored
+  3  something cannot be saved, or not be restored as this machine is
   4  the kernel refused, or lacks a feature
-  5  an image is missing or damaged
+  5  an image is missing, damaged or not readable
 ";
 }
 

@@ -25,6 +25,17 @@ pub fn text(command: Option<Command>) -> String {
     out
 }
 
+/// The options of a restore.
+pub fn restore_options() -> String {
+    let mut out = String::new();
+    for (title, used_by) in SECTIONS {
+        if concerns(used_by, Command::Restore) {
+            section(title, used_by, &mut out);
+        }
+    }
+    out
+}
+
 const SECTIONS: [(&str, For); 6] = [
     ("Options of dump", For::Dump),
     ("Options of restore", For::Restore),
@@ -82,6 +93,12 @@ fn usage_of(command: Command, out: &mut String) {
         command.name(),
         command.name()
     );
+    if command == Command::Restore {
+        out.push_str(
+            "\nOf a directory names and sizes are compared, not what is in the pages: `floe verify DIR` compares\n\
+             every checksum. An archive is compared in any case.\n",
+        );
+    }
 }
 
 fn section(title: &str, used_by: For, out: &mut String) {

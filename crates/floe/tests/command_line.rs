@@ -90,19 +90,24 @@ fn options_not_supported_yet_are_named_and_exit_with_3() {
 }
 
 #[test]
-fn a_missing_directory_is_named_and_exits_with_1() {
+fn a_missing_directory_is_named_with_what_to_do() {
     let directory = temporary();
-    for (line, said) in [
-        ("restore -D nowhere", "directory nowhere (--images-dir)"),
+    for (line, code, said) in [
+        ("restore -D nowhere", 5, "directory nowhere (--images-dir)"),
         // A dump makes the last directory of a path, no more.
         (
             "dump -t 999999999 -D nowhere/deep",
+            1,
             "making nowhere/deep (--images-dir)",
         ),
     ] {
         let output = run(directory.path(), line);
-        assert_eq!(output.status.code(), Some(1));
-        assert!(text(&output.stderr).contains(said), "{line}");
+        assert_eq!(output.status.code(), Some(code));
+        let told = text(&output.stderr);
+        assert!(
+            told.contains(said) && told.contains("what to do:"),
+            "{told}"
+        );
     }
 }
 

@@ -21,6 +21,8 @@ pub enum State {
     Good,
     /// Worth knowing; a restore can go on.
     Note,
+    /// In order, but a restore must be given an option for it.
+    Needed,
     /// A restore cannot succeed.
     Bad,
 }
@@ -56,6 +58,16 @@ impl Row {
             state: State::Note,
             text: text.into(),
             remedy: None,
+        }
+    }
+
+    /// Something that a restore must be given, and how.
+    pub fn needed(about: &'static str, text: impl Into<String>, remedy: impl Into<String>) -> Row {
+        Row {
+            about,
+            state: State::Needed,
+            text: text.into(),
+            remedy: Some(remedy.into()),
         }
     }
 

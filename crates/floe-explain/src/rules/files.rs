@@ -44,7 +44,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"File (\S+) has bad size (\d+) \(expect (\d+)\)|[Ff]ile (\S+) .*size was \S+, is",
+        pattern: r"File (\S+) has bad size (\d+) \(expect (\d+)\)|is not as it was at the dump: its (?:size|type) was",
         role: Role::Cause,
         what: "A file that the program has open changed its size after the dump: a log grew, or the file system is not the one of the dump. The program would read something else than it wrote.",
         remedy: "Restore the file system as it was at the dump (a snapshot made while the program was stopped). For Java, keep the performance data out of files.",
@@ -52,7 +52,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#1258", "criu#68", "podman#13566"],
     },
     Rule {
-        pattern: r"has bad build-ID|build-ID (?:was|differs)",
+        pattern: r"has bad build-ID|its build id was",
         role: Role::Cause,
         what: "A library or program here is another build than the one that is mapped in the checkpoint. Code at the saved addresses would be other code.",
         remedy: "Restore with exactly the same image or packages as at the dump; compare the two build IDs.",
@@ -60,7 +60,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#1756", "criu#2367"],
     },
     Rule {
-        pattern: r"File (\S+) has bad mode 0?(\d+) \(expect 0?(\d+)\)|mode was \S+, is",
+        pattern: r"File (\S+) has bad mode 0?(\d+) \(expect 0?(\d+)\)|its mode was \S+, is",
         role: Role::Cause,
         what: "The permissions of a file that the program has open are not those of the dump.",
         remedy: "Set the permissions back, or leave them out of the comparison.",
@@ -68,7 +68,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"Can't open file (\S+) on restore|Can't open file .*: No such file",
+        pattern: r"Can't open file (\S+) on restore|Can't open file .*: No such file|open .*cannot be opened: (?:No such|Not a dir)",
         role: Role::Cause,
         what: "A file that the program had open does not exist here. A checkpoint holds memory and state, not the content of file systems.",
         remedy: "Bring the changed files and volumes along: export the container's file system with the checkpoint.",

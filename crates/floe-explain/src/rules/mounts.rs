@@ -36,6 +36,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"(\S+), which is to be mounted in the tree, cannot be reached",
+        role: Role::Cause,
+        what: "A mount of the tree comes from outside, from a place that was named by an option, and nothing is at $1.",
+        remedy: "Bring it there, or name the place where it is on this machine.",
+        command: "ls -ld $1; floe restore --external 'mnt[NAME]:PATH' --root DIR ...",
+        threads: &[],
+    },
+    Rule {
         pattern: r"Bad format in (\d+) mountinfo",
         role: Role::Cause,
         what: "The engine could not read the list of mounts: old versions stop at long lines, which overlay file systems with many layers have.",

@@ -20,6 +20,22 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"(tcp|udp|udplite|ip) port (\d+) is in use",
+        role: Role::Cause,
+        what: "The checkpoint has a socket on $1 port $2, and a program here has that port already.",
+        remedy: "End that program, or restore in a network namespace of its own.",
+        command: "ss -lp 'sport = $2'; ip netns add NAME && ip netns exec NAME floe restore ...",
+        threads: &[],
+    },
+    Rule {
+        pattern: r"no network device here has the address (\S+?)(?:;|$)",
+        role: Role::Cause,
+        what: "A socket of the checkpoint has the address $1, and this machine does not.",
+        remedy: "Give the address to a device, or restore in a network namespace that has it.",
+        command: "ip address add $1 dev NAME",
+        threads: &[],
+    },
+    Rule {
         pattern: r"Connected TCP socket|[Nn]eed to set the --tcp-close|TCP connection.*--tcp-(?:established|close)|--tcp-established",
         role: Role::Cause,
         what: "The program has an established TCP connection, and the engine was not told what to do with it. The choice must be the same on dump and on restore.",

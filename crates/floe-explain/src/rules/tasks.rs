@@ -92,6 +92,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#1894"],
     },
     Rule {
+        pattern: r"control group (\S+) is (not here|here already)",
+        role: Role::Cause,
+        what: "The option --manage-cgroups forbids what the restore would need: to make a group that is not here, or to use one that is.",
+        remedy: "Make or remove the group first, or let the restore do it.",
+        command: "--manage-cgroups=soft",
+        threads: &[],
+    },
+    Rule {
         pattern: r"(?:pod|container|sandbox).*(?:killed|OOMKilled|exited).*(?:after|right after).*restor",
         role: Role::Cause,
         what: "The restored tasks went into the control group of the dump, which here belongs to another or an ended pod, and were ended with it.",

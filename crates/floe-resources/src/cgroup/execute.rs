@@ -13,6 +13,7 @@ use floe_kernel::janitor::NameKind;
 use floe_kernel::proc::parse_cgroup;
 use floe_options::policy::ManageCgroups;
 
+use super::fault::{self, GroupFault};
 use super::hierarchy::Hierarchy;
 use super::plan::Membership;
 use super::properties::is_for_empty_group;
@@ -177,8 +178,7 @@ fn make_dir(
     (parent, dir): (&str, CgroupDirEntry),
     mode: ManageCgroups,
 ) -> Result<(), ExecuteError> {
-    let group = format!("{parent}/{}", dir.dir_name.trim_matches('/'));
-    let group = group.trim_end_matches('/').to_string();
+    let group = fault::path_of(parent, &dir);
     let path = hierarchy.path(&group);
     let shown = || format!("control group {group}");
     let CgroupDirEntry {
@@ -190,16 +190,16 @@ fn make_dir(
     // The root is nobody's to change.
     if !group.is_empty() {
         let new = !path.exists();
+        if let Some(fault) = GroupFault::of(&group, !new, mode) {
+            return Err(ExecuteError::Group(fault));
+        }
         if new {
-            create(world, hierarchy, &group, mode)?;
+            create(world, hierarchy, &group)?;
             set_dir_perms(&path, &dir_perms).during("Setting permissions of", shown)?;
             let early = |property: &&CgroupPropEntry| is_for_empty_group(&property.name);
             for property in properties.iter().filter(early) {
                 allow_refusal(write_early(&path, property), mode, (&group, property))?;
             }
-        } else if mode == ManageCgroups::Strict {
-            return Err(io::Error::from(io::ErrorKind::AlreadyExists))
-                .during("Making (--manage-cgroups=strict)", shown);
         } else if mode != ManageCgroups::None {
             set_dir_perms(&path, &dir_perms).during("Setting permissions of", shown)?;
         }
@@ -224,14 +224,7 @@ fn create(
     world: &mut World<'_>,
     hierarchy: &Rc<Hierarchy>,
     group: &str,
-    mode: ManageCgroups,
 ) -> Result<(), ExecuteError> {
-    if matches!(mode, ManageCgroups::None | ManageCgroups::Props) {
-        return Err(io::Error::from(io::ErrorKind::NotFound))
-            .during("Finding (--manage-cgroups=soft makes missing ones)", || {
-                format!("control group {group}")
-            });
-    }
     let mut upper = String::new();
     for part in group.split('/').filter(|part| !part.is_empty()) {
         upper = format!("{upper}/{part}");

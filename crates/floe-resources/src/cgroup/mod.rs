@@ -8,6 +8,7 @@
 
 mod collect;
 mod execute;
+mod fault;
 pub mod freezer;
 mod hierarchy;
 mod namespace;
@@ -15,5 +16,6 @@ mod plan;
 mod properties;
 
 pub use collect::CgroupSets;
+pub use fault::{GroupFault, look_at_groups};
 pub use namespace::{View as CgroupView, plan as plan_namespace};
 pub use plan::{entered, groups_made, own_begun, plan_groups};

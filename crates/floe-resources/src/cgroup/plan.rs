@@ -27,7 +27,7 @@ pub fn entered(pid: u32) -> Handle {
 const MADE: Handle = Handle::Object("control groups", 0);
 
 /// The groups to be made; `None` where they are not to be touched.
-fn saved(planner: &Planner<'_>) -> Result<Option<CgroupEntry>, PlanError> {
+pub(super) fn saved(planner: &Planner<'_>) -> Result<Option<CgroupEntry>, PlanError> {
     let options = planner.options;
     if options.cgroups.manage == ManageCgroups::Ignore || options.unprivileged {
         return Ok(None);

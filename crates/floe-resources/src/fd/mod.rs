@@ -34,6 +34,7 @@ mod socket_queue;
 pub mod timerfd;
 pub mod tty;
 mod tun;
+pub mod unchanged;
 pub mod unix;
 mod watch;
 

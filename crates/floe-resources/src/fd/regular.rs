@@ -8,10 +8,10 @@ use std::os::fd::BorrowedFd;
 
 use floe_image::messages::{FdTypes, FileEntry, FownEntry, RegFileEntry};
 use floe_kernel::ids::HostPid;
-use floe_options::{External, FileValidation};
+use floe_options::{External, FileValidation, Need};
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, StatxFlags};
 
-use super::{FdKind, build_id, file_entry, remap};
+use super::{FdKind, build_id, file_entry, remap, unchanged};
 use super::{FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
 use crate::mount::{NoPlace, Place, Wanted};
@@ -20,7 +20,7 @@ use rustix::fs::Mode;
 use rustix::mount::MountFlags;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// See the module.
 pub struct RegularFile;
@@ -254,9 +254,9 @@ impl FdRestore for RegularFile {
             return Ok(());
         }
         if entry.ext == Some(true) {
-            return Err(PlanError::Unsupported {
+            return Err(PlanError::NeedsOption {
                 object: format!("External file {}", entry.name),
-                remedy: "open it and name it by --inherit-fd fd[N]:file[MNT:INODE]",
+                need: Need::Descriptor(entry.name.clone()),
             });
         }
         let flags = open_flags(entry, planner);
@@ -312,7 +312,7 @@ pub(crate) fn open(
     let file = remap::open_by_name(world, entry, |path| {
         rustix::fs::open(path, flags | OFlags::NONBLOCK, Mode::empty())
     })?;
-    check(world, entry, &file, Path::new(&entry.name))?;
+    check(world, entry, &file)?;
     if waits {
         rustix::fs::fcntl_setfl(&file, flags)
             .during("Setting the flags of", || entry.name.clone())?;
@@ -323,60 +323,7 @@ pub(crate) fn open(
     Ok(file)
 }
 
-fn check(
-    world: &World<'_>,
-    entry: &RegFileEntry,
-    file: &OwnedFd,
-    path: &Path,
-) -> Result<(), ExecuteError> {
+fn check(world: &World<'_>, entry: &RegFileEntry, file: &OwnedFd) -> Result<(), ExecuteError> {
     let stat = rustix::fs::fstat(file).during("Looking at", || entry.name.clone())?;
-    let changed = |what, saved: String, found: String| {
-        Err(ExecuteError::Changed {
-            path: path.to_path_buf(),
-            what,
-            saved,
-            found,
-        })
-    };
-    let kind = FileType::from_raw_mode(stat.st_mode);
-    let is_path = entry.flags & OFlags::PATH.bits() != 0;
-    let is_end_of_fifo = !world.images.named_by(entry.id).is_empty();
-    if kind == FileType::Fifo && !is_path && !is_end_of_fifo {
-        return changed("its type", "a file".into(), "a fifo".into());
-    }
-    let regular = kind == FileType::RegularFile;
-    if let Some(size) = entry
-        .size
-        .filter(|size| regular && *size != stat.st_size as u64)
-    {
-        return changed(
-            "its size",
-            format!("{size} bytes"),
-            format!("{} bytes", stat.st_size),
-        );
-    }
-    let compare = world.options.file_validation == FileValidation::BuildId;
-    // A file that cannot be read now cannot be compared; it was found under the same name.
-    if compare
-        && !entry.build_id.is_empty()
-        && let Ok(found) = build_id::read(file)
-    {
-        let found = build_id::to_words(&found.unwrap_or_default());
-        if found != entry.build_id {
-            let hex = |id: &[u32]| {
-                id.iter()
-                    .map(|word| format!("{:08x}", word.swap_bytes()))
-                    .collect()
-            };
-            return changed("its build id", hex(&entry.build_id), hex(&found));
-        }
-    }
-    match entry.mode {
-        Some(mode) if mode != stat.st_mode && !world.options.skip_file_rwx_check => changed(
-            "its mode",
-            format!("{mode:o}"),
-            format!("{:o} (--skip-file-rwx-check ignores it)", stat.st_mode),
-        ),
-        _ => Ok(()),
-    }
+    Ok(unchanged::compare(entry, (file, &stat), world.options)?)
 }

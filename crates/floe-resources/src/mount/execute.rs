@@ -4,7 +4,9 @@
 //! tree's namespaces when they are done. What failed half-way goes with the workshop.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::rc::Rc;
 
 use floe_image::dir::ImageDir;
@@ -26,6 +28,7 @@ use super::owner::Owner;
 use super::sight::Whole;
 use super::tree::{MountTree, NewFs, Origin, Placed};
 use crate::fd::tty::EarlyMasters;
+use crate::fd::unchanged::FileFault;
 use crate::restore::{Attempt, ExecuteError, World};
 
 /// The number of the terminal that is mounted on a file.
@@ -209,8 +212,7 @@ impl Workshop {
             let Origin::Host(path) = &source.origin else {
                 continue;
             };
-            let copy = mount::copy_mount_at(path)
-                .during("Copying the mount of", || path.display().to_string())?;
+            let copy = copy_of(path)?;
             self.sources[index] = Some(copy);
         }
         for (index, group) in plan.groups.iter().enumerate() {
@@ -224,9 +226,7 @@ impl Workshop {
                 continue;
             };
             let _ = source;
-            let what = || path.display().to_string();
-            let carrier = mount::copy_mount_at(path).during("Copying the mount of", what)?;
-            self.carriers[index] = Some(carrier);
+            self.carriers[index] = Some(copy_of(path)?);
         }
         Ok(())
     }
@@ -502,5 +502,17 @@ fn new_mount_error(error: NewMountError) -> ExecuteError {
         action: "Mounting a place to make mounts in:",
         object,
         source,
+    }
+}
+
+/// A mount of this machine, for the tree.
+fn copy_of(path: &Path) -> Result<OwnedFd, ExecuteError> {
+    use io::ErrorKind::{NotADirectory, NotFound};
+    match mount::copy_mount_at(path) {
+        Err(error) if matches!(error.kind(), NotFound | NotADirectory) => {
+            let path = path.to_path_buf();
+            Err(FileFault::NoMount { path, error }.into())
+        }
+        other => other.during("Copying the mount of", || path.display().to_string()),
     }
 }

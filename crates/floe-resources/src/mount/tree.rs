@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use floe_image::messages::{Fstype, MntEntry};
 use floe_kernel::namespace::NsKind;
-use floe_options::{External, MountOptions};
+use floe_options::{External, MountOptions, Need};
 
 use super::formats;
 use super::model::{
@@ -280,9 +280,9 @@ impl Sources<'_> {
                     .any(|external| matches!(external, External::MountAuto { .. }));
             return match wanted {
                 true => Ok(Some(PathBuf::from(&entry.source))),
-                false => Err(PlanError::Unsupported {
+                false => Err(PlanError::NeedsOption {
                     object: format!("Mount {}, found outside at the dump,", entry.mountpoint),
-                    remedy: "use --external mnt[] (or --ext-mount-map auto) at the restore too",
+                    need: Need::AutomaticMounts,
                 }),
             };
         }
@@ -292,9 +292,9 @@ impl Sources<'_> {
             // Relative ones begin at the root, as CRIU takes them.
             Some(path) => Ok(Some(PathBuf::from("/").join(path))),
             None if PLAIN_DEVICES.contains(&key.as_str()) => Ok(Some(PathBuf::from(key))),
-            None => Err(PlanError::Unsupported {
+            None => Err(PlanError::NeedsOption {
                 object: format!("External mount {} (`{key}`)", entry.mountpoint),
-                remedy: "say where it is now by --external mnt[NAME]:PATH",
+                need: Need::Mount(key.clone()),
             }),
         }
     }
@@ -382,9 +382,9 @@ impl Sources<'_> {
                 }
                 _ => None,
             });
-        given.ok_or_else(|| PlanError::Unsupported {
+        given.ok_or_else(|| PlanError::NeedsOption {
             object: format!("External device {} at {}", entry.source, entry.mountpoint),
-            remedy: "say where it is now by --external dev[NAME]:PATH",
+            need: Need::Device(name.unwrap_or(&entry.source).to_string()),
         })
     }
 

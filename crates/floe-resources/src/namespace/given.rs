@@ -9,7 +9,7 @@ use floe_image::ImageKind;
 use floe_image::messages::{NetnsEntry, PidnsEntry};
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Namespace, NsKind};
-use floe_options::{InheritFd, JoinNamespace};
+use floe_options::{InheritFd, JoinNamespace, Need};
 use rustix::fs::{Mode, OFlags};
 
 use super::{filled, host_number, made};
@@ -101,9 +101,9 @@ fn inherited<'i>(
     let given = &planner.options.inherit_fds;
     match given.iter().find(|given| given.resource == key) {
         Some(given) => Ok(Some(given)),
-        None => Err(PlanError::Unsupported {
+        None => Err(PlanError::NeedsOption {
             object: format!("The {kind} namespace `{key}`, which is somebody else's,"),
-            remedy: "open it and hand it over with --inherit-fd fd[N]:NAME",
+            need: Need::Descriptor(key),
         }),
     }
 }

@@ -1,10 +1,14 @@
 //! Why a restore could not be planned, or not be carried out.
 
 use std::io;
-use std::path::PathBuf;
 
 use floe_image::ImageError;
 use floe_inject::InjectError;
+use floe_options::Need;
+
+use crate::cgroup::GroupFault;
+use crate::fd::inet::AddressFault;
+use crate::fd::unchanged::FileFault;
 
 /// Why images cannot be turned into a plan. Nothing has been touched yet.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +22,9 @@ pub enum PlanError {
         object: String,
         remedy: &'static str,
     },
+    /// The options lack something that the images call for.
+    #[error("{object} cannot be restored: {}", .need.remedy())]
+    NeedsOption { object: String, need: Need },
     #[error("{object} needs {feature}, which this machine lacks")]
     Missing { object: String, feature: String },
     #[error(
@@ -48,13 +55,15 @@ pub enum ExecuteError {
         #[source]
         source: io::Error,
     },
-    #[error("{} is not as it was at the dump: {what} was {saved}, is {found}", .path.display())]
-    Changed {
-        path: PathBuf,
-        what: &'static str,
-        saved: String,
-        found: String,
-    },
+    /// A file of this machine is not as it was.
+    #[error("{}; {}", .0, .0.remedy())]
+    File(FileFault),
+    /// A socket cannot have its address on this machine.
+    #[error("{}; {}", .0, .0.remedy())]
+    Address(AddressFault),
+    /// A control group of this machine is missing or in the way.
+    #[error("{}; {}", .0, .0.remedy())]
+    Group(GroupFault),
     #[error(transparent)]
     Inject(#[from] InjectError),
     #[error(transparent)]
@@ -115,6 +124,12 @@ impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
 impl From<ImageError> for PlanError {
     fn from(error: ImageError) -> Self {
         PlanError::Image(Box::new(error))
+    }
+}
+
+impl From<FileFault> for ExecuteError {
+    fn from(fault: FileFault) -> Self {
+        ExecuteError::File(fault)
     }
 }
 

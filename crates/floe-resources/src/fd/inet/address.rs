@@ -1,5 +1,7 @@
 //! Addresses in images and in system calls.
 
+use std::net::IpAddr;
+
 use floe_image::messages::InetSkEntry;
 use floe_kernel::nftables::Flow;
 
@@ -50,6 +52,13 @@ impl End {
             .iter()
             .flat_map(|word| word.to_ne_bytes())
             .collect()
+    }
+
+    /// The address; `None` where it has the length of none.
+    pub fn ip(&self) -> Option<IpAddr> {
+        let bytes = self.bytes();
+        let four = <[u8; 4]>::try_from(&bytes[..]).map(IpAddr::from).ok();
+        four.or_else(|| <[u8; 16]>::try_from(&bytes[..]).map(IpAddr::from).ok())
     }
 
     /// Whether no address was chosen.

@@ -6,6 +6,7 @@
 
 mod address;
 mod collect;
+mod fault;
 mod ip_options;
 mod ping;
 mod plan;
@@ -19,6 +20,7 @@ use super::{FdKind, FdRestore, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
 use crate::restore::{PlanError, Planner};
 
+pub use fault::{AddressFault, address_of, protocol_name};
 pub use plan::release_connections;
 pub use tcp::{HeldConnections, SilencedConnections, hold_connections};
 

@@ -4,6 +4,7 @@
 //! TCP connections are rebuilt in repair mode, in which they send nothing, and stay in it until the tree is
 //! about to run ([`release_connections`]).
 
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use super::ping;
@@ -11,11 +12,12 @@ use floe_image::messages::{FdTypes, InetSkEntry};
 use floe_kernel::nftables::Flow;
 use floe_kernel::socket::{bind, connect, listen, shutdown, socket};
 use floe_kernel::sockopt::{SocketOption, set_option_number};
-use floe_options::NetworkLock;
+use floe_options::{Need, NetworkLock};
 use floe_plan::Handle;
 
 use super::super::socket_options::{general, set_options};
 use super::address::{End, outgoing, source, target};
+use super::fault::AddressFault;
 use super::ip_options::{V6ONLY, set_ip_options, set_tcp_options};
 use super::restore_tcp::{Rebuilt, plan_connection};
 use super::{LISTEN, is_connection};
@@ -40,9 +42,9 @@ pub(super) fn plan<'i>(entry: &'i InetSkEntry, planner: &mut Planner<'i>) -> Res
     let name = format!("make internet socket {}", entry.ino);
     if is_connection(entry) && !closes_connections(planner) {
         if !planner.options.sockets.tcp_established {
-            return Err(PlanError::Unsupported {
+            return Err(PlanError::NeedsOption {
                 object: format!("The TCP connection of socket {}", entry.ino),
-                remedy: "use --tcp-established to keep it, or --tcp-close to give it up",
+                need: Need::TcpConnections,
             });
         }
         plan_connection(planner, entry, (from, to))?;
@@ -153,7 +155,8 @@ fn make(entry: &InetSkEntry, from: &End, to: &End) -> Result<OwnedFd, ExecuteErr
         bind_to(file.as_fd(), entry, from)?;
     }
     if entry.state == LISTEN {
-        listen(file.as_fd(), entry.backlog).during("Listening on internet socket", what)?;
+        let listening = listen(file.as_fd(), entry.backlog);
+        at_address(listening, (entry, from), "Listening on internet socket")?;
     }
     if to.port != 0 || (raw && !to.is_unspecified()) {
         let address = to.to_sockaddr(entry.family, 0);
@@ -196,13 +199,28 @@ pub(super) fn bind_to(
             .during("Finding network device", || device.clone())?,
         None => 0,
     };
-    bind(file, &from.to_sockaddr(entry.family, scope)).during("Binding internet socket", || {
-        format!("{} to port {}", entry.ino, from.port)
-    })?;
+    let bound = bind(file, &from.to_sockaddr(entry.family, scope));
+    at_address(bound, (entry, from), "Binding internet socket")?;
     if freely && !saved {
         set_option_number(file, FREEBIND, 0).during("Preparing internet socket", what)?;
     }
     Ok(())
+}
+
+/// Says what of the address is in the way where `bind` or `listen` failed.
+fn at_address(
+    result: io::Result<()>,
+    (entry, from): (&InetSkEntry, &End),
+    action: &'static str,
+) -> Result<(), ExecuteError> {
+    let fault = result
+        .as_ref()
+        .err()
+        .and_then(|error| AddressFault::of(error, entry, from));
+    match fault {
+        Some(fault) => Err(ExecuteError::Address(fault)),
+        None => result.during(action, || format!("{} to port {}", entry.ino, from.port)),
+    }
 }
 
 /// Gives a socket its options and its own rules about sharing its port.

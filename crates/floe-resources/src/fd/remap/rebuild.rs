@@ -17,6 +17,7 @@ use super::ended;
 use super::ghost;
 use super::names::TemporaryNames;
 use crate::fd::regular;
+use crate::fd::unchanged::FileFault;
 use crate::mount;
 use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
@@ -334,5 +335,11 @@ fn open_here(
         _ => {}
     }
     ended::bring_back(world, file)?;
-    open(path).during("Opening", what)
+    open(path).map_err(|errno| {
+        FileFault::Unreachable {
+            path: path.to_path_buf(),
+            error: errno.into(),
+        }
+        .into()
+    })
 }

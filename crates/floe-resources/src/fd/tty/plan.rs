@@ -5,6 +5,7 @@ use std::rc::Rc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, TtyDataEntry, TtyFileEntry, TtyInfoEntry, TtyType};
+use floe_options::Need;
 use floe_plan::Handle;
 
 use super::queue::Queued;
@@ -83,13 +84,13 @@ impl FdRestore for Tty {
                 });
                 Ok(())
             }
-            TtyType::ExtTty | TtyType::Unknown => Err(PlanError::Unsupported {
+            TtyType::ExtTty | TtyType::Unknown => Err(PlanError::NeedsOption {
                 object: format!(
                     "Terminal tty[{:x}:{:x}] of the caller",
                     end.info.rdev,
                     end.info.dev()
                 ),
-                remedy: "give one with --inherit-fd fd[N]:tty[RDEV:DEV]",
+                need: Need::Descriptor(format!("tty[{:x}:{:x}]", end.info.rdev, end.info.dev())),
             }),
         }
     }
@@ -208,12 +209,12 @@ fn plan_adopted<'i>(
         return Ok(());
     }
     if !planner.options.shell_job {
-        return Err(PlanError::Unsupported {
+        return Err(PlanError::NeedsOption {
             object: format!(
                 "Terminal /dev/pts/{}, whose master was not dumped,",
                 pair.index
             ),
-            remedy: "use --shell-job to take the terminal that you work in instead",
+            need: Need::ShellJob,
         });
     }
     let file = pair.slaves[0].entry.id;

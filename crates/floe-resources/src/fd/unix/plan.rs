@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use floe_image::messages::UnixSkEntry;
 use floe_kernel::socket::{connect, listen, shutdown, socket, unix_pair};
-use floe_options::InheritFd;
+use floe_options::{InheritFd, Need};
 use floe_plan::Handle;
 
 use super::super::socket_options::set_options;
@@ -258,13 +258,13 @@ fn plan_connecting<'i>(
     }
     let outside = peers.sockets.contains(&(peer, Role::External));
     if outside && !planner.options.sockets.external_unix {
-        return Err(PlanError::Unsupported {
+        return Err(PlanError::NeedsOption {
             object: format!(
                 "Unix socket {}, connected to {} outside of the tree,",
                 entry.ino,
                 super::name::shown(&peer.name)
             ),
-            remedy: "use --ext-unix-sk, or hand it over with --inherit-fd",
+            need: Need::UnixPeers,
         });
     }
     // Once connected, a datagram socket takes messages from its peer only.

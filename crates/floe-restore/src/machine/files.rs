@@ -1,0 +1,111 @@
+//! Whether the files and outside mounts of a checkpoint are here, as they were.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use floe_archive::check::Row;
+use floe_image::ImageKind;
+use floe_image::messages::RegFileEntry;
+use floe_options::{External, RestoreOptions};
+use floe_resources::fd::unchanged::{self, FileFault};
+use floe_resources::restore::TreeImages;
+use rustix::fs::{CWD, Mode, OFlags};
+
+fn has_own_mounts(images: &TreeImages) -> bool {
+    !images
+        .dir
+        .ids(ImageKind::Mnts)
+        .unwrap_or_default()
+        .is_empty()
+}
+
+/// Files that a task had open, mapped or as its directory.
+pub(super) fn rows(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
+    if has_own_mounts(images) {
+        return vec![Row::note(
+            "files",
+            "the tasks had mounts of their own; their files are not looked at",
+        )];
+    }
+    let named = images.files.values().filter_map(|file| file.reg.as_ref());
+    let mut count = 0;
+    let mut seen = BTreeSet::new();
+    let mut rows = Vec::new();
+    for file in named {
+        let looked_at = file.name.starts_with('/')
+            && !file.name.starts_with("/proc/")
+            && !file.ext.unwrap_or(false)
+            && !is_given(file, options)
+            && !images.remaps.contains_key(&file.id);
+        if !looked_at || !seen.insert((&file.name, file.size, file.mode)) {
+            continue;
+        }
+        count += 1;
+        if let Err(fault) = look_at(file, options) {
+            rows.push(Row::bad("files", fault.to_string(), fault.remedy()));
+        }
+    }
+    if rows.is_empty() {
+        rows.push(Row::good(
+            "files",
+            format!("{count} files and directories are as they were"),
+        ));
+    }
+    rows
+}
+
+/// Whether the caller hands over a descriptor in its place.
+fn is_given(file: &RegFileEntry, options: &RestoreOptions) -> bool {
+    let name = file.name.trim_start_matches('/');
+    let mut given = options.inherit_fds.iter();
+    given.any(|given| given.resource.trim_start_matches('/') == name)
+}
+
+fn look_at(file: &RegFileEntry, options: &RestoreOptions) -> Result<(), FileFault> {
+    let path = Path::new(&file.name);
+    let failed = |errno: rustix::io::Errno| FileFault::Unreachable {
+        path: path.to_path_buf(),
+        error: errno.into(),
+    };
+    // O_PATH opens nothing: a device or a fifo would notice.
+    let saved = OFlags::from_bits_retain(file.flags) & OFlags::NOFOLLOW;
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    let named = rustix::fs::openat(CWD, path, flags | saved, Mode::empty()).map_err(failed)?;
+    let stat = rustix::fs::fstat(&named).map_err(failed)?;
+    if file.build_id.is_empty() {
+        return unchanged::compare_stat(file, &stat, options);
+    }
+    match std::fs::File::open(path) {
+        Ok(opened) => unchanged::compare(file, (opened, &stat), options),
+        Err(_) => unchanged::compare_stat(file, &stat, options),
+    }
+}
+
+/// Places on this machine that the options name for mounts from outside.
+pub(super) fn mounts(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
+    if !has_own_mounts(images) {
+        return Vec::new();
+    }
+    let external = options.external.iter().filter_map(|one| match one {
+        External::Mount { key, value } | External::Device { key, value } => Some((key, value)),
+        _ => None,
+    });
+    let mapped = options.mounts.ext_mount_map.iter();
+    let named = external.chain(mapped.map(|map| (&map.key, &map.value)));
+    let root = options.mounts.root.as_deref();
+    let paths = named.map(|(_, value)| Path::new(value)).chain(root);
+    let mut rows: Vec<Row> = paths.filter_map(absent).collect();
+    if rows.is_empty() {
+        let text = "every place that was named for mounts from outside is here";
+        rows.push(Row::good("mounts", text));
+    }
+    rows
+}
+
+fn absent(path: &Path) -> Option<Row> {
+    // Relative ones begin at the root.
+    let path = PathBuf::from("/").join(path);
+    let error = std::fs::metadata(&path).err()?;
+    let fault = FileFault::NoMount { path, error };
+    Some(Row::bad("mounts", fault.to_string(), fault.remedy()))
+}
