@@ -62,9 +62,7 @@ impl Chain {
             let (Some(older), Some(newer)) = (&pair[0].manifest, &pair[1].manifest) else {
                 continue;
             };
-            // Of merged generations the oldest one builds on the parent.
-            let merged = newer.rounds.iter().map(|round| round.number);
-            let first = merged.min().unwrap_or(newer.generation);
+            let first = newer.oldest();
             if older.generation.checked_add(1) != Some(first) {
                 let wanted = first.checked_sub(1);
                 return Err(ChainError::Mixed {

@@ -229,6 +229,12 @@ impl Manifest {
         }
     }
 
+    /// Number of the generation that builds on the parent: of merged ones the oldest.
+    pub fn oldest(&self) -> u32 {
+        let merged = self.rounds.iter().map(|round| round.number);
+        merged.min().unwrap_or(self.generation)
+    }
+
     /// The manifest of a directory; `None` when it has none.
     pub fn read(dir: &ImageDir) -> Result<Option<Manifest>, ManifestError> {
         let path = dir.path().join(MANIFEST_NAME);

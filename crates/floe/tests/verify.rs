@@ -102,11 +102,11 @@ fn images_one_directory_too_deep_are_found() {
     let meant = root.path().join("copy/1");
     refused(
         &root.path().join("copy"),
-        &["inventory.img is missing", "it seems to be in", "copy/1"],
+        &["inventory.img is missing", "a checkpoint is in", "copy/1"],
     );
     refused(
         root.path(),
-        &["inventory.img is missing", "it seems to be in"],
+        &["inventory.img is missing", "a checkpoint is in"],
     );
     assert!(meant.is_dir());
 }
@@ -151,8 +151,24 @@ fn a_file_that_was_left_elsewhere_is_found_there() {
     std::fs::rename(newest.join("mm-7.img"), root.path().join("rest/mm-7.img")).expect("moved");
     refused(
         &newest,
-        &["mm-7.img is missing in", "it seems to be in", "/rest"],
+        &[
+            "mm-7.img is missing in",
+            "it is in",
+            "/rest",
+            "bring it back",
+        ],
     );
+}
+
+#[test]
+fn a_file_of_the_same_name_of_another_checkpoint_is_not_proposed() {
+    let root = tempfile::tempdir().expect("a directory");
+    let newest = chain(root.path()).pop().expect("two");
+    std::fs::create_dir(root.path().join("other")).expect("made");
+    std::fs::write(root.path().join("other/mm-7.img"), "another").expect("written");
+    std::fs::remove_file(newest.join("mm-7.img")).expect("removed");
+    refused(&newest, &["mm-7.img is missing in", "copy all files"]);
+    assert!(!said(&floe("verify", &newest)).contains("/other"));
 }
 
 #[test]

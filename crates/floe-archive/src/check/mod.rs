@@ -200,12 +200,20 @@ fn kind(dir: &ImageDir, rows: &mut Vec<Row>) {
     }
 }
 
-/// A row for a file that is not there, and where it seems to be.
+/// A row for a file that is not there, and where it is.
 fn missing(dir: &ImageDir, name: &str) -> Row {
     let path = dir.path();
     let text = format!("{name} is missing in {}", path.display());
-    let remedy = match nearby::find(path, name) {
-        Some(found) => format!("it seems to be in {}: was that directory meant?", found.display()),
+    let manifest = Manifest::read(dir).ok().flatten();
+    let found = match manifest.as_ref().map(|manifest| manifest.files.get(name)) {
+        Some(Some(listed)) => nearby::holder(path, name, listed),
+        // Another checkpoint was meant, if this is none.
+        _ if name == ImageKind::Inventory.file_name(0) => nearby::checkpoint(path),
+        _ => None,
+    };
+    let remedy = match found {
+        Some(found) if manifest.is_some() => format!("it is in {}: bring it back", found.display()),
+        Some(found) => format!("a checkpoint is in {}: was that directory meant?", found.display()),
         None if is_empty(path) => "the directory is empty: give the one that the dump wrote to".to_string(),
         None => "the dump was not finished, or only a part was copied: copy all files of the directory again".to_string(),
     };
@@ -321,7 +329,10 @@ fn broken_parent(dir: &ImageDir, error: &ImageError) -> Row {
         .file_name()
         .map(|name| name.to_string_lossy().into_owned())
         .unwrap_or_default();
-    let remedy = match nearby::directory(dir.path(), &name) {
+    let number = Manifest::read(dir).ok().flatten();
+    let number = number.and_then(|own| own.oldest().checked_sub(1));
+    let found = number.and_then(|number| nearby::generation(dir.path(), &name, number));
+    let remedy = match found {
         Some(found) => format!("that generation seems to be {}: move it, or make the link anew with `ln -sfn`", found.display()),
         None => "bring the earlier generation to that place; without it the pages that did not change are lost".to_string(),
     };
