@@ -17,7 +17,7 @@ use floe_options::{Action, HookEvent, RestoreOptions};
 use floe_plan::Plan;
 use floe_resources::cpu;
 use floe_resources::fd::inet::release_connections;
-use floe_resources::namespace::has_own_pids;
+use floe_resources::namespace::{has_own_pids, join_users};
 use floe_resources::restore::{Op, PlanError, Planner, Puppet, TreeImages, World};
 
 use crate::births::{Births, plan_threads};
@@ -81,7 +81,8 @@ pub fn dry_run(
     options: &RestoreOptions,
     features: &KernelFeatures,
 ) -> Result<Vec<String>, RestoreError> {
-    let images = load(dir)?;
+    let mut images = load(dir)?;
+    join_users(&mut images, options)?;
     check_cpu(&images.dir, options)?;
     let (plan, _) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
@@ -124,7 +125,8 @@ pub fn restore(
     features: &KernelFeatures,
 ) -> Result<RestoreReport, RestoreError> {
     let start = Instant::now();
-    let images = load(dir)?;
+    let mut images = load(dir)?;
+    join_users(&mut images, options)?;
     check_cpu(&images.dir, options)?;
     let (plan, background) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;

@@ -38,8 +38,10 @@ done
 facts $root >before
 $FLOE dump -t $root -D images
 while [ -d /proc/$root ]; do wait 2>/dev/null || true; done
-$FLOE restore -d -D images --pidfile "$DIR/pid"
+eval "$BEFORE"
+eval $FLOE restore -d -D images --pidfile "$DIR/pid" $RESTORE
 facts $(cat pid) >after
+eval "$AFTER"
 [ $$ = 1 ] || kill -9 $(tree $(cat pid)) || true
 "#;
 
@@ -52,6 +54,10 @@ struct Case<'a> {
     look: &'a str,
     /// What `$DIR/look` does, for `look` to name.
     script: &'a str,
+    /// What is done between dump and restore, options of the restore, and what is done in the end.
+    before: &'a str,
+    restore: &'a str,
+    after: &'a str,
     /// Without a pid namespace around: its proc would lie on another one.
     bare: bool,
 }
@@ -73,6 +79,9 @@ fn run(case: &Case<'_>) -> anyhow::Result<[Vec<String>; 2]> {
         .env("TREE", case.tree)
         .env("SLEEPS", case.sleeps.to_string())
         .env("LOOK", case.look)
+        .env("BEFORE", case.before)
+        .env("RESTORE", case.restore)
+        .env("AFTER", case.after)
         .stdin(Stdio::null())
         .output()?;
     let said = String::from_utf8_lossy(&output.stderr);
@@ -345,6 +354,111 @@ fn file_systems_of_a_user_namespace_belong_to_it_again() {
             let facts = comes_back(&case)?;
             ensure!(facts[0].ends_with(" 0 0"), "it may mount again: {facts:#?}");
         }
+        Ok(())
+    });
+}
+
+/// Makes a user namespace of somebody else's, whose task is `$other`.
+const OTHER: &str = "unshare --user --net sleep 2000 & other=$!
+    until [ $(cat /proc/$other/comm) = sleep ]; do :; done
+    echo 0 300000 1000 >/proc/$other/uid_map; echo 0 400000 1000 >/proc/$other/gid_map";
+
+/// Shows ids, and whether a task is in the namespaces of `$other`.
+const JOINED: &str = "for p in $(tree $(cat pid)); do
+    grep -E '^(Uid|Gid|Groups)' /proc/$p/status | tr '\\n\\t' '  '
+    for ns in user net; do [ /proc/$p/ns/$ns -ef /proc/$other/ns/$ns ] && echo joined-$ns; done | tr '\\n' ' '
+    tr -s ' \\n' ' ' </proc/$p/uid_map; grep CapEff /proc/$p/status
+    done >after; kill -9 $other";
+
+/// Goes as root into a user namespace with maps; whoever has made it ends soon, and is not of the tree.
+const ENTERED: &str = r#"setsid sh -c "unshare --user sleep 3 & echo \$! >holder"; n=$(cat holder)
+    until [ "$(cat /proc/$n/comm)" = sleep ]; do :; done
+    echo 0 100000 1000 >/proc/$n/uid_map; echo 0 100000 1000 >/proc/$n/gid_map
+    exec nsenter -t $n --user -S 0 -G 0"#;
+
+fn joins(tree: &str, sleeps: u32, wrap: &str, restore: &str) -> anyhow::Result<Vec<String>> {
+    let case = Case {
+        tree,
+        sleeps,
+        wrap,
+        before: OTHER,
+        restore,
+        after: JOINED,
+        ..Case::default()
+    };
+    let [_, after] = run(&case).with_context(|| format!("{tree} {restore}"))?;
+    Ok(after)
+}
+
+#[test]
+fn a_user_namespace_is_joined() {
+    skips::as_root("a_user_namespace_is_joined", || {
+        let user = "setpriv --reuid 5 --regid 7 --groups 8 sleep 1000 & exec sleep 1001";
+        let mapped = format!("{ENTERED} sh -c '{user}'");
+        for tree in [user, &mapped] {
+            for given in ["$other", "/proc/$other/ns/user", "$other,0,0"] {
+                let option = format!("--join-ns user:{given} --join-ns net:$other");
+                let facts = joins(tree, 2, "", &option)?;
+                ensure!(facts.len() == 2, "{facts:#?}");
+                for line in &facts {
+                    ensure!(
+                        line.contains("joined-user joined-net 0 300000 1000"),
+                        "{facts:#?}"
+                    );
+                }
+                let child = facts.iter().find(|line| line.contains("Uid: 300005"));
+                let child = child.with_context(|| format!("{facts:#?}"))?;
+                ensure!(
+                    child.contains("Gid: 400007") && child.contains("Groups: 400008"),
+                    "{facts:#?}"
+                );
+                ensure!(child.ends_with("0000000000000000"), "{facts:#?}");
+                ensure!(facts[0].contains("Uid: 300000"), "{facts:#?}");
+                ensure!(!facts[0].ends_with("0000000000000000"), "{facts:#?}");
+            }
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn what_belonged_to_the_roots_user_namespace_belongs_to_the_joined_one() {
+    let name = "what_belonged_to_the_roots_user_namespace_belongs_to_the_joined_one";
+    skips::as_root(name, || {
+        let tree = "unshare -Ur sleep 1000 & exec sleep 1001";
+        for wrap in ["unshare -Urpf --net --uts", "unshare --pid --fork"] {
+            let facts = joins(tree, 2, wrap, "--join-ns user:$other")?;
+            ensure!(facts[0].contains("joined-user 0 300000 1000"), "{facts:#?}");
+            // As seen from outside; inside it is what it was.
+            ensure!(facts[1].contains(" 0 300000 1 "), "{facts:#?}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn the_callers_user_namespace_is_joined() {
+    skips::as_root("the_callers_user_namespace_is_joined", || {
+        let tree = format!("{ENTERED} unshare --net setpriv --bounding-set=-all sleep 1000");
+        let facts = joins(&tree, 1, "", "--join-ns user:$$")?;
+        ensure!(facts[0].contains("Uid: 0 0 0 0"), "{facts:#?}");
+        ensure!(facts[0].contains("0 0 4294967295"), "{facts:#?}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_user_namespace_without_names_for_the_ids_is_not_joined() {
+    let name = "a_user_namespace_without_names_for_the_ids_is_not_joined";
+    skips::as_root(name, || {
+        let tree = "exec setpriv --reuid 5000 --clear-groups sleep 1000";
+        let refused = joins(tree, 1, "", "--join-ns user:$other").err();
+        let said = format!("{:#}", refused.context("it has no user 5000")?);
+        ensure!(said.contains("uid_map"), "{said}");
+        let tree = "exec sleep 1000";
+        let refused = joins(tree, 1, "", "--join-ns user:$other,4000,0").err();
+        let said = format!("{:#}", refused.context("it has no user 4000")?);
+        ensure!(said.contains("user 4000"), "{said}");
         Ok(())
     });
 }

@@ -70,6 +70,10 @@ impl FdRestore for Namespace {
         let entry = payload(file, &file.nsf)?;
         let kind = NsKind::of_flag(entry.ns_cflag);
         let host = planner.images.inventory.root_ids.as_ref();
+        // One that is joined is in place of that of the caller.
+        let joined =
+            |kind: NsKind| kind == NsKind::User && planner.images.users.get(entry.ns_id).is_some();
+        let kind = kind.filter(|kind| !joined(*kind));
         let ours =
             kind.filter(|kind| host.and_then(|host| ids::get(host, *kind)) == Some(entry.ns_id));
         let Some(kind) = ours else {

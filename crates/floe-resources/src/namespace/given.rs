@@ -3,7 +3,7 @@
 //! `--join-ns KIND:PID|FILE` names one for the root's of a kind, with whatever is in it. One that was somebody
 //! else's at the dump (`--external net[INODE]:NAME`, `pid[INODE]:NAME`) comes back as `--inherit-fd fd[N]:NAME`.
 
-use std::os::fd::OwnedFd;
+use std::io;
 
 use floe_image::ImageKind;
 use floe_image::messages::{NetnsEntry, PidnsEntry};
@@ -16,7 +16,8 @@ use super::{filled, host_number, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 /// Kinds that can be joined.
-const JOINED: [NsKind; 5] = [
+const JOINED: [NsKind; 6] = [
+    NsKind::User,
     NsKind::Net,
     NsKind::Ipc,
     NsKind::Uts,
@@ -42,8 +43,15 @@ pub(super) fn plan_given(
         let kind = JOINED.into_iter().find(|kind| kind.name() == join.kind);
         let kind = kind.ok_or_else(|| PlanError::Unsupported {
             object: format!("Joining a {} namespace", join.kind),
-            remedy: "only net, ipc, uts, pid and time namespaces can be joined; run Floe inside of it (nsenter)",
+            remedy: "only net, ipc, uts, pid, time and user namespaces can be joined; run Floe inside of it (nsenter)",
         })?;
+        if kind == NsKind::User {
+            // None where it is our own.
+            let joined = planner.images.users.joined();
+            own.retain(|(known, _)| *known != NsKind::User);
+            given.extend(joined.map(|id| (kind, id, Given::Joined(join))));
+            continue;
+        }
         let id = own.iter().find(|(known, _)| *known == kind);
         if kind == NsKind::Pid && id.is_none() {
             return Err(PlanError::Unsupported {
@@ -108,18 +116,22 @@ fn inherited<'i>(
     }
 }
 
+/// Opens what `--join-ns` names: of a task by its pid, or a file.
+pub(super) fn open_joined(kind: NsKind, target: &str) -> io::Result<Namespace> {
+    match target.parse() {
+        Ok(pid) => Namespace::of_task(HostPid(pid), kind),
+        Err(_) => {
+            let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+            let file = rustix::fs::open(target, flags, Mode::empty())?;
+            Namespace::from_fd(file, kind)
+        }
+    }
+}
+
 fn open(kind: NsKind, given: Given<'_>) -> Result<Namespace, ExecuteError> {
     match given {
-        Given::Joined(join) => match join.target.parse() {
-            Ok(pid) => Namespace::of_task(HostPid(pid), kind)
-                .during("Opening the namespace of task", || join.target.clone()),
-            Err(_) => {
-                let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-                let file: Result<OwnedFd, _> = rustix::fs::open(&join.target, flags, Mode::empty());
-                let file = file.during("Opening", || join.target.clone())?;
-                Namespace::from_fd(file, kind).during("Opening", || join.target.clone())
-            }
-        },
+        Given::Joined(join) => open_joined(kind, &join.target)
+            .during("Opening the namespace of", || join.target.clone()),
         Given::Inherited(given) => floe_kernel::inherited::duplicate(given.fd)
             .and_then(|file| Namespace::from_fd(file, kind))
             .during("Taking over fd", || given.fd.to_string()),

@@ -21,6 +21,7 @@
 mod collect;
 mod given;
 pub mod ids;
+mod joined_users;
 pub mod nested;
 mod owners;
 mod pids;
@@ -33,6 +34,7 @@ pub mod users;
 mod uts;
 
 pub use collect::{check_task, collect_namespaces};
+pub use joined_users::join_users;
 pub use owners::OwnerMap;
 pub use pids::PidView;
 pub use plan::{READY, has_own_pids, of_root, own_of_root, plan_namespaces};

@@ -105,6 +105,50 @@ impl OwnerMap {
             .map_or(Some(gid), |maps| find(&maps.gid_map, gid))
     }
 
+    /// The same names inside for whoever has in `to` the names that its owners have in `from`; `None` where `to`
+    /// lacks one. As the kernel wants it, each line must lie in a single one of those around.
+    pub fn moved(&self, from: &OwnerMap, to: &OwnerMap) -> Option<OwnerMap> {
+        let Some(maps) = &self.maps else {
+            return Some(OwnerMap::default());
+        };
+        let lines = |own: &[UidGidExtent], of: fn(&UsernsEntry) -> &Vec<UidGidExtent>| {
+            let move_line = |line: &UidGidExtent| {
+                let within = |around: &OwnerMap, first: u32, way: Way| match &around.maps {
+                    None => Some(first),
+                    Some(around) => of(around)
+                        .iter()
+                        .find_map(|outer| way.through(outer, first, line.count)),
+                };
+                let name = within(from, line.lower_first, Way::Inside)?;
+                Some(UidGidExtent {
+                    lower_first: within(to, name, Way::Outside)?,
+                    ..line.clone()
+                })
+            };
+            own.iter().map(move_line).collect::<Option<Vec<_>>>()
+        };
+        Some(OwnerMap::from_image(Some(UsernsEntry {
+            uid_map: lines(&maps.uid_map, |maps| &maps.uid_map)?,
+            gid_map: lines(&maps.gid_map, |maps| &maps.gid_map)?,
+            ..UsernsEntry::default()
+        })))
+    }
+
+    /// Whether tasks inside can name these users and groups.
+    pub fn names(&self, uids: &[u32], gids: &[u32]) -> bool {
+        let Some(maps) = &self.maps else {
+            return true;
+        };
+        let has = |map: &[UidGidExtent], ids: &[u32]| {
+            let named = |id: &u32| {
+                map.iter()
+                    .any(|line| Way::Outside.through(line, *id, 1).is_some())
+            };
+            ids.iter().all(named)
+        };
+        has(&maps.uid_map, uids) && has(&maps.gid_map, gids)
+    }
+
     /// The text of `uid_map` and of `gid_map`, for somebody in the namespace that `around` is the map of.
     pub fn texts(&self, around: &OwnerMap) -> Option<(String, String)> {
         let text = |map: &[UidGidExtent], outer: &dyn Fn(u32) -> u32| {
@@ -130,6 +174,26 @@ fn extent(line: &str) -> Option<UidGidExtent> {
         lower_first: next()?,
         count: next()?,
     })
+}
+
+/// The two directions of a map.
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Inside,
+    Outside,
+}
+
+impl Way {
+    /// What the first of `count` ids becomes, where one line has all of them.
+    fn through(self, line: &UidGidExtent, first: u32, count: u32) -> Option<u32> {
+        let (from, to) = match self {
+            Way::Inside => (line.lower_first, line.first),
+            Way::Outside => (line.first, line.lower_first),
+        };
+        let last = first.checked_add(count.checked_sub(1)?)?;
+        translate(last, from, to, line.count)?;
+        translate(first, from, to, line.count)
+    }
 }
 
 fn translate(id: u32, from: u32, to: u32, count: u32) -> Option<u32> {
@@ -177,5 +241,28 @@ mod tests {
         };
         let around = OwnerMap::from_image(Some(around));
         assert_eq!(texts(&around).1, "0 20 1000\n");
+    }
+
+    #[test]
+    fn a_map_moves_to_another_namespace_around_it() {
+        let map = |lines: &[&str]| {
+            let lines: Vec<UidGidExtent> = lines.iter().filter_map(|line| extent(line)).collect();
+            OwnerMap::from_image(Some(UsernsEntry {
+                uid_map: lines.clone(),
+                gid_map: lines,
+                ..UsernsEntry::default()
+            }))
+        };
+        let from = map(&["0 1000 100"]);
+        let inner = map(&["0 1010 5", "5 1050 1"]);
+        let moved = inner.moved(&from, &map(&["0 7000 100"]));
+        assert_eq!(moved, Some(map(&["0 7010 5", "5 7050 1"])));
+        assert_eq!(
+            inner.moved(&from, &OwnerMap::default()),
+            Some(map(&["0 10 5", "5 50 1"]))
+        );
+        // The kernel takes no line across two of those around.
+        assert_eq!(inner.moved(&from, &map(&["0 7000 12", "12 9000 90"])), None);
+        assert!(from.names(&[0, 99], &[5]) && !from.names(&[0], &[100]));
     }
 }

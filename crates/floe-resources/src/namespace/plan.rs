@@ -53,9 +53,12 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .collect();
     let given = plan_given(&mut own, planner)?;
     let split = plan_split(planner)?;
-    if !images.users.is_empty() {
-        let makes = users::all_made(images);
-        planner.step_at_home("make user namespaces", (&[], &makes), users::make_all);
+    let mut makes = users::all_made(images);
+    let joined: Option<Handle> = images.users.joined().map(made);
+    makes.retain(|handle| Some(*handle) != joined);
+    if !makes.is_empty() {
+        let needs = joined.as_slice();
+        planner.step_at_home("make user namespaces", (needs, &makes), users::make_all);
     }
     if own.is_empty() && given.is_empty() && split.is_empty() {
         return Ok(());

@@ -20,9 +20,9 @@ use floe_kernel::proc::{ProcDir, Status, parse_status};
 use floe_plan::Handle;
 use rustix::fs::{Mode, OFlags};
 
-use super::{OwnerMap, TreeNamespace, ids, own_of_root};
+use super::{OwnerMap, TreeNamespace, host_number, ids, own_of_root};
 use crate::collect::{CollectError, Collector};
-use crate::restore::{Attempt, ExecuteError, PlanError, TreeImages, World};
+use crate::restore::{Attempt, ExecuteError, PlanError, TaskImages, TreeImages, World};
 
 /// The kernel allows no more within each other (`create_user_ns`).
 const MAX_DEPTH: usize = 33;
@@ -156,7 +156,7 @@ pub struct UserNamespace {
     /// Whether nobody inside may change groups.
     pub denies_groups: bool,
     /// Who made it, as the coordinator sees it.
-    owner: Option<u32>,
+    pub(super) owner: Option<u32>,
 }
 
 /// The user namespaces of a tree.
@@ -171,6 +171,8 @@ pub struct Users {
     of_tasks: BTreeMap<u32, u32>,
     /// Those that tasks are born in.
     births: BTreeMap<u32, u32>,
+    /// One that the caller gives.
+    joined: Option<u32>,
 }
 
 impl Users {
@@ -213,6 +215,74 @@ impl Users {
         }
         users.find_births(images)?;
         Ok(users)
+    }
+
+    /// Puts a user namespace that is there already in place of the root's; see [`super::joined_users`].
+    pub(super) fn join(
+        &mut self,
+        images: &TreeImages,
+        mut joined: UserNamespace,
+    ) -> Result<(), PlanError> {
+        let id = self.number_of_root(images);
+        // Whether other namespaces say whom they belong to.
+        joined.owner = self.all.get(&id).map_or(Some(0), |before| before.owner);
+        if self.of_root.is_none() {
+            let all = images.tasks.iter().map(TaskImages::pid);
+            let outside: Vec<u32> = all.filter(|pid| self.of_task(*pid).is_none()).collect();
+            self.of_tasks.extend(outside.iter().map(|pid| (*pid, id)));
+        }
+        self.move_inner(id, &joined.map)?;
+        self.all.insert(id, joined);
+        (self.of_root, self.joined) = (Some(id), Some(id));
+        self.find_births(images)
+    }
+
+    /// Takes the tree out of the root's user namespace, into the coordinator's.
+    pub(super) fn leave_root(&mut self, images: &TreeImages) -> Result<(), PlanError> {
+        let Some(id) = self.of_root else {
+            return Ok(());
+        };
+        self.move_inner(id, &OwnerMap::default())?;
+        self.of_root = None;
+        self.all.remove(&id);
+        self.of_tasks.retain(|_, user| *user != id);
+        self.owners.retain(|_, user| *user != id);
+        for inner in self.all.values_mut() {
+            inner.parent = inner.parent.filter(|parent| *parent != id);
+        }
+        self.find_births(images)
+    }
+
+    /// Gives all within the root's the owners that they have within `to`, which is now in its place.
+    fn move_inner(&mut self, root: u32, to: &OwnerMap) -> Result<(), PlanError> {
+        let from = self.of_root();
+        let within = |id: &u32| *id != root && self.reaches(self.of_root, Some(*id));
+        let within: Vec<u32> = self.ids().filter(within).collect();
+        for (id, inner) in self.all.iter_mut().filter(|(id, _)| within.contains(id)) {
+            let owner = inner.owner.and_then(|uid| from.has_uid(uid));
+            inner.owner = owner.map(|uid| to.uid_outside(uid));
+            inner.parent = inner.parent.or(Some(root));
+            let moved = inner.map.moved(&from, to);
+            inner.map = moved.ok_or_else(|| PlanError::Unsupported {
+                object: format!("User namespace {id} within the one that is joined"),
+                remedy: "that has no names for its users and groups; join one with wider maps",
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The number in the images of the root's user namespace.
+    pub(super) fn number_of_root(&self, images: &TreeImages) -> u32 {
+        let named = images.root().ids.as_ref();
+        let named = named.and_then(|own| ids::get(own, NsKind::User));
+        self.of_root
+            .or(named)
+            .unwrap_or_else(|| host_number(NsKind::User))
+    }
+
+    /// The one that the caller gives.
+    pub(super) fn joined(&self) -> Option<u32> {
+        self.joined
     }
 
     /// Whoever begins a pid namespace is born in the user namespace that it belongs to, and so are all below.
@@ -320,17 +390,19 @@ fn begun_by_root(images: &TreeImages) -> Result<Option<u32>, PlanError> {
     Ok((!is_given).then_some(own))
 }
 
-/// Makes all of them.
+/// Makes all of them but the one that is joined.
 pub(super) fn make_all(world: &mut World<'_>) -> Result<(), ExecuteError> {
     let users = &world.images.users;
-    for id in users.outermost_first() {
+    let mut made = users.outermost_first();
+    made.retain(|id| users.joined != Some(*id));
+    for id in made {
         let Some(user) = users.get(id) else { continue };
         make_one(world, id, user)?;
     }
     Ok(())
 }
 
-/// The handles that [`make_all`] makes.
+/// The handles of all of them.
 pub(super) fn all_made(images: &TreeImages) -> Vec<Handle> {
     images.users.all.keys().map(|id| super::made(*id)).collect()
 }
