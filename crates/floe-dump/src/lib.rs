@@ -21,6 +21,7 @@ mod remote;
 mod report;
 mod reserve;
 mod segments;
+mod strangers;
 mod task;
 mod track;
 mod write;
@@ -99,6 +100,7 @@ pub fn dump_to(
     let started = Instant::now();
     let root = HostPid(options.tree.get());
     freeze::look(root)?;
+    strangers::warn_of(root);
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
     let writer = ImageWriter::create(

@@ -260,3 +260,48 @@ fn mounts_of_a_task_beside_those_of_the_caller_are_refused() {
         Ok(())
     });
 }
+
+/// As `runc exec` puts a task into a container: its parent is outside.
+#[test]
+fn whoever_is_beside_the_tree_in_its_pid_namespace_is_named() {
+    let name = "whoever_is_beside_the_tree_in_its_pid_namespace_is_named";
+    skips::as_root(name, || {
+        let script = r#"cd "$DIR"; mkdir images
+            unshare --pid --fork setsid sleep 1000 </dev/null >/dev/null 2>&1 & outer=$!
+            root=; tries=0
+            until [ "$(cat /proc/$root/comm)" = sleep ]; do
+              tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
+              sleep 0.02; root=$(cat /proc/$outer/task/*/children); root=${root% }
+            done 2>/dev/null
+            setsid nsenter -t $root --pid sh -c 'sleep 2000 & exec sleep 2001' </dev/null >/dev/null 2>&1 & way=$!
+            inner=
+            until [ "$(cat /proc/$inner/comm)" = sleep ]; do
+              tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
+              sleep 0.02; inner=$(cat /proc/$way/task/*/children); inner=${inner% }
+            done 2>/dev/null
+            $FLOE dump -t $root -D images"#;
+        let directory = tempfile::tempdir()?;
+        let output = Command::new("unshare")
+            .args([
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "sh",
+                "-ec",
+                script,
+            ])
+            .env("DIR", directory.path())
+            .env("FLOE", env!("CARGO_BIN_EXE_floe"))
+            .stdin(Stdio::null())
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {said}", output.status);
+        ensure!(said.contains("(sleep 2001); they are not saved"), "{said}");
+        ensure!(
+            !said.contains("sleep 2000") && !said.contains("sleep 1000"),
+            "{said}"
+        );
+        Ok(())
+    });
+}
