@@ -9,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use floe_inject::Watch;
 use floe_kernel::features::KernelFeatures;
-use floe_kernel::ids::PAGE_SIZE;
+use floe_kernel::ids::{HostPid, PAGE_SIZE};
 use floe_options::{AfterDump, DumpOptions, IterateOptions, Place};
+use floe_resources::mount::in_memory;
 
 use crate::error::DumpError;
 use crate::report::DumpReport;
+use crate::reserve::running_tasks;
 use crate::{Destination, Seal};
 
 /// Where the rounds are, in the images directory.
@@ -89,7 +91,9 @@ pub fn dump_in_rounds(
         let options = round_options(options, number)?;
         let began = Instant::now();
         let report = crate::pre_dump(&options, features, watch)?;
-        let round = progress.note(began, &report);
+        let files = in_memory(&running_tasks(HostPid(options.tree.get())), &options);
+        let files = files.iter().map(|found| found.bytes).sum();
+        let round = progress.note(began, &report, files);
         if watch.is_some_and(Watch::is_cancelled) {
             return Err(DumpError::Cancelled);
         }
@@ -150,7 +154,8 @@ struct Progress {
 }
 
 impl Progress {
-    fn note(&mut self, began: Instant, report: &DumpReport) -> RoundReport {
+    /// Of files in memory there are `files` bytes, which no round copies.
+    fn note(&mut self, began: Instant, report: &DumpReport, files: u64) -> RoundReport {
         let counts = &report.memory;
         let pages = counts.pages_written + counts.shared_written;
         let took = began.elapsed();
@@ -160,7 +165,7 @@ impl Progress {
         });
         // What changes while this round copies has to be copied at the speed of this round.
         let expected = rate.map(|rate| {
-            let bytes = u128::from(rate) * took.as_micros() / 1_000_000;
+            let bytes = u128::from(rate) * took.as_micros() / 1_000_000 + u128::from(files);
             let work = report.memory_reading.max(report.memory_writing);
             let copied = u128::from(report.image_bytes.max(1));
             let micros = bytes * work.as_micros().max(1) / copied;
@@ -225,15 +230,27 @@ mod tests {
     }
 
     fn run(rounds: &[u64], limits: IterateOptions) -> Option<StopReason> {
+        run_beside(0, rounds, limits)
+    }
+
+    fn run_beside(files: u64, rounds: &[u64], limits: IterateOptions) -> Option<StopReason> {
         let mut progress = Progress::default();
         let mut verdict = None;
         for pages in rounds {
             let began = Instant::now();
             std::thread::sleep(Duration::from_millis(5));
-            let round = progress.note(began, &report(*pages));
+            let round = progress.note(began, &report(*pages), files);
             verdict = progress.verdict(&round, limits, Duration::ZERO);
         }
         verdict
+    }
+
+    #[test]
+    fn files_in_memory_make_the_expected_freeze_longer() {
+        let (limits, gib) = (IterateOptions::default(), 1 << 30);
+        assert_eq!(run_beside(gib, &[100_000, 10], limits), None);
+        let verdict = run_beside(gib, &[100_000, 10, 10], limits);
+        assert_eq!(verdict, Some(StopReason::NoGain));
     }
 
     #[test]

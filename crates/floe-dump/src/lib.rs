@@ -46,6 +46,7 @@ use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
 use floe_resources::ipc::posix::{take_telling, write_telling};
+use floe_resources::mount::{InMemory, in_memory};
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::label::{policy, without_executable_memory};
 use floe_resources::task::seccomp::SeccompFilters;
@@ -101,6 +102,7 @@ pub fn dump_to(
     let root = HostPid(options.tree.get());
     freeze::look(root)?;
     strangers::warn_of(root);
+    warn_of_files_in_memory(root, options);
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
     let writer = ImageWriter::create(
@@ -214,6 +216,28 @@ fn look_ahead(memory: &mut MemoryDump<'_>, tree: &mut FrozenTree) -> Result<(), 
         tracking.arm_fresh()?;
     }
     Ok(())
+}
+
+/// What the caller has mounted, too, is rarely meant to go along.
+fn warn_of_files_in_memory(root: HostPid, options: &DumpOptions) {
+    for InMemory { point, bytes, .. } in in_memory(&reserve::running_tasks(root), options)
+        .iter()
+        .filter(|found| found.is_callers)
+    {
+        tracing::warn!(
+            "the files in memory at {point} ({}) are not the tree's alone and go along, copied while it stands still; \
+             leave them out by --external mnt[{point}]:NAME, and give --external mnt[NAME]:{point} to the restore",
+            size(*bytes)
+        );
+    }
+}
+
+/// `12 MiB`.
+fn size(bytes: u64) -> String {
+    match bytes {
+        0..0x40_0000 => format!("{} KiB", bytes >> 10),
+        _ => format!("{} MiB", bytes >> 20),
+    }
 }
 
 /// Does what the tree need not stand still for.

@@ -12,6 +12,7 @@ mod deleted;
 mod execute;
 mod formats;
 mod groups;
+mod in_memory;
 mod model;
 mod new_fs;
 mod overlay;
@@ -27,6 +28,7 @@ mod tree;
 mod uncover;
 
 pub use collect::{KnownMounts, collect};
+pub use in_memory::{InMemory, in_memory};
 pub use model::upgrade_flags;
 pub use place::{NoPlace, Place, Wanted};
 pub use plan::{Writable, entered, in_place_of, needs_of_file, plan, seen_from, way_to};

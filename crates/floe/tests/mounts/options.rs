@@ -184,3 +184,24 @@ inside cat $DIR/f/floe-own | cmp - before
 "#,
     );
 }
+
+#[test]
+fn files_in_memory_of_the_caller_are_named_before_they_go_along() {
+    runs(
+        "files_in_memory_of_the_caller_are_named_before_they_go_along",
+        r#"
+mkdir ext own; mount -t tmpfs ext ext; head -c 8388608 /dev/zero >ext/file
+start private "mount -t tmpfs own own; head -c 8388608 /dev/zero >own/file"
+mkdir images/first
+$FLOE dump -t $P -D images/first --leave-running 2>said
+says "$DIR/ext (8 MiB)"; says "external mnt\[$DIR/ext\]:NAME"
+if grep own said; then exit 1; fi
+[ -n "$(ls images/first/tmpfs-dev-*)" ]
+dump --external "mnt[$DIR/ext]:e" 2>said
+if grep "$DIR/ext" said; then exit 1; fi
+echo since >ext/since
+restore --external "mnt[e]:$DIR/ext"
+inside cat $DIR/ext/since; inside cmp -n 8388608 /dev/zero $DIR/own/file
+"#,
+    );
+}
