@@ -5,11 +5,13 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use floe_image::catalogue::ImageKind;
+use floe_image::dir::{GENERATIONS, PARENT_LINK};
 use floe_image::{ImageDir, ImageError, ImageWriter, PagesReader, Sync, WriteError};
 use rustix::fs::RenameFlags;
 use rustix::io::Errno;
 
 use crate::merged::{MergeError, Merged, MergedPages};
+use crate::unpack::EARLIER;
 
 /// Bytes that are copied at once where the kernel cannot do it.
 const PART: usize = 1 << 20;
@@ -99,14 +101,15 @@ pub fn squash_in_place(path: &Path) -> Result<SquashReport, SquashError> {
     Ok(report)
 }
 
-/// Logs, and whatever else lay beside the images, move to the new directory.
+/// Logs, and whatever else lay beside the images, move to the new directory; generations that are in the
+/// new one now do not.
 fn keep_others(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let text = name.to_string_lossy();
         let image = text.ends_with(".img")
             || text.contains(".img.")
-            || text == floe_image::dir::PARENT_LINK;
+            || [PARENT_LINK, GENERATIONS, EARLIER].contains(&&*text);
         if !image && !to.join(&name).exists() {
             let _ = std::fs::rename(entry.path(), to.join(&name));
         }

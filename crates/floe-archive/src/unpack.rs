@@ -93,10 +93,34 @@ pub fn unpack_set(
     }
     let parts = paths.iter().map(|path| Archive::open(path).map(Part::File));
     let ordered = order_set(parts.collect::<Result<_, _>>()?)?;
+    let failed = |source| UnpackError::Directory {
+        path: into.to_path_buf(),
+        source,
+    };
+    let is_new = !into.exists();
+    // Before anything is put beside what is there.
+    new_directory(into, false).map_err(failed)?;
+    let outcome = unpack_ordered(&ordered, into, limits);
+    if outcome.is_err() {
+        // What cannot be removed is no part of a whole set.
+        let _ = std::fs::remove_dir_all(into.join(EARLIER));
+        if is_new {
+            let _ = std::fs::remove_dir(into);
+        }
+    }
+    outcome
+}
+
+/// Unpacks archives of which each builds on the one before it.
+fn unpack_ordered(
+    archives: &[Part],
+    into: &Path,
+    limits: UnpackLimits,
+) -> Result<UnpackReport, UnpackError> {
     let mut report = UnpackReport::default();
     let mut parent: Option<u32> = None;
-    for (number, archive) in ordered.iter().enumerate() {
-        let newest = number + 1 == ordered.len();
+    for (number, archive) in archives.iter().enumerate() {
+        let newest = number + 1 == archives.len();
         let target = if newest {
             into.to_path_buf()
         } else {

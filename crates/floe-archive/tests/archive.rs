@@ -328,3 +328,24 @@ fn compressed_pages_read_as_plain_ones_and_the_manifest_says_so() {
         assert_eq!(content(&dir), wanted);
     }
 }
+
+#[test]
+fn a_set_that_cannot_be_unpacked_leaves_nothing_and_spares_what_is_there() {
+    let root = tempfile::tempdir().expect("a directory");
+    let (chain, _) = example(root.path(), 4);
+    let base = saved(root.path(), "base", &packed(&chain[1], None));
+    let mut bytes = packed(&chain[3], Some(1));
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 0x55;
+    let damaged = saved(root.path(), "damaged", &bytes);
+    let paths = [base, damaged];
+    let out = root.path().join("out");
+    unpack_set(&paths, &out, LIMITS).expect_err("damaged");
+    assert!(!out.exists());
+    fs::create_dir(&out).expect("made");
+    unpack_set(&paths, &out, LIMITS).expect_err("damaged");
+    assert_eq!(fs::read_dir(&out).expect("there").count(), 0);
+    fs::write(out.join("other"), "x").expect("written");
+    unpack_set(&paths, &out, LIMITS).expect_err("not empty");
+    assert_eq!(fs::read_dir(&out).expect("there").count(), 1);
+}

@@ -23,6 +23,8 @@ use crate::store::ImageStore;
 
 /// Name of the link to the directory that an incremental dump builds on.
 pub const PARENT_LINK: &str = "parent";
+/// Name of the directory in which a dump in rounds has them.
+pub const GENERATIONS: &str = "generations";
 /// Most directories in a chain of parents.
 pub const MAX_PARENTS: usize = 10_000;
 /// Most subdirectories looked at for a hint.
