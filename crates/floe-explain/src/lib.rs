@@ -46,7 +46,9 @@ pub enum Finding {
 
 /// Finds the first cause in a log or a message.
 pub fn explain(text: &str) -> Finding {
-    let lines: Vec<Line<'_>> = lines::split(text).collect();
+    let lines: Vec<Line<'_>> = lines::split(text)
+        .filter(|line| !lines::is_answer(line.text))
+        .collect();
     let failed = lines.iter().any(|line| line.weight == Weight::Error);
     let told = |line: &&Line<'_>| !(failed && line.weight == Weight::Told);
     let candidates = lines.iter().filter(told).filter_map(|line| {

@@ -94,3 +94,13 @@ pub fn sounds_bad(line: &str) -> bool {
     .iter()
     .any(|word| lower.contains(word))
 }
+
+/// Whether the line is an answer of ours that was pasted with the message that it is about.
+pub fn is_answer(line: &str) -> bool {
+    const ANSWERS: [&str; 3] = ["what happened: ", "what to do: ", "try: "];
+    // Behind the name of the program.
+    let text = line.split_once(": ").map_or(line, |(_, rest)| rest);
+    ANSWERS
+        .iter()
+        .any(|answer| line.starts_with(answer) || text.starts_with(answer))
+}

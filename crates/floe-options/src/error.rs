@@ -45,11 +45,12 @@ pub enum UsageError {
     MissingValue { option: String, value: &'static str },
     #[error("option `{option}` takes no value, got `{value}`")]
     UnexpectedValue { option: String, value: String },
-    #[error("bad value `{value}` for `{option}`: {source}")]
+    // The reason is in the text and no source: it would be said twice.
+    #[error("bad value `{value}` for `{option}`: {reason}")]
     BadValue {
         option: String,
         value: String,
-        source: ValueError,
+        reason: ValueError,
     },
     #[error("a command is required: dump, restore, check, ... (see --help)")]
     NoCommand,

@@ -40,10 +40,10 @@ impl Given {
             Kind::Value(_, set) => set(settings, value.unwrap_or_default()),
             Kind::Optional(_, set) => set(settings, value),
         };
-        result.map_err(|source| UsageError::BadValue {
+        result.map_err(|reason| UsageError::BadValue {
             option: self.name.clone(),
             value: value.unwrap_or_default().into(),
-            source,
+            reason,
         })
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::Parser;
@@ -21,8 +21,9 @@ const MESSAGE: &str = "the message";
 #[derive(Parser)]
 #[command(name = "floe explain", after_help = Exit::HELP, disable_version_flag = true)]
 struct Explain {
-    /// A log file, `-` for standard input, or the message itself.
-    #[arg(required = true, value_name = "FILE|-|TEXT")]
+    /// A log file, a directory with logs (dump.log, restore.log, *.log), `-` for standard input, or the
+    /// message itself.
+    #[arg(required = true, value_name = "FILE|DIR|-|TEXT")]
     what: Vec<String>,
 }
 
@@ -32,6 +33,10 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(parsed) => parsed,
         Err(exit) => return Ok(exit),
     };
+    let directory = Path::new(&what[0]);
+    if what.len() == 1 && directory.is_dir() {
+        return explain_directory(directory);
+    }
     let (mut source, text) = read(&what)?;
     let mut finding = floe_explain::explain(&text);
     // A runtime's message names the log that knows more.
@@ -42,8 +47,14 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
             (source, finding) = (path, better);
         }
     }
-    let (text, exit) = match finding {
-        Finding::Known(known) => (known_text(&source, &known), Exit::Done),
+    let (text, exit) = answer(&source, &finding, &what);
+    own::print(&text)?;
+    Ok(exit)
+}
+
+fn answer(source: &str, finding: &Finding, what: &[String]) -> (String, Exit) {
+    match finding {
+        Finding::Known(known) => (known_text(source, known), Exit::Done),
         Finding::Unknown { line, number } => (
             format!(
                 "First error ({source}, line {number}):\n  {line}\n\nNo explanation of it is known. Run the command again with -v4 and look at the lines above it.\n"
@@ -61,9 +72,59 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
             format!("No line of {source} reports an error.\n"),
             Exit::Failed,
         ),
+    }
+}
+
+/// Explains the log of a directory that knows the most: the first with a cause, in the order of [`logs`].
+fn explain_directory(directory: &Path) -> Result<Exit, Failure> {
+    let mut best: Option<(u8, String, Finding)> = None;
+    for path in logs(directory)? {
+        let shown = path.display().to_string();
+        let (source, text) = read(&[shown])?;
+        let finding = floe_explain::explain(&text);
+        let rank = match &finding {
+            Finding::Known(known) if !known.symptom => 0,
+            Finding::Known(_) => 1,
+            Finding::Unknown { .. } => 2,
+            Finding::Nothing => 3,
+        };
+        if best.as_ref().is_none_or(|(least, ..)| rank < *least) {
+            best = Some((rank, source, finding));
+        }
+    }
+    let (text, exit) = match &best {
+        Some((_, source, finding)) => answer(source, finding, &[]),
+        None => (
+            format!(
+                "There is no log in {0} (dump.log, restore.log or another *.log). Give the log or the message; a run\n\
+                 with `-o FILE` writes one. If {0} holds a checkpoint, `floe verify {0}` looks at that.\n",
+                directory.display()
+            ),
+            Exit::Failed,
+        ),
     };
     own::print(&text)?;
     Ok(exit)
+}
+
+/// The logs of a directory: those with the names that engines give them, then the others by name.
+fn logs(directory: &Path) -> Result<Vec<PathBuf>, Failure> {
+    const NAMES: [&str; 4] = ["restore.log", "dump.log", "pre-dump.log", "criu.log"];
+    let shown = || format!("reading {}", directory.display());
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(directory).with_context(shown)? {
+        let path = entry.with_context(shown)?.path();
+        if path.extension().is_some_and(|end| end == "log") && path.is_file() {
+            found.push(path);
+        }
+    }
+    let place = |path: &PathBuf| {
+        let name = path.file_name().unwrap_or_default();
+        let known = NAMES.iter().position(|known| name == *known);
+        (known.unwrap_or(NAMES.len()), path.clone())
+    };
+    found.sort_by_key(place);
+    Ok(found)
 }
 
 /// Where the text is from, and the text.

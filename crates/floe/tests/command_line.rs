@@ -265,3 +265,19 @@ fn check_shows_a_table_and_answers_for_one_feature() {
     let list = text(&run(directory.path(), "check --feature list").stdout);
     assert!(list.lines().any(|name| name == "uffd-noncoop"), "{list}");
 }
+
+#[test]
+fn the_reason_for_a_bad_value_is_said_once() {
+    let directory = temporary();
+    for line in [
+        "dump -t x",
+        "dump -t 1 --tracker foo",
+        "restore --external foo",
+        "verify --cpu-cap=foo .",
+    ] {
+        let output = run(directory.path(), line);
+        let told = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{told}");
+        assert_eq!(told.matches("expected").count(), 1, "{told}");
+    }
+}

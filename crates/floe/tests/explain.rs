@@ -71,3 +71,41 @@ fn an_unknown_error_exits_with_1() {
         stdout(&output)
     );
 }
+
+#[test]
+fn the_first_cause_in_the_logs_of_a_directory_is_explained() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().display().to_string();
+    let nothing = explain(&path, "");
+    assert_eq!(nothing.status.code(), Some(1));
+    let told = stdout(&nothing);
+    assert!(
+        told.contains("dump.log") && told.contains("floe verify"),
+        "{told}"
+    );
+    let logs = [
+        ("dump.log", "(00.1) Dumping finished successfully"),
+        (
+            "z.log",
+            "(00.1) Error (criu/tty.c:1): tty: Found dangling tty",
+        ),
+        ("notes.txt", "(00.1) Error (criu/x.c:1): io_uring"),
+    ];
+    for (name, text) in logs {
+        std::fs::write(directory.path().join(name), text).expect("written");
+    }
+    let output = explain(&path, "");
+    let told = stdout(&output);
+    assert_eq!(output.status.code(), Some(0), "{told}");
+    assert!(
+        told.contains("z.log") && told.contains("--shell-job"),
+        "{told}"
+    );
+}
+
+#[test]
+fn what_was_answered_before_is_not_explained_again() {
+    let pasted = "floe: something new has failed\nfloe: what to do: use --tcp-established";
+    let output = explain(pasted, "");
+    assert_eq!(output.status.code(), Some(1), "{}", stdout(&output));
+}

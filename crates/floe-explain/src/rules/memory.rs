@@ -52,11 +52,19 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#2808"],
     },
     Rule {
-        pattern: r"No space left on device|os error 28|ENOSPC",
+        pattern: r"(?:memory pages|[Ww]rite pages|Saving memory|the tree runs on).*(?:No space left on device|os error 28|ENOSPC)",
         role: Role::Consequence,
-        what: "The file system of the images is full. The checkpoint is not whole; the program runs on unless it was asked to be ended after a good dump.",
+        what: "The file system of the images is full. The checkpoint is not whole; the program runs on.",
         remedy: "Free some space or use another directory; a checkpoint needs as much space as the program has memory in use.",
         command: "df -h DIR; --images-dir OTHER_DIR",
+        threads: &[],
+    },
+    Rule {
+        pattern: r"No space left on device|os error 28|ENOSPC",
+        role: Role::Consequence,
+        what: "The file system that was to be written to is full. What was begun is not whole; what it was made of is as before.",
+        remedy: "Free some space, or write to another file system.",
+        command: "df -h DIR",
         threads: &[],
     },
 ];

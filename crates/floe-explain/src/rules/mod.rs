@@ -6,6 +6,7 @@ mod images;
 mod memory;
 mod mounts;
 mod network;
+mod own;
 mod tasks;
 mod usage;
 
@@ -39,7 +40,7 @@ pub struct Rule {
 
 /// All rows in their order.
 pub fn all() -> impl Iterator<Item = &'static Rule> + Clone {
-    const TABLES: [&[Rule]; 8] = [
+    const TABLES: [&[Rule]; 9] = [
         images::RULES,
         files::RULES,
         mounts::RULES,
@@ -48,6 +49,7 @@ pub fn all() -> impl Iterator<Item = &'static Rule> + Clone {
         memory::RULES,
         engines::RULES,
         usage::RULES,
+        own::RULES,
     ];
     TABLES.into_iter().flatten()
 }

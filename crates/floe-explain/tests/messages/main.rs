@@ -1,5 +1,7 @@
 //! Messages as people paste them, each with a part of the command that they are told.
 
+mod own;
+
 use floe_explain::{Explanation, Finding, explain, rules};
 
 /// Message, and what the command or the remedy must say.
@@ -397,6 +399,10 @@ const MESSAGES: &[(&str, &str)] = &[
     ),
 ];
 
+fn all() -> impl Iterator<Item = &'static (&'static str, &'static str)> {
+    MESSAGES.iter().chain(own::MESSAGES)
+}
+
 fn known(text: &str) -> Explanation {
     match explain(text) {
         Finding::Known(explanation) => *explanation,
@@ -407,7 +413,7 @@ fn known(text: &str) -> Explanation {
 #[test]
 fn every_message_gets_the_right_remedy() {
     let mut wrong = Vec::new();
-    for (message, wanted) in MESSAGES {
+    for (message, wanted) in all() {
         let found = known(message);
         let told = format!("{}\n{}", found.remedy, found.command);
         if !told.contains(wanted) {
@@ -419,10 +425,7 @@ fn every_message_gets_the_right_remedy() {
 
 #[test]
 fn every_row_is_reached_by_some_message() {
-    let texts: Vec<String> = MESSAGES
-        .iter()
-        .map(|(message, _)| known(message).remedy)
-        .collect();
+    let texts: Vec<String> = all().map(|(message, _)| known(message).remedy).collect();
     let unseen: Vec<&str> = rules::all()
         .filter(|rule| !texts.iter().any(|text| text == rule.remedy))
         .map(|rule| rule.pattern)
