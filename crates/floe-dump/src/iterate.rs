@@ -4,7 +4,7 @@
 //! each linked to the one before. A restore of the directory needs to know nothing of this.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use floe_inject::Watch;
@@ -14,12 +14,11 @@ use floe_options::{AfterDump, DumpOptions, IterateOptions, Place};
 use floe_resources::mount::in_memory;
 
 use crate::error::DumpError;
+use crate::generations::Generations;
 use crate::report::DumpReport;
 use crate::reserve::running_tasks;
-use crate::{Destination, Seal};
+use crate::{Destination, Seal, predump, track};
 
-/// Where the rounds are, in the images directory.
-const GENERATIONS: &str = "generations";
 /// A round that writes more than this part of what the one before wrote does not pay, in percent.
 const PAYS: u64 = 85;
 
@@ -74,24 +73,60 @@ pub struct IterateReport {
 }
 
 /// Dumps the tree in rounds as `limits` say; `show` is told of each. The rounds go into the directory, and
-/// `seal` may make something else of all of it.
+/// `seal` may make something else of all of it. What cannot be saved is found before the first round. If it
+/// fails, no round and no tracking is left that was not there before.
 pub fn dump_in_rounds(
     (options, seal): (&DumpOptions, Option<&Seal<'_>>),
     limits: IterateOptions,
-    (features, watch): (&KernelFeatures, Option<&Watch>),
+    environment: (&KernelFeatures, Option<&Watch>),
     show: &mut dyn FnMut(&RoundReport),
 ) -> Result<IterateReport, DumpError> {
+    let root = HostPid(options.tree.get());
+    let was_tracked = track::is_tracked(root)?;
+    let mut generations = Generations::begin(&options.place.images_dir);
+    let mut copy = || {
+        let (rounds, reason) = copy_rounds(options, limits, (environment, &mut generations), show)?;
+        let last = last_options(options, &generations);
+        let destination = Destination { store: None, seal };
+        let (features, watch) = environment;
+        let dump = crate::dump_to(&destination, &last, features, watch)?;
+        Ok(IterateReport {
+            dump,
+            rounds,
+            reason,
+        })
+    };
+    let outcome = copy();
+    if outcome.is_err() && !generations.are_used() {
+        generations.remove();
+        if !was_tracked && let Err(error) = track::stop(root) {
+            tracing::warn!(%error, "the tree is tracked still");
+        }
+    } else if options.place.prev_images_dir.is_none() {
+        generations.remove_earlier();
+    }
+    outcome
+}
+
+/// Makes rounds until there is a reason not to go on.
+fn copy_rounds(
+    options: &DumpOptions,
+    limits: IterateOptions,
+    ((features, watch), generations): ((&KernelFeatures, Option<&Watch>), &mut Generations),
+    show: &mut dyn FnMut(&RoundReport),
+) -> Result<(u32, StopReason), DumpError> {
     let started = Instant::now();
     let mut progress = Progress::default();
-    let reason = loop {
+    loop {
         let number = progress.rounds;
         if number >= limits.max_rounds {
-            break StopReason::Rounds;
+            return Ok((number, StopReason::Rounds));
         }
-        let options = round_options(options, number)?;
+        let last = (number == 0).then(|| last_options(options, generations));
+        let round = round_options(options, generations)?;
         let began = Instant::now();
-        let report = crate::pre_dump(&options, features, watch)?;
-        let files = in_memory(&running_tasks(HostPid(options.tree.get())), &options);
+        let report = predump::round(&round, last.as_ref(), (features, watch))?;
+        let files = in_memory(&running_tasks(HostPid(options.tree.get())), options);
         let files = files.iter().map(|found| found.bytes).sum();
         let round = progress.note(began, &report, files);
         if watch.is_some_and(Watch::is_cancelled) {
@@ -99,38 +134,32 @@ pub fn dump_in_rounds(
         }
         show(&round);
         if let Some(reason) = progress.verdict(&round, limits, started.elapsed()) {
-            break reason;
+            return Ok((progress.rounds, reason));
         }
-    };
+    }
+}
+
+/// The final dump, after these rounds.
+fn last_options(options: &DumpOptions, generations: &Generations) -> DumpOptions {
     let mut last = options.clone();
-    if let Some(newest) = progress.rounds.checked_sub(1) {
-        last.place.prev_images_dir = Some(Path::new(GENERATIONS).join(newest.to_string()));
+    if let Some(newest) = generations.newest() {
+        last.place.prev_images_dir = Some(newest);
     }
     if last.after == AfterDump::Kill {
         last.track_mem = false;
     }
-    let destination = Destination { store: None, seal };
-    Ok(IterateReport {
-        dump: crate::dump_to(&destination, &last, features, watch)?,
-        rounds: progress.rounds,
-        reason,
-    })
+    last
 }
 
-fn round_options(options: &DumpOptions, number: u32) -> Result<DumpOptions, DumpError> {
-    let path = options
-        .place
-        .images_dir
-        .join(GENERATIONS)
-        .join(number.to_string());
-    std::fs::create_dir_all(&path).map_err(|source| DumpError::Generation {
-        path: path.clone(),
-        source,
-    })?;
+/// The next round.
+fn round_options(
+    options: &DumpOptions,
+    generations: &mut Generations,
+) -> Result<DumpOptions, DumpError> {
     let mut round = options.clone();
-    round.place = Place::new(path);
-    round.place.prev_images_dir = match number.checked_sub(1) {
-        Some(before) => Some(PathBuf::from(format!("../{before}"))),
+    round.place = Place::new(generations.make()?);
+    round.place.prev_images_dir = match generations.before_newest() {
+        Some(before) => Some(before),
         // The chain may go on from another one.
         None => options.place.prev_images_dir.as_ref().map(|previous| {
             if previous.is_absolute() {

@@ -8,6 +8,7 @@
 
 mod error;
 mod freeze;
+mod generations;
 mod hooks;
 mod iterate;
 pub mod keeper;
@@ -16,6 +17,7 @@ mod memory;
 mod pace;
 mod pagemap_out;
 mod predump;
+mod preflight;
 mod release;
 mod remote;
 mod report;
@@ -24,6 +26,7 @@ mod segments;
 mod strangers;
 mod task;
 mod track;
+mod unfinished;
 mod write;
 
 use std::path::Path;
@@ -41,7 +44,7 @@ use floe_kernel::proc::ProcDir;
 use floe_kernel::security::SecurityModule;
 use floe_memory::{PageStore, punch_replaced};
 use floe_options::{Action, AfterDump, DumpOptions, HookEvent};
-use floe_resources::cgroup::{CgroupSets, CgroupView};
+use floe_resources::cgroup::CgroupView;
 use floe_resources::collect::make_room_for_descriptors;
 use floe_resources::fd::inet::{HeldConnections, hold_connections};
 use floe_resources::fd::remap::HeldNames;
@@ -49,7 +52,6 @@ use floe_resources::ipc::posix::{take_telling, write_telling};
 use floe_resources::mount::{InMemory, in_memory};
 use floe_resources::namespace::collect_namespaces;
 use floe_resources::task::label::{policy, without_executable_memory};
-use floe_resources::task::seccomp::SeccompFilters;
 use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
 
@@ -61,10 +63,10 @@ pub use report::DumpReport;
 
 use freeze::FrozenTree;
 use hooks::{asked_external, lock_network};
-use kinship::Kinship;
 use memory::MemoryDump;
 use task::{Draft, Shared};
 use track::{Round, Tracking};
+use unfinished::Unfinished;
 
 /// What becomes of a dump beside the images in its directory.
 #[derive(Clone, Default)]
@@ -105,10 +107,10 @@ pub fn dump_to(
     warn_of_files_in_memory(root, options);
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));
     hook(Action::PreDump)?;
-    let writer = ImageWriter::create(
-        &options.place.images_dir,
-        durability(&options.place.images_dir),
-    )?;
+    preflight::spare_what_is_there(options, features, watch)?;
+    let images = &options.place.images_dir;
+    let writer = ImageWriter::create(images, durability(images))?;
+    let mut unfinished = Unfinished::of(&writer);
     write::write_cpu(&writer, options)?;
     let mut memory = begin_memory(destination, &writer, options, features)?;
     prepare(&writer, options);
@@ -140,6 +142,7 @@ pub fn dump_to(
         report.frozen = stopping.elapsed();
         report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         destination.make_whole()?;
+        unfinished.keep();
     } else {
         report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         fault::point();
@@ -152,6 +155,7 @@ pub fn dump_to(
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
         // kills them must not end the connections.
         let network = network.persist(&run_id, root)?;
+        unfinished.keep();
         fault::point();
         match options.after {
             AfterDump::LeaveStopped => release::stop(tree)?,
@@ -357,16 +361,11 @@ fn save(
     }
     let mappings = std::mem::take(&mut memory.mappings);
     collector.cache(|| mappings);
-    let mut shared = Shared {
-        kinship: Kinship::default(),
-        cgroups: CgroupSets::default(),
-        seccomp: SeccompFilters::default(),
-        security: SecurityModule::active(),
-        policy: None,
-    };
+    let mut shared = Shared::new();
     let ourselves = ProcDir::open(HostPid(std::process::id().cast_signed()))?;
     let own_cgroups = shared.cgroups.of(&ourselves, "cgroup")?;
     let mut drafts = collect_all(tree, options, &mut shared, &mut collector)?;
+    collector.run_after_preflight()?;
     fault::point();
     let network = hold_connections(&mut collector, journal.as_ref())?;
     fault::point();
@@ -456,7 +455,6 @@ fn collect_all<'a>(
     if !obstacles.is_empty() {
         return Err(DumpError::Preflight(Obstacles(obstacles)));
     }
-    collector.run_after_preflight()?;
     Ok(drafts)
 }
 

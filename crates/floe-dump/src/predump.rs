@@ -28,7 +28,8 @@ use crate::pace::Pace;
 use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source};
-use crate::{dedup, durability, release, run_id, segments, write};
+use crate::unfinished::Unfinished;
+use crate::{dedup, durability, preflight, release, run_id, segments, stop, write};
 
 type Unsure = Arc<Mutex<Vec<PageRun>>>;
 
@@ -40,33 +41,38 @@ pub fn pre_dump(
     features: &KernelFeatures,
     watch: Option<&Watch>,
 ) -> Result<DumpReport, DumpError> {
+    round(options, None, (features, watch))
+}
+
+/// A pre-dump; the first round of a dump looks whether that can be made at all.
+pub fn round(
+    options: &DumpOptions,
+    for_dump: Option<&DumpOptions>,
+    (features, watch): (&KernelFeatures, Option<&Watch>),
+) -> Result<DumpReport, DumpError> {
     let started = Instant::now();
     let root = HostPid(options.tree.get());
     freeze::look(root)?;
-    options
-        .hooks
-        .run(HookEvent::new(Action::PreDump, Some(root.0)))?;
+    let event = HookEvent::new(Action::PreDump, Some(root.0));
+    options.hooks.run(event)?;
+    if let Some(dump) = for_dump {
+        preflight::look(dump, features, watch)?;
+    }
     let images = &options.place.images_dir;
     let writer = ImageWriter::create(images, durability(images))?;
+    let mut unfinished = Unfinished::of(&writer);
     let server = options.page_server.as_ref().map(connect).transpose()?;
     let mut tracking = Tracking::open(options, features, Round::New)?;
     tracking.lineage().write_link(&writer)?;
     let uptime = write::uptime();
     let stopping = Instant::now();
-    let group = options.cgroups.freeze.as_deref();
-    let mut tree = freeze::freeze(root, options.freeze_timeout, group)?;
-    if let Some(watch) = watch {
-        for thread in tree.tasks.iter_mut().flat_map(|task| &mut task.threads) {
-            thread.guard(watch.journal());
-        }
-    }
+    let mut tree = stop(root, options, watch)?;
     let mut report = DumpReport {
         freezing: stopping.elapsed(),
         tasks: tree.tasks.len(),
         threads: tree.thread_count(),
         ..DumpReport::default()
     };
-    fault::point();
     let areas = tracking.begin_round(&mut tree)?;
     let segments = segments::open_mapped(&tree, &areas)?;
     let tasks = open_all(&tree, areas)?;
@@ -94,6 +100,7 @@ pub fn pre_dump(
     if let Some(tracking) = memory.tracking.take() {
         tracking.commit(&round, &unsure)?;
     }
+    unfinished.keep();
     dedup(options)?;
     report.memory = memory.counts;
     report.total = started.elapsed();

@@ -43,6 +43,19 @@ pub struct Shared {
     pub policy: Option<ApparmorEntry>,
 }
 
+impl Shared {
+    /// Nothing collected yet.
+    pub fn new() -> Self {
+        Shared {
+            kinship: Kinship::default(),
+            cgroups: CgroupSets::default(),
+            seccomp: SeccompFilters::default(),
+            security: SecurityModule::active(),
+            policy: None,
+        }
+    }
+}
+
 /// One thread's state so far.
 pub struct ThreadDraft {
     pub tid: HostPid,

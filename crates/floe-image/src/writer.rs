@@ -1,5 +1,7 @@
 //! Writes an images directory: entries, raw files, and the manifest when all is there.
 
+mod abandon;
+mod entries;
 mod link;
 
 use std::collections::BTreeMap;
@@ -7,18 +9,22 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Mode, OFlags, openat};
 use rustix::io::Errno;
 
-use crate::catalogue::{Extra, ImageKind};
+use crate::catalogue::ImageKind;
 use crate::framing::MAX_ENTRY;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY, Manifest, ManifestFile, ManifestInfo};
 use crate::pages::PagesReader;
 use crate::pieces::PieceHashes;
 use crate::schema::ImageMessage;
+
+pub use entries::EntryStream;
+use entries::Sink;
 
 /// Files up to this many bytes are hashed as they are written.
 const HASHED: u64 = 4 << 20;
@@ -58,6 +64,15 @@ pub enum WriteError {
     /// A file cannot be written, often because the file system is full.
     #[error("Writing {}", path.display())]
     Write {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A file of a dump that failed cannot be removed.
+    #[error("Removing {}", path.display())]
+    Remove {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -107,6 +122,10 @@ struct Inner {
     /// Files made so far.
     files: Mutex<BTreeMap<String, Noted>>,
     held: Mutex<Held>,
+    /// Nothing is written at all.
+    nowhere: bool,
+    /// There is a link to a parent that we made.
+    linked: AtomicBool,
 }
 
 /// What is known of a file for the manifest.
@@ -137,8 +156,8 @@ const SYNCED_ONE_BY_ONE: usize = 4;
 impl ImageWriter {
     /// Opens the directory, or makes it (not the directories above it).
     ///
-    /// A manifest of an earlier dump is removed, so that this one never passes for whole before
-    /// [`Self::finish`].
+    /// Manifest and inventory of an earlier dump are removed, so that neither this one nor a mixture of both
+    /// passes for whole before [`Self::finish`].
     pub fn create(path: impl AsRef<Path>, sync: Sync) -> Result<ImageWriter, WriteError> {
         let path = path.as_ref().to_path_buf();
         match rustix::fs::mkdir(&path, Mode::RWXU) {
@@ -161,7 +180,8 @@ impl ImageWriter {
 
     /// Takes an opened directory, whose `path` is for messages only.
     pub fn from_fd(fd: OwnedFd, path: PathBuf, sync: Sync) -> Result<ImageWriter, WriteError> {
-        for name in [MANIFEST_NAME, MANIFEST_TEMPORARY] {
+        let inventory = ImageKind::Inventory.file_name(0);
+        for name in [MANIFEST_NAME, MANIFEST_TEMPORARY, &inventory] {
             match rustix::fs::unlinkat(&fd, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(errno) => {
@@ -175,6 +195,20 @@ impl ImageWriter {
         Ok(ImageWriter::new(fd, path, sync))
     }
 
+    /// A writer whose entries go nowhere: what is collected through it was only looked at. It makes no files.
+    pub fn nowhere() -> Result<ImageWriter, WriteError> {
+        let path = PathBuf::from("/");
+        let mut writer = ImageWriter::new(open_dir(&path)?, path, Sync::None);
+        let inner = Arc::get_mut(&mut writer.inner).expect("made here, there are no clones");
+        inner.nowhere = true;
+        Ok(writer)
+    }
+
+    /// Whether it was made by [`Self::nowhere`].
+    pub fn is_nowhere(&self) -> bool {
+        self.inner.nowhere
+    }
+
     fn new(fd: OwnedFd, path: PathBuf, sync: Sync) -> ImageWriter {
         let files = Mutex::new(BTreeMap::new());
         ImageWriter {
@@ -185,6 +219,8 @@ impl ImageWriter {
                 began: SystemTime::now(),
                 files,
                 held: Mutex::default(),
+                nowhere: false,
+                linked: AtomicBool::new(false),
             }),
         }
     }
@@ -260,20 +296,11 @@ impl ImageWriter {
     pub fn stream(&self, kind: ImageKind, id: u64) -> Result<EntryStream, WriteError> {
         let name = kind.file_name(id);
         let sink = match self.held().room {
+            _ if self.is_nowhere() => Sink::Nowhere,
             Some(_) => Sink::Held(Vec::new()),
             None => Sink::File(self.begin(&name)?),
         };
-        let mut stream = EntryStream {
-            sink,
-            writer: self.clone(),
-            name,
-            kind,
-            size: 0,
-            hasher: Some(blake3::Hasher::new()),
-        };
-        if matches!(stream.sink, Sink::Held(_)) {
-            stream.hasher = None;
-        }
+        let mut stream = EntryStream::new((self, sink), name, kind);
         if let Some(magic) = kind.first_magic() {
             stream.append_raw(&magic.to_le_bytes())?;
         }
@@ -295,6 +322,12 @@ impl ImageWriter {
 
     /// Creates or empties a file of the directory by name, readable and writable by its owner only.
     pub fn create_file(&self, name: &str) -> Result<File, WriteError> {
+        if self.is_nowhere() {
+            return Err(WriteError::Create {
+                path: self.file_path(name),
+                source: io::ErrorKind::Unsupported.into(),
+            });
+        }
         let flags =
             OFlags::RDWR | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         match openat(&self.inner.fd, name, flags, Mode::RUSR | Mode::WUSR) {
@@ -444,138 +477,6 @@ impl ImageWriter {
             .files
             .lock()
             .expect("no thread panics while it holds the list of files")
-    }
-}
-
-/// An image that is written entry by entry; [`EntryStream::finish`] must end it.
-#[must_use = "an image is whole only after `finish`"]
-#[derive(Debug)]
-pub struct EntryStream {
-    sink: Sink,
-    writer: ImageWriter,
-    name: String,
-    kind: ImageKind,
-    size: u64,
-    hasher: Option<blake3::Hasher>,
-}
-
-#[derive(Debug)]
-enum Sink {
-    File(BufWriter<File>),
-    /// Its bytes so far, see [`ImageWriter::hold`]. They are hashed when they are written.
-    Held(Vec<u8>),
-}
-
-impl EntryStream {
-    /// Appends one entry.
-    pub fn append<M: ImageMessage>(&mut self, message: &M) -> Result<(), WriteError> {
-        let size = message.encoded_len();
-        if size as u64 > MAX_ENTRY {
-            return Err(WriteError::TooLarge {
-                path: self.path(),
-                size: size as u64,
-            });
-        }
-        let mut bytes = Vec::with_capacity(4 + size);
-        bytes.extend_from_slice(&u32::try_from(size).expect("below MAX_ENTRY").to_le_bytes());
-        message.encode_raw(&mut bytes);
-        self.append_raw(&bytes)
-    }
-
-    /// Appends one entry and the bytes that belong to it, with the padding of the kind.
-    pub fn append_with_extra<M: ImageMessage>(
-        &mut self,
-        message: &M,
-        extra: &[u8],
-    ) -> Result<(), WriteError> {
-        self.append(message)?;
-        let pad = match self.kind.extra() {
-            Extra::Counted { pad, .. } => pad,
-            Extra::SharedMemory => 4,
-            // Each message of a queue is appended as an entry with its own text.
-            Extra::MessageQueue => 8,
-            Extra::None | Extra::PagemapTail | Extra::Ghost => 1,
-        };
-        self.append_raw(extra)?;
-        let length = extra.len() as u64;
-        let padding = usize::try_from(length.next_multiple_of(pad) - length).expect("less than 8");
-        self.append_raw(&[0; 8][..padding])
-    }
-
-    /// Appends bytes as they are.
-    pub fn append_raw(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
-        self.size += bytes.len() as u64;
-        if self.size > HASHED {
-            self.hasher = None;
-        }
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(bytes);
-        }
-        if let Sink::Held(held) = &mut self.sink
-            && self.writer.take_room(bytes.len())
-        {
-            held.extend_from_slice(bytes);
-            return Ok(());
-        }
-        let written = self.file()?.write_all(bytes);
-        written.map_err(|source| WriteError::Write {
-            path: self.path(),
-            source,
-        })
-    }
-
-    /// The file, which is made now if what comes before it was kept in memory.
-    fn file(&mut self) -> Result<&mut BufWriter<File>, WriteError> {
-        if let Sink::Held(held) = &mut self.sink {
-            let held = std::mem::take(held);
-            let mut file = self.writer.begin(&self.name)?;
-            if let Err(source) = file.write_all(&held) {
-                let path = self.path();
-                return Err(WriteError::Write { path, source });
-            }
-            self.sink = Sink::File(file);
-        }
-        match &mut self.sink {
-            Sink::File(file) => Ok(file),
-            Sink::Held(_) => unreachable!("made above"),
-        }
-    }
-
-    /// Flushes, and gives the file positioned at its end for content that the caller streams.
-    ///
-    /// The file's size is measured when all is finished.
-    pub fn into_file(mut self) -> Result<File, WriteError> {
-        self.file()?;
-        let path = self.path();
-        let Sink::File(file) = self.sink else {
-            unreachable!("made above");
-        };
-        file.into_inner().map_err(|error| WriteError::Write {
-            path,
-            source: error.into_error(),
-        })
-    }
-
-    /// Flushes and ends the image.
-    pub fn finish(self) -> Result<(), WriteError> {
-        let path = self.path();
-        let mut file = match self.sink {
-            Sink::File(file) => file,
-            Sink::Held(held) => {
-                self.writer.held().files.push((self.name, held));
-                return Ok(());
-            }
-        };
-        if let Err(source) = file.flush() {
-            return Err(WriteError::Write { path, source });
-        }
-        let hash = self.hasher.map(|hasher| hasher.finalize());
-        self.writer.note_file(&self.name, self.size, hash);
-        Ok(())
-    }
-
-    fn path(&self) -> PathBuf {
-        self.writer.file_path(&self.name)
     }
 }
 

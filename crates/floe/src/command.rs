@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use floe_dump::{Destination, Seal};
 use floe_inject::{EngineEnd, Split, Watch};
 use floe_kernel::features::KernelFeatures;
+use floe_kernel::ids::HostPid;
 use floe_options::command::Command;
 use floe_options::{CommandLine, ConfigSources, Settings, UsageError};
 use floe_restore::new_pids::Inside;
@@ -304,7 +305,15 @@ fn execute(
     match command {
         Command::Service => rpc::serve(&settings, program_log),
         Command::Check => check::run(&settings.check),
-        Command::Dump | Command::PreDump => dump(&settings, command, reporter.made.as_deref()),
+        Command::Dump | Command::PreDump => {
+            // Where the log is standard error, it says so itself.
+            if let (Target::File, false, Some(tree)) =
+                (reporter.log, reporter.silent, settings.tree)
+            {
+                track::say_busy(HostPid(tree.get()));
+            }
+            dump(&settings, command, reporter.made.as_deref())
+        }
         Command::Restore => restore(&settings, rest),
         Command::Dedup => track::dedup(&settings.place()),
         Command::PageServer => page_server::run(&settings),

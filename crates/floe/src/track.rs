@@ -3,14 +3,14 @@
 use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
-use floe_dump::keeper::{self, KeeperError, Purpose, Session, TreeKey};
+use floe_dump::keeper::{self, KeeperError, Purpose, Session, TreeKey, Waiting};
 use floe_image::ImageDir;
 use floe_kernel::ids::HostPid;
 use floe_memory::DedupError;
 use floe_options::Place;
 
 use crate::exit::{Exit, Failure};
-use crate::own;
+use crate::{engine, own};
 
 /// Shows or ends the tracking of a tree's memory.
 #[derive(Parser)]
@@ -57,15 +57,23 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
     }
 }
 
-fn open(root: i32) -> Result<Option<Session>, Failure> {
-    let session = TreeKey::of(HostPid(root))
-        .map_err(KeeperError::from)
-        .and_then(|key| Session::open(&key, Purpose::Read));
-    session.map_err(|error| Failure::new(Exit::Failed, error))
+fn open(root: i32, waiting: Waiting) -> Result<Option<Session>, KeeperError> {
+    let key = TreeKey::of(HostPid(root))?;
+    Session::open(&key, Purpose::Read, waiting)
 }
 
 fn status(root: i32) -> Result<Exit, Failure> {
-    let Some(session) = open(root)? else {
+    let session = match open(root, Waiting::Not) {
+        Ok(session) => session,
+        Err(KeeperError::InUse { by, .. }) => {
+            own::print(&format!(
+                "The tree of task {root} is tracked: process {by} is dumping it now.\n"
+            ))?;
+            return Ok(Exit::Done);
+        }
+        Err(error) => return Err(Failure::new(Exit::Failed, error)),
+    };
+    let Some(session) = session else {
         own::print(&format!("The tree of task {root} is not tracked.\n"))?;
         return Ok(Exit::Failed);
     };
@@ -86,12 +94,18 @@ fn status(root: i32) -> Result<Exit, Failure> {
 }
 
 fn stop(root: i32) -> Result<Exit, Failure> {
-    if let Some(session) = open(root)? {
-        session
-            .stop()
-            .map_err(|error| Failure::new(Exit::Failed, error))?;
-    }
+    say_busy(HostPid(root));
+    let stopped =
+        open(root, Waiting::Patiently).and_then(|session| session.map_or(Ok(()), Session::stop));
+    stopped.map_err(|error| Failure::new(Exit::Failed, error))?;
     Ok(Exit::Done)
+}
+
+/// Says on standard error whom a command has to wait for.
+pub fn say_busy(root: HostPid) {
+    if let Some(busy) = keeper::busy_with(root) {
+        engine::say(&format!("floe: {busy}\n"));
+    }
 }
 
 /// `floe dedup`: gives back the room of pages that later generations of a chain replace.

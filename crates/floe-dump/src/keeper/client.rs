@@ -7,14 +7,19 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use floe_kernel::ids::HostPid;
+use floe_kernel::proc::{ProcDir, parse_stat};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use super::message::{MAX_MESSAGE, Message, receive, send};
-use super::{KeeperError, PATIENCE, TreeKey};
+use super::{Busy, KeeperError, PATIENCE, TreeKey};
 
 /// How long a new keeper may take to answer.
 const START: Duration = Duration::from_secs(5);
+
+/// How long a keeper may take to answer anything.
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// What a client is about to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +28,15 @@ pub enum Purpose {
     Read,
     /// Begin a new round: the state of the last one is void from now on.
     Change,
+}
+
+/// What a client does where another one is talking to the keeper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Waiting {
+    /// Fails at once.
+    Not,
+    /// Says so in the log, and waits for [`PATIENCE`].
+    Patiently,
 }
 
 /// A tracked process: pid and start time.
@@ -41,7 +55,11 @@ pub struct Session {
 
 impl Session {
     /// Begins to talk to the keeper of a tree; `None` when there is none.
-    pub fn open(key: &TreeKey, purpose: Purpose) -> Result<Option<Session>, KeeperError> {
+    pub fn open(
+        key: &TreeKey,
+        purpose: Purpose,
+        waiting: Waiting,
+    ) -> Result<Option<Session>, KeeperError> {
         let failed = |source| KeeperError::Talk {
             root: key.root,
             source,
@@ -62,13 +80,17 @@ impl Session {
             state: String::new(),
             fds: BTreeMap::new(),
         };
-        session.begin(purpose)?;
-        Ok(Some(session))
+        match session.begin(purpose, waiting) {
+            Ok(()) => Ok(Some(session)),
+            // It has ended, with the tree or because there was nothing to keep.
+            Err(KeeperError::Talk { source, .. }) if is_end(&source) => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// As [`Session::open`], after starting a keeper by `program` where there is none.
     pub fn start(key: &TreeKey, program: &Path) -> Result<Session, KeeperError> {
-        if let Some(session) = Session::open(key, Purpose::Change)? {
+        if let Some(session) = Session::open(key, Purpose::Change, Waiting::Patiently)? {
             return Ok(session);
         }
         let failed = |source| KeeperError::Start {
@@ -84,7 +106,7 @@ impl Session {
             .map_err(failed)?;
         let started = Instant::now();
         loop {
-            if let Some(session) = Session::open(key, Purpose::Change)? {
+            if let Some(session) = Session::open(key, Purpose::Change, Waiting::Patiently)? {
                 return Ok(session);
             }
             let ended = keeper.try_wait().map_err(failed)?.is_some();
@@ -95,15 +117,23 @@ impl Session {
         }
     }
 
-    fn begin(&mut self, purpose: Purpose) -> Result<(), KeeperError> {
+    fn begin(&mut self, purpose: Purpose, waiting: Waiting) -> Result<(), KeeperError> {
         let word = match purpose {
             Purpose::Read => "read",
             Purpose::Change => "change",
         };
         self.send(&format!("begin {word}"), None)?;
+        let mut deadline = Instant::now() + ANSWER;
+        let mut busy = None;
         loop {
-            let message = self.receive()?;
+            let message = self.receive_before(deadline, busy)?;
             match message.words().as_slice() {
+                ["busy", client] => {
+                    let by = client.parse().map(|pid| asked_by(HostPid(pid)));
+                    let by = by.map_err(|_| self.failed(io::ErrorKind::InvalidData.into()))?;
+                    self.wait_for(by, waiting)?;
+                    (busy, deadline) = (Some(by), Instant::now() + PATIENCE);
+                }
                 ["fd", pid, start] => {
                     let key = pid.parse().ok().zip(start.parse().ok());
                     let (Some(key), Some(fd)) = (key, message.fd) else {
@@ -117,6 +147,17 @@ impl Session {
                     return Ok(());
                 }
                 _ => return Err(self.failed(io::ErrorKind::InvalidData.into())),
+            }
+        }
+    }
+
+    fn wait_for(&self, by: HostPid, waiting: Waiting) -> Result<(), KeeperError> {
+        let root = self.key.root;
+        match waiting {
+            Waiting::Not => Err(KeeperError::InUse { root, by }),
+            Waiting::Patiently => {
+                tracing::warn!("{}", Busy { root, by });
+                Ok(())
             }
         }
     }
@@ -151,17 +192,29 @@ impl Session {
     }
 
     fn receive(&self) -> Result<Message, KeeperError> {
+        self.receive_before(Instant::now() + ANSWER, None)
+    }
+
+    /// Waits for a message; `busy` is whom the keeper talks to before.
+    fn receive_before(
+        &self,
+        deadline: Instant,
+        busy: Option<HostPid>,
+    ) -> Result<Message, KeeperError> {
         let mut fds = [PollFd::new(&self.socket, PollFlags::IN)];
-        let patience = Timespec {
-            tv_sec: PATIENCE.as_secs().cast_signed(),
-            tv_nsec: 0,
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec {
+            tv_sec: left.as_secs().cast_signed(),
+            tv_nsec: left.subsec_nanos().into(),
         };
-        match rustix::event::poll(&mut fds, Some(&patience)) {
-            Ok(0) => Err(KeeperError::Busy {
+        match (rustix::event::poll(&mut fds, Some(&left)), busy) {
+            (Ok(0), Some(by)) => Err(KeeperError::Busy {
                 root: self.key.root,
+                by,
             }),
-            Ok(_) => receive(&self.socket).map_err(|source| self.failed(source)),
-            Err(errno) => Err(self.failed(errno.into())),
+            (Ok(0), None) => Err(self.failed(io::ErrorKind::TimedOut.into())),
+            (Ok(_), _) => receive(&self.socket).map_err(|source| self.failed(source)),
+            (Err(errno), _) => Err(self.failed(errno.into())),
         }
     }
 
@@ -171,6 +224,31 @@ impl Session {
             source,
         }
     }
+}
+
+/// Who is dumping the tree under `root` at this moment.
+pub fn busy_with(root: HostPid) -> Option<Busy> {
+    let key = TreeKey::of(root).ok()?;
+    match Session::open(&key, Purpose::Read, Waiting::Not) {
+        Err(KeeperError::InUse { root, by }) => Some(Busy { root, by }),
+        _ => None,
+    }
+}
+
+/// The process that a user knows of a client: the engine of a dump is a copy of its supervisor.
+fn asked_by(client: HostPid) -> HostPid {
+    let line = |pid: HostPid| std::fs::read(format!("/proc/{pid}/cmdline")).ok();
+    let parent = || {
+        let proc = ProcDir::open(client).ok()?;
+        let stat = parse_stat(&proc.read("stat").ok()?).ok()?;
+        (line(stat.ppid) == Some(line(client)?)).then_some(stat.ppid)
+    };
+    parent().unwrap_or(client)
+}
+
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn connect(key: &TreeKey) -> io::Result<Option<OwnedFd>> {

@@ -5,7 +5,8 @@
 //! root. It serves one client at a time, which is what keeps two rounds of one tree apart. It knows
 //! nothing: what the client leaves is given to the next one as it was. A client that said it would
 //! change the tracking and never came to [`Session::commit`] leaves no state, so the next dump takes
-//! everything.
+//! everything; if no client ever came to that, the keeper ends. Clients that come meanwhile are told whom
+//! they wait for.
 
 mod client;
 mod message;
@@ -18,11 +19,11 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, parse_stat};
 use rustix::net::SocketAddrUnix;
 
-pub use client::{Purpose, Session, Tracked};
+pub use client::{Purpose, Session, Tracked, Waiting, busy_with};
 pub use serve::serve;
 
-/// How long a keeper may be busy with another client.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a client waits for another one to be done.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Which tree a keeper is for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +60,25 @@ impl TreeKey {
     }
 }
 
+/// Somebody else is dumping a tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Busy {
+    pub root: HostPid,
+    /// The process that was asked to.
+    pub by: HostPid,
+}
+
+impl std::fmt::Display for Busy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Busy { root, by } = self;
+        let seconds = PATIENCE.as_secs();
+        write!(
+            f,
+            "process {by} is dumping the tree of task {root}: waiting for its end, up to {seconds} s"
+        )
+    }
+}
+
 /// The keeper could not be used.
 #[derive(Debug, thiserror::Error)]
 pub enum KeeperError {
@@ -74,8 +94,16 @@ pub enum KeeperError {
         #[source]
         source: io::Error,
     },
-    #[error("Another dump of the tree of task {root} is under way: try again when it is done")]
-    Busy { root: HostPid },
+    /// Another client was not done in time.
+    #[error(
+        "Process {by} is still dumping the tree of task {root} after {} s: wait for its end, or end it \
+         (`kill {by}`; the tree runs on), and try again",
+        PATIENCE.as_secs()
+    )]
+    Busy { root: HostPid, by: HostPid },
+    /// There is another client, for which this one was not to wait.
+    #[error("Process {by} is dumping the tree of task {root}")]
+    InUse { root: HostPid, by: HostPid },
     #[error("The keeper of task {root} belongs to user {uid}, not to us")]
     Foreign { root: HostPid, uid: u32 },
     #[error(transparent)]

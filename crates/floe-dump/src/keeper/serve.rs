@@ -1,6 +1,6 @@
 //! The keeper's side.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -8,11 +8,14 @@ use std::path::Path;
 use floe_kernel::ids::HostPid;
 use floe_kernel::inherited;
 use floe_kernel::pidfd::Pidfd;
-use rustix::event::{PollFd, PollFlags};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use super::message::{receive, send};
 use super::{KeeperError, TreeKey};
+
+/// Most clients that may wait for their turn.
+const MOST_WAITING: usize = 64;
 
 /// What is held, in the client's words.
 #[derive(Default)]
@@ -21,19 +24,32 @@ struct Kept {
     fds: BTreeMap<(i32, u64), OwnedFd>,
     /// Empty when nothing is known about the last round.
     state: String,
+    /// A client has begun a round.
+    begun: bool,
+    /// One was finished.
+    finished: bool,
 }
 
 /// There is nothing to keep any more.
 struct End;
 
-/// Keeps for the tree under `root` until that ends or a client says so. The process becomes a session
-/// of its own, without any descriptor of its caller's.
+/// The keeper of one tree.
+struct Keeper {
+    listener: OwnedFd,
+    tree: Pidfd,
+    /// Clients that came while another one was served.
+    waiting: VecDeque<OwnedFd>,
+    kept: Kept,
+}
+
+/// Keeps for the tree under `root` until that ends, a client says so, or the first round fails. The process
+/// becomes a session of its own, without any descriptor of its caller's.
 pub fn serve(root: HostPid) -> Result<(), KeeperError> {
     inherited::close_all();
     let failed = |source| KeeperError::Start { root, source };
     detach().map_err(failed)?;
     let key = TreeKey::of(root)?;
-    let pidfd = Pidfd::open(root).map_err(failed)?;
+    let tree = Pidfd::open(root).map_err(failed)?;
     // The pid may have been reused before the handle on it was opened.
     if TreeKey::of(root)? != key {
         return Ok(());
@@ -44,19 +60,20 @@ pub fn serve(root: HostPid) -> Result<(), KeeperError> {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(()),
         Err(error) => return Err(failed(error)),
     };
-    let mut kept = Kept::default();
-    loop {
-        if !wait(&listener, &pidfd).map_err(failed)? {
-            return Ok(());
-        }
-        let Ok(client) = rustix::net::accept_with(&listener, SocketFlags::CLOEXEC) else {
-            continue;
-        };
+    let mut keeper = Keeper {
+        listener,
+        tree,
+        waiting: VecDeque::new(),
+        kept: Kept::default(),
+    };
+    while let Some(client) = keeper.next_client().map_err(failed)? {
         // A client that fails is gone, and with it what it was about to leave.
-        if allowed(&client) && talk(&client, &pidfd, &mut kept).is_ok() {
+        let ended = keeper.talk(&client).is_ok();
+        if ended || (keeper.kept.begun && !keeper.kept.finished) {
             return Ok(());
         }
     }
+    Ok(())
 }
 
 fn detach() -> io::Result<()> {
@@ -81,66 +98,132 @@ fn listen(key: &TreeKey) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Waits for something to read; false when the tree has ended.
-fn wait(socket: &OwnedFd, tree: &Pidfd) -> io::Result<bool> {
-    loop {
-        let mut fds = [
-            PollFd::new(tree, PollFlags::IN),
-            PollFd::new(socket, PollFlags::IN),
-        ];
-        match rustix::event::poll(&mut fds, None) {
-            Ok(_) if !fds[0].revents().is_empty() => return Ok(false),
-            Ok(_) if !fds[1].revents().is_empty() => return Ok(true),
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
-            Err(errno) => return Err(errno.into()),
+impl Keeper {
+    /// The next client that is there still; `None` when the tree has ended.
+    fn next_client(&mut self) -> io::Result<Option<OwnedFd>> {
+        loop {
+            let client = match self.waiting.pop_front() {
+                Some(client) => Some(client),
+                None => {
+                    let mut fds = [
+                        PollFd::new(&self.tree, PollFlags::IN),
+                        PollFd::new(&self.listener, PollFlags::IN),
+                    ];
+                    wait(&mut fds)?;
+                    if !fds[0].revents().is_empty() {
+                        return Ok(None);
+                    }
+                    self.accept()
+                }
+            };
+            if let Some(client) = client.filter(|client| !is_gone(client)) {
+                return Ok(Some(client));
+            }
         }
     }
+
+    fn accept(&self) -> Option<OwnedFd> {
+        let client = rustix::net::accept_with(&self.listener, SocketFlags::CLOEXEC).ok()?;
+        allowed(&client).then_some(client)
+    }
+
+    /// Waits for a message of a client, and tells others that come that it is being served; false when the
+    /// tree has ended.
+    fn wait_for(&mut self, client: &OwnedFd) -> io::Result<bool> {
+        loop {
+            let mut fds = [
+                PollFd::new(&self.tree, PollFlags::IN),
+                PollFd::new(client, PollFlags::IN),
+                PollFd::new(&self.listener, PollFlags::IN),
+            ];
+            wait(&mut fds)?;
+            let [tree, message, other] = fds.map(|fd| !fd.revents().is_empty());
+            if tree {
+                return Ok(false);
+            }
+            if other && let Some(other) = self.accept() {
+                self.put_off(other, client);
+            }
+            if message {
+                return Ok(true);
+            }
+        }
+    }
+
+    fn put_off(&mut self, other: OwnedFd, client: &OwnedFd) {
+        let pid = sockopt::socket_peercred(client).map(|peer| peer.pid);
+        let pid = pid.map_or(0, |pid| pid.as_raw_nonzero().get());
+        // One that is gone again, or too many: the connection ends.
+        if self.waiting.len() < MOST_WAITING && send(&other, &format!("busy {pid}"), None).is_ok() {
+            self.waiting.push_back(other);
+        }
+    }
+
+    /// Serves one client until it leaves, which is the error of a connection that ended.
+    fn talk(&mut self, client: &OwnedFd) -> io::Result<End> {
+        loop {
+            if !self.wait_for(client)? {
+                return Ok(End);
+            }
+            let message = receive(client)?;
+            let kept = &mut self.kept;
+            match message.words().as_slice() {
+                ["begin", purpose] => {
+                    for ((pid, start), fd) in &kept.fds {
+                        send(client, &format!("fd {pid} {start}"), Some(fd.as_fd()))?;
+                    }
+                    send(client, &format!("state {}", kept.state), None)?;
+                    if *purpose == "change" {
+                        kept.state.clear();
+                        kept.begun = true;
+                    }
+                }
+                ["fd", pid, start] => {
+                    let key = pid.parse().ok().zip(start.parse().ok());
+                    let (Some(key), Some(fd)) = (key, message.fd) else {
+                        return Err(io::ErrorKind::InvalidData.into());
+                    };
+                    kept.fds.insert(key, fd);
+                }
+                ["drop", pid, start] => {
+                    if let Some(key) = pid.parse().ok().zip(start.parse().ok()) {
+                        kept.fds.remove(&key);
+                    }
+                }
+                ["commit", ..] => {
+                    let state = message.text.strip_prefix("commit").unwrap_or_default();
+                    kept.state = state.trim_start().to_string();
+                    kept.finished = true;
+                    send(client, "done", None)?;
+                }
+                ["stop"] => {
+                    send(client, "done", None)?;
+                    return Ok(End);
+                }
+                _ => return Err(io::ErrorKind::InvalidData.into()),
+            }
+        }
+    }
+}
+
+/// Waits until one of the descriptors is ready.
+fn wait(fds: &mut [PollFd<'_>]) -> io::Result<()> {
+    loop {
+        match rustix::event::poll(fds, None) {
+            Err(rustix::io::Errno::INTR) => {}
+            polled => return Ok(polled.map(drop)?),
+        }
+    }
+}
+
+/// Whether a client has given up waiting: what it had asked for before counts no more.
+fn is_gone(client: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(client, PollFlags::IN)];
+    let now = Timespec::default();
+    rustix::event::poll(&mut fds, Some(&now)).is_err() || fds[0].revents().contains(PollFlags::HUP)
 }
 
 fn allowed(client: &OwnedFd) -> bool {
     let own = rustix::process::geteuid();
     sockopt::socket_peercred(client).is_ok_and(|peer| peer.uid.is_root() || peer.uid == own)
-}
-
-/// Serves one client until it leaves, which is the error of a connection that ended.
-fn talk(client: &OwnedFd, tree: &Pidfd, kept: &mut Kept) -> io::Result<End> {
-    loop {
-        if !wait(client, tree)? {
-            return Ok(End);
-        }
-        let message = receive(client)?;
-        match message.words().as_slice() {
-            ["begin", purpose] => {
-                for ((pid, start), fd) in &kept.fds {
-                    send(client, &format!("fd {pid} {start}"), Some(fd.as_fd()))?;
-                }
-                send(client, &format!("state {}", kept.state), None)?;
-                if *purpose == "change" {
-                    kept.state.clear();
-                }
-            }
-            ["fd", pid, start] => {
-                let key = pid.parse().ok().zip(start.parse().ok());
-                let (Some(key), Some(fd)) = (key, message.fd) else {
-                    return Err(io::ErrorKind::InvalidData.into());
-                };
-                kept.fds.insert(key, fd);
-            }
-            ["drop", pid, start] => {
-                if let Some(key) = pid.parse().ok().zip(start.parse().ok()) {
-                    kept.fds.remove(&key);
-                }
-            }
-            ["commit", ..] => {
-                let state = message.text.strip_prefix("commit").unwrap_or_default();
-                kept.state = state.trim_start().to_string();
-                send(client, "done", None)?;
-            }
-            ["stop"] => {
-                send(client, "done", None)?;
-                return Ok(End);
-            }
-            _ => return Err(io::ErrorKind::InvalidData.into()),
-        }
-    }
 }

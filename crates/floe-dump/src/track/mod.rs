@@ -30,7 +30,7 @@ use floe_resources::vma::TrackedTasks;
 
 use crate::error::DumpError;
 use crate::freeze::{FrozenTask, FrozenTree};
-use crate::keeper::{Purpose, Session, Tracked, TreeKey};
+use crate::keeper::{Purpose, Session, Tracked, TreeKey, Waiting};
 use crate::segments::{MappedSegments, is_segment};
 
 pub use lineage::Lineage;
@@ -88,7 +88,7 @@ impl Tracking {
         let keeper = if arms {
             Some(Session::start(&key, Path::new(OWN_PROGRAM))?)
         } else {
-            Session::open(&key, Purpose::Read)?
+            Session::open(&key, Purpose::Read, Waiting::Patiently)?
         };
         let mut tracking = Tracking {
             kind,
@@ -344,10 +344,27 @@ impl Tracking {
     }
 }
 
+/// The tasks under `root` whose memory may be registered with a userfaultfd of ours.
+pub fn tracked_tasks(root: HostPid) -> Result<TrackedTasks, DumpError> {
+    let keeper = Session::open(&TreeKey::of(root)?, Purpose::Read, Waiting::Patiently)?;
+    let fds = keeper.iter().flat_map(|keeper| keeper.fds.keys());
+    Ok(TrackedTasks(fds.map(|(pid, _)| HostPid(*pid)).collect()))
+}
+
+/// Ends the tracking of the tree under `root`.
+pub fn stop(root: HostPid) -> Result<(), DumpError> {
+    let Ok(key) = TreeKey::of(root) else {
+        // A keeper ends with its tree.
+        return Ok(());
+    };
+    let keeper = Session::open(&key, Purpose::Read, Waiting::Patiently)?;
+    Ok(keeper.map_or(Ok(()), Session::stop)?)
+}
+
 /// Whether a keeper holds descriptors of the tree under `root`.
 pub fn is_tracked(root: HostPid) -> Result<bool, DumpError> {
     match TreeKey::of(root) {
-        Ok(key) => Ok(Session::open(&key, Purpose::Read)?.is_some()),
+        Ok(key) => Ok(Session::open(&key, Purpose::Read, Waiting::Patiently)?.is_some()),
         // The freeze says what is wrong.
         Err(_) => Ok(false),
     }

@@ -1,6 +1,7 @@
 //! The link to the directory that a dump builds on.
 
 use std::path::Path;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::AtFlags;
 use rustix::io::Errno;
@@ -13,7 +14,9 @@ impl ImageWriter {
     pub fn link_parent(&self, target: &Path) -> Result<(), WriteError> {
         self.unlink_parent()?;
         rustix::fs::symlinkat(target, &self.inner.fd, PARENT_LINK)
-            .map_err(|errno| self.no_link(errno))
+            .map_err(|errno| self.no_link(errno))?;
+        self.inner.linked.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Takes away the link of an earlier dump into this directory.

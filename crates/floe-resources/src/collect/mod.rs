@@ -148,6 +148,11 @@ impl<'a> Collector<'a> {
         self.writer
     }
 
+    /// Whether what is found is dropped: then nothing is made for it outside of the images either.
+    pub fn only_looks(&self) -> bool {
+        self.writer.is_nowhere()
+    }
+
     /// Identities of open file descriptions and mapped files.
     pub fn ids(&mut self) -> &mut FileIds {
         &mut self.ids

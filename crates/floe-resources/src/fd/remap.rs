@@ -246,12 +246,14 @@ fn save_ghost(
             let remedy = format!("raise --ghost-limit above {size}, or close the file");
             return Err(file.obstacle(&what, remedy));
         }
-        ghost::save(u64::from(number), file, collector)?;
-        tracing::debug!(
-            name = %String::from_utf8_lossy(name),
-            number,
-            "saved a deleted file"
-        );
+        if !collector.only_looks() {
+            ghost::save(u64::from(number), file, collector)?;
+            tracing::debug!(
+                name = %String::from_utf8_lossy(name),
+                number,
+                "saved a deleted file"
+            );
+        }
     }
     save_remap(id, number, RemapType::Ghost, collector)
 }
@@ -271,6 +273,9 @@ fn save_link(
         let what = ", deleted under this name but not under another";
         let remedy = "use --link-remap, which gives it a temporary name beside the old one";
         return Err(file.obstacle(what, remedy));
+    }
+    if collector.only_looks() {
+        return Ok(());
     }
     let number = collector.ids().fresh();
     let visit = enter(file, place)?;

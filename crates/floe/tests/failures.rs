@@ -1,0 +1,279 @@
+//! Dumps that are refused or fail: found early, and nothing is left of them.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, ensure};
+use testkit::Fixture;
+use testkit::rounds::keepers;
+use testkit::skips::as_root;
+
+fn floe(directory: &Path, line: &str) -> anyhow::Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    command.current_dir(directory).arg("--no-default-config");
+    Ok(command.args(line.split_whitespace()).output()?)
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a dump that must fail with this exit code and these words.
+fn refused(directory: &Path, line: &str, code: i32, words: &[&str]) -> anyhow::Result<String> {
+    let output = floe(directory, line)?;
+    let said = said(&output);
+    ensure!(output.status.code() == Some(code), "{line}: {said}");
+    for word in words {
+        ensure!(said.contains(word), "{line}: no `{word}` in {said}");
+    }
+    Ok(said)
+}
+
+/// All names below a directory.
+fn names(directory: &Path) -> anyhow::Result<BTreeSet<String>> {
+    let mut names = BTreeSet::new();
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if entry.file_type()?.is_dir() {
+            let inside = self::names(&entry.path())?;
+            names.extend(inside.into_iter().map(|inner| format!("{name}/{inner}")));
+        }
+        names.insert(name);
+    }
+    Ok(names)
+}
+
+/// A shell that takes a lock when a file `go` appears, killed and reaped when dropped.
+struct Locker(Child);
+
+impl Locker {
+    fn start(directory: &Path) -> anyhow::Result<Self> {
+        let script = "while ! [ -e go ]; do sleep 0.01; done; exec 9>lock; flock 9; touch locked; \
+                      while :; do sleep 0.1; done";
+        let mut command = Command::new("setsid");
+        command.args(["sh", "-c", script]).current_dir(directory);
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let child = command.stderr(Stdio::null()).spawn()?;
+        Ok(Locker(child))
+    }
+
+    fn pid(&self) -> i32 {
+        self.0.id().cast_signed()
+    }
+}
+
+impl Drop for Locker {
+    fn drop(&mut self) {
+        // Both fail only where it is gone already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Waits for the keeper of a tree to end.
+fn no_keeper(pid: i32) -> anyhow::Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !keepers(pid).is_empty() {
+        ensure!(Instant::now() < deadline, "a keeper is left");
+        std::thread::yield_now();
+    }
+    Ok(())
+}
+
+/// A script for `--action-script`.
+fn script(directory: &Path, text: &str) -> anyhow::Result<String> {
+    let path = directory.join("script.sh");
+    fs::write(&path, format!("#!/bin/sh\n{text}\n"))?;
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    Ok(path.display().to_string())
+}
+
+#[test]
+fn a_dump_in_rounds_is_refused_before_the_first_and_leaves_nothing() {
+    as_root(
+        "a_dump_in_rounds_is_refused_before_the_first_and_leaves_nothing",
+        || {
+            for (name, remedy, allowed) in [
+                ("locks", "--file-locks", "--file-locks"),
+                ("tcp-established", "--tcp-established", "--tcp-established"),
+            ] {
+                let mut fixture = Fixture::start(name)?;
+                let place = tempfile::tempdir()?;
+                fs::create_dir(place.path().join("images"))?;
+                let line = format!("dump -t {} -D images --iterate", fixture.pid);
+                let said = refused(place.path(), &line, 3, &["Refused", remedy])?;
+                ensure!(!said.contains("round 0"), "a round was made: {said}");
+                ensure!(names(&place.path().join("images"))?.is_empty(), "{name}");
+                no_keeper(fixture.pid)?;
+                let line = format!("dump -t {} -D made --iterate", fixture.pid);
+                refused(place.path(), &line, 3, &[])?;
+                ensure!(!place.path().join("made").exists(), "{name}");
+                fixture.check().context(name)?;
+                let line = format!("dump -t {} -D images --iterate -R {allowed}", fixture.pid);
+                let output = floe(place.path(), &line)?;
+                ensure!(output.status.success(), "{name}: {}", self::said(&output));
+            }
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn what_comes_into_the_way_during_the_rounds_is_refused_at_the_end_and_leaves_nothing() {
+    as_root(
+        "what_comes_into_the_way_during_the_rounds_is_refused_at_the_end_and_leaves_nothing",
+        || {
+            let place = tempfile::tempdir()?;
+            let locker = Locker::start(place.path())?;
+            let root = place.path().display();
+            let text = format!(
+                "[ -e {root}/first ] || {{ touch {root}/first; exit 0; }}\n\
+                 touch {root}/go; while ! [ -e {root}/locked ]; do sleep 0.01; done"
+            );
+            let script = script(place.path(), &text)?;
+            fs::create_dir(place.path().join("images"))?;
+            let pid = locker.pid();
+            let line = format!("dump -t {pid} -D images --iterate=2 --action-script {script}");
+            refused(place.path(), &line, 3, &["round 1", "--file-locks"])?;
+            ensure!(names(&place.path().join("images"))?.is_empty(), "left");
+            no_keeper(pid)?;
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn a_dump_that_fails_at_the_end_leaves_its_log_only() {
+    as_root("a_dump_that_fails_at_the_end_leaves_its_log_only", || {
+        let mut fixture = Fixture::start("memory-counted")?;
+        let place = tempfile::tempdir()?;
+        let script = script(place.path(), "[ $CRTOOLS_SCRIPT_ACTION != post-dump ]")?;
+        let images = place.path().join("images");
+        fs::create_dir(&images)?;
+        for options in ["", "--iterate=2", "-R", "--iterate=1 --archive ../a"] {
+            let line = format!(
+                "dump -t {} -D images -o dump.log --action-script {script} {options}",
+                fixture.pid
+            );
+            refused(place.path(), &line, 1, &["post-dump"])?;
+            let left = names(&images)?;
+            ensure!(left.iter().eq(["dump.log"]), "`{options}` leaves {left:?}");
+            no_keeper(fixture.pid)?;
+        }
+        fixture.check()
+    });
+}
+
+#[test]
+fn a_keeper_and_rounds_from_before_outlive_a_failure() {
+    as_root("a_keeper_and_rounds_from_before_outlive_a_failure", || {
+        let mut fixture = Fixture::start("memory-counted")?;
+        let place = tempfile::tempdir()?;
+        let pid = fixture.pid;
+        let line = format!("dump -t {pid} -D images -R --track-mem --iterate=2");
+        let output = floe(place.path(), &line)?;
+        ensure!(output.status.success(), "{}", said(&output));
+        let before = names(&place.path().join("images/generations"))?;
+        let kept = keepers(pid);
+        ensure!(kept.len() == 1, "keepers: {kept:?}");
+        let script = script(place.path(), "[ $CRTOOLS_SCRIPT_ACTION != post-dump ]")?;
+        let line = format!("dump -t {pid} -D images --iterate=2 --action-script {script}");
+        refused(place.path(), &line, 1, &["post-dump"])?;
+        ensure!(names(&place.path().join("images/generations"))? == before);
+        ensure!(keepers(pid) == kept, "the keeper from before has ended");
+        fixture.check()?;
+        // A whole one takes their place.
+        let line = format!("dump -t {pid} -D images -R --iterate=2");
+        let output = floe(place.path(), &line)?;
+        ensure!(output.status.success(), "{}", said(&output));
+        let now = names(&place.path().join("images/generations"))?;
+        ensure!(now.is_disjoint(&before), "{before:?} are left in {now:?}");
+        fixture.check()
+    });
+}
+
+#[test]
+fn a_refused_dump_spares_the_checkpoint_that_it_would_replace() {
+    as_root(
+        "a_refused_dump_spares_the_checkpoint_that_it_would_replace",
+        || {
+            let mut fixture = Fixture::start("locks")?;
+            let place = tempfile::tempdir()?;
+            let pid = fixture.pid;
+            let line = format!("dump -t {pid} -D images -R --file-locks");
+            let output = floe(place.path(), &line)?;
+            ensure!(output.status.success(), "{}", said(&output));
+            for options in ["", "--iterate"] {
+                let line = format!("dump -t {pid} -D images {options}");
+                refused(place.path(), &line, 3, &["--file-locks"])?;
+            }
+            fixture.check()?;
+            fixture.kill()?;
+            let restored = floe(place.path(), "restore -D images -d --file-locks")?;
+            ensure!(restored.status.success(), "{}", said(&restored));
+            fixture.check()
+        },
+    );
+}
+
+#[test]
+fn a_first_round_that_fails_leaves_neither_images_nor_a_keeper() {
+    as_root(
+        "a_first_round_that_fails_leaves_neither_images_nor_a_keeper",
+        || {
+            let fixture = Fixture::start("memory-large")?;
+            let place = tempfile::tempdir()?;
+            let images = place.path().join("images");
+            fs::create_dir(&images)?;
+            // The program has more memory than may be written.
+            let line = format!(
+                "ulimit -f 64; trap '' XFSZ; exec {} pre-dump --track-mem -t {} -D {} -o pre-dump.log",
+                env!("CARGO_BIN_EXE_floe"),
+                fixture.pid,
+                images.display()
+            );
+            let output = Command::new("bash").args(["-c", &line]).output()?;
+            ensure!(!output.status.success(), "it had enough room");
+            let left = names(&images)?;
+            ensure!(left.iter().eq(["pre-dump.log"]), "{left:?} are left");
+            no_keeper(fixture.pid)
+        },
+    );
+}
+
+#[test]
+fn a_squashed_dump_in_rounds_is_one_checkpoint_without_its_rounds() {
+    as_root(
+        "a_squashed_dump_in_rounds_is_one_checkpoint_without_its_rounds",
+        || {
+            let mut fixture = Fixture::start("memory-counted")?;
+            let place = tempfile::tempdir()?;
+            let line = format!("dump -t {} -D images --iterate=2 -o dump.log", fixture.pid);
+            let output = floe(place.path(), &line)?;
+            ensure!(output.status.success(), "{}", said(&output));
+            let output = floe_own(place.path(), "squash images")?;
+            ensure!(output.status.success(), "{}", said(&output));
+            let left = names(&place.path().join("images"))?;
+            ensure!(
+                left.contains("dump.log") && !left.contains("generations"),
+                "{left:?}"
+            );
+            fixture.kill()?;
+            let restored = floe(place.path(), "restore -D images -d")?;
+            ensure!(restored.status.success(), "{}", said(&restored));
+            fixture.check()
+        },
+    );
+}
+
+/// A command of Floe's own, whose name stands first.
+fn floe_own(directory: &Path, line: &str) -> anyhow::Result<Output> {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+    let command = command.current_dir(directory);
+    Ok(command.args(line.split_whitespace()).output()?)
+}
