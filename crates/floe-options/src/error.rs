@@ -69,6 +69,14 @@ pub enum UsageError {
         command: &'static str,
         what: &'static str,
     },
+    #[error("`{option}` is for {commands}, not for `{given}`")]
+    NotFor {
+        option: String,
+        commands: String,
+        given: &'static str,
+    },
+    #[error("`{option}` has no effect here: {why}")]
+    Idle { option: String, why: &'static str },
     #[error("{0}")]
     Conflict(&'static str),
     #[error("argument `{0}` is not UTF-8")]

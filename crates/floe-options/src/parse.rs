@@ -85,6 +85,37 @@ impl CommandLine {
         Ok((command, &self.words[taken..]))
     }
 
+    /// Refuses options of our own that would mean nothing: scripts that were written for CRIU have none, and
+    /// pass many of its options to commands that have no use for them. `settings` are those in effect.
+    pub fn refuse_idle(&self, command: Command, settings: &Settings) -> Result<(), UsageError> {
+        for given in self.given.iter().filter(|given| given.flag.own) {
+            if !given.flag.is_for(command) {
+                return Err(UsageError::NotFor {
+                    option: given.name.clone(),
+                    commands: given.flag.commands(),
+                    given: command.name(),
+                });
+            }
+            let in_rounds = command == Command::PreDump || settings.iterate;
+            let why = match given.flag.long {
+                "max-freeze" | "max-rounds" | "max-time" if !settings.iterate => {
+                    "it limits the rounds of --iterate, which is not given"
+                }
+                "max-freeze" | "max-rounds" if settings.rounds.fixed => {
+                    "--iterate=N makes N rounds, whatever they give"
+                }
+                "max-rate" if !in_rounds => {
+                    "it holds back the rounds of --iterate, which is not given; a plain dump copies as fast \
+                     as it can, for the tree stands still"
+                }
+                _ => continue,
+            };
+            let option = given.name.clone();
+            return Err(UsageError::Idle { option, why });
+        }
+        Ok(())
+    }
+
     /// Applies every option in order.
     pub fn apply(&self, settings: &mut Settings) -> Result<(), UsageError> {
         self.given

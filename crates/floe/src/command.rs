@@ -205,6 +205,7 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
         .collect();
     let (command, rest) = line.command(&own)?;
     settings.check(command, rest)?;
+    line.refuse_idle(command, &settings)?;
     reporter.silent = settings.log.level == 0;
     if let (Command::Swrk, [fd]) = (command, rest) {
         arm_fault()?;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use floe_options::command::Command;
-use floe_options::flags::{FLAGS, Flag, For, Kind};
+use floe_options::flags::{FLAGS, Flag, Kind};
 
 use crate::command::OWN_COMMANDS;
 use crate::exit::Exit;
@@ -15,10 +15,8 @@ pub fn text(command: Option<Command>) -> String {
         Some(command) => usage_of(command, &mut out),
         None => overview(&mut out),
     }
-    for (title, used_by) in SECTIONS {
-        if command.is_none_or(|command| concerns(used_by, command)) {
-            section(title, used_by, &mut out);
-        }
+    for (title, belongs) in sections(command) {
+        section(title, &*belongs, &mut out);
     }
     out.push_str("\nSwitches are turned off by `--no-NAME`; the last of several wins.\n\n");
     out.push_str(Exit::HELP);
@@ -28,35 +26,40 @@ pub fn text(command: Option<Command>) -> String {
 /// The options of a restore.
 pub fn restore_options() -> String {
     let mut out = String::new();
-    for (title, used_by) in SECTIONS {
-        if concerns(used_by, Command::Restore) {
-            section(title, used_by, &mut out);
-        }
+    for (title, belongs) in sections(Some(Command::Restore)) {
+        section(title, &*belongs, &mut out);
     }
     out
 }
 
-const SECTIONS: [(&str, For); 6] = [
-    ("Options of dump", For::Dump),
-    ("Options of restore", For::Restore),
-    ("Options of dump and restore", For::Both),
-    ("Options of check", For::Check),
-    ("Options of servers", For::Server),
-    ("Options of every command", For::Every),
-];
+type Section = (&'static str, Box<dyn Fn(&Flag) -> bool>);
 
-fn concerns(used_by: For, command: Command) -> bool {
-    match used_by {
-        For::Every => true,
-        For::Dump => matches!(command, Command::Dump | Command::PreDump),
-        For::Restore => command == Command::Restore,
-        For::Both => matches!(command, Command::Dump | Command::PreDump | Command::Restore),
-        For::Check => command == Command::Check,
-        For::Server => matches!(
-            command,
-            Command::PageServer | Command::LazyPages | Command::Service
-        ),
+/// Titles, and which flags stand below them.
+fn sections(command: Option<Command>) -> Vec<Section> {
+    let every: Section = ("Options of every command", Box::new(Flag::is_for_every));
+    if let Some(command) = command {
+        let own = move |flag: &Flag| !flag.is_for_every() && flag.is_for(command);
+        return vec![("Options", Box::new(own)), every];
     }
+    let group = |dump: bool, restore: bool, check: bool| -> Box<dyn Fn(&Flag) -> bool> {
+        Box::new(move |flag| {
+            let dumps = flag.is_for(Command::Dump) || flag.is_for(Command::PreDump);
+            let found = (
+                dumps,
+                flag.is_for(Command::Restore),
+                flag.is_for(Command::Check),
+            );
+            !flag.is_for_every() && found == (dump, restore, check)
+        })
+    };
+    vec![
+        ("Options of dump", group(true, false, false)),
+        ("Options of restore", group(false, true, false)),
+        ("Options of dump and restore", group(true, true, false)),
+        ("Options of check", group(false, false, true)),
+        ("Options of servers", group(false, false, false)),
+        every,
+    ]
 }
 
 fn overview(out: &mut String) {
@@ -101,13 +104,18 @@ fn usage_of(command: Command, out: &mut String) {
     }
 }
 
-fn section(title: &str, used_by: For, out: &mut String) {
-    let _ = writeln!(out, "\n{title}:");
-    for flag in FLAGS
+fn section(title: &str, belongs: &dyn Fn(&Flag) -> bool, out: &mut String) {
+    let mut flags = FLAGS
         .iter()
-        .filter(|flag| flag.used_by == used_by && !flag.help.is_empty())
-    {
-        row(&form(flag), flag.help, out);
+        .filter(|flag| !flag.help.is_empty() && belongs(flag))
+        .peekable();
+    if flags.peek().is_none() {
+        return;
+    }
+    let _ = writeln!(out, "\n{title}:");
+    for flag in flags {
+        let mark = if flag.own { " (not in CRIU)" } else { "" };
+        row(&form(flag), &format!("{}{mark}", flag.help), out);
     }
 }
 

@@ -43,6 +43,26 @@ fn exit_codes_and_messages_of_wrong_usage() {
             "dump -t none",
             "bad value `none` for `-t`: expected a positive pid",
         ),
+        (
+            "dump -t 1 --max-rounds 3",
+            "`--max-rounds` has no effect here: it limits the rounds of --iterate",
+        ),
+        ("dump -t 1 --max-freeze 1ms", "`--max-freeze` has no effect"),
+        ("dump -t 1 --max-time 1s", "`--max-time` has no effect"),
+        ("dump -t 1 --max-rate 1M", "`--max-rate` has no effect"),
+        (
+            "dump -t 1 --iterate=2 --max-rounds 3",
+            "--iterate=N makes N rounds",
+        ),
+        (
+            "pre-dump -t 1 --iterate",
+            "`--iterate` is for `dump`, not for `pre-dump`",
+        ),
+        ("dump -t 1 --dry-run", "`--dry-run` is for `restore`"),
+        (
+            "restore --tracker uffd",
+            "`--tracker` is for `dump` and `pre-dump`",
+        ),
         ("restore extra", "takes no further arguments, got `extra`"),
         ("restore -S", "--restore-sibling needs --restore-detached"),
         (
@@ -108,6 +128,66 @@ fn a_missing_directory_is_named_with_what_to_do() {
             told.contains(said) && told.contains("what to do:"),
             "{told}"
         );
+    }
+}
+
+#[test]
+fn options_of_our_own_are_settled_by_a_file_and_those_of_criu_may_be_idle() {
+    let directory = temporary();
+    std::fs::write(directory.path().join("conf"), "max-rounds 3\n").expect("writable");
+    for line in [
+        "--config conf dump -t 4194303",
+        "pre-dump -t 4194303 --max-rate 1M --tcp-established --ghost-limit 1M --restore-detached",
+        "dump -t 4194303 --iterate --max-time 1s --weak-sysctls",
+    ] {
+        let output = run(directory.path(), line);
+        assert!(
+            text(&output.stderr).contains("There is no task 4194303"),
+            "{line}: {}",
+            text(&output.stderr)
+        );
+    }
+}
+
+#[test]
+fn the_help_of_a_command_has_what_it_honours() {
+    let directory = temporary();
+    for (command, has, has_not) in [
+        (
+            "dump",
+            "--iterate --max-rounds --archive --tcp-established --port --track-mem",
+            "--new-pidns --dry-run --inherit-fd --pidfile --lazy-pages",
+        ),
+        (
+            "pre-dump",
+            "--tree --prev-images-dir --track-mem --tracker --max-rate --page-server --port --timeout",
+            "--iterate --archive --tcp-established --leave-running --shell-job --pidfile --feature",
+        ),
+        (
+            "dedup",
+            "--images-dir --log-file",
+            "--tree --status-fd --auto-dedup",
+        ),
+        (
+            "restore",
+            "--input --pidfile --new-pidns",
+            "--tree --iterate --auto-dedup",
+        ),
+        ("check", "--feature --log-file", "--images-dir --tree"),
+        ("page-server", "--port --prev-images-dir --daemon", "--tree"),
+    ] {
+        let output = run(directory.path(), &format!("{command} --help"));
+        let help = text(&output.stdout);
+        let words: Vec<&str> = help
+            .split_whitespace()
+            .map(|word| word.split('[').next().unwrap_or(word))
+            .collect();
+        for option in has.split(' ') {
+            assert!(words.contains(&option), "{command} lacks {option}: {help}");
+        }
+        for option in has_not.split(' ') {
+            assert!(!words.contains(&option), "{command} has {option}: {help}");
+        }
     }
 }
 
