@@ -112,7 +112,7 @@ dump; echo 6 >cls/g/net_cls.classid
 restore --manage-cgroups=full; same; [ $(cat cls/g/net_cls.classid) = 5 ]
 # The other groups of the tree are those that the test is in.
 dump --cgroup-dump-controller name=$H --cgroup-dump-controller net_cls
-! $FLOE restore -d -D images --manage-cgroups=strict 2>said; grep -q strict said
+! $FLOE restore -d -D images --manage-cgroups=strict 2>said; grep -q "is here already" said
 away
 ! $FLOE restore -d -D images --manage-cgroups=none 2>said; grep -q "manage-cgroups=soft makes" said
 restore --manage-cgroups=strict; same; [ $(cat cls/g/net_cls.classid) = 5 ]
