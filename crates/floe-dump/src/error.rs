@@ -177,6 +177,11 @@ pub enum FreezeError {
     /// A debugger was first.
     #[error("Task {pid} is being traced by task {tracer}: end the debugger or tracer first")]
     Traced { pid: HostPid, tracer: HostPid },
+    /// Another engine was first.
+    #[error(
+        "Task {pid} is being dumped by process {by} at this moment: wait for its end and try again"
+    )]
+    Dumped { pid: HostPid, by: HostPid },
     /// The main thread ended, others go on.
     #[error(
         "The main thread of task {pid} has ended while others run: this cannot be checkpointed"

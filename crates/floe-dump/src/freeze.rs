@@ -21,6 +21,7 @@ use floe_resources::cgroup::freezer::Freezer as Group;
 use floe_resources::namespace::PidView;
 
 use crate::error::FreezeError;
+use crate::keeper;
 
 /// Remote calls need stops at system calls, and filters of the task must not forbid them.
 const OPTIONS: u32 = options::TRACE_SYSGOOD | options::SUSPEND_SECCOMP;
@@ -381,7 +382,13 @@ fn why_not(proc: &ProcDir, tid: HostPid, source: InjectError) -> Result<Seizing,
     match (status.state, status.tracer) {
         (b'X', _) => Ok(Seizing::Gone),
         (b'Z', _) => Ok(Seizing::Zombie),
-        (_, Some(tracer)) => Err(FreezeError::Traced { pid: tid, tracer }),
+        (_, Some(tracer)) => Err(match keeper::is_engine(tracer) {
+            true => FreezeError::Dumped {
+                pid: tid,
+                by: keeper::asked_by(tracer),
+            },
+            false => FreezeError::Traced { pid: tid, tracer },
+        }),
         _ if source.errno() != Some(libc::EPERM) => Err(FreezeError::Stop { pid: tid, source }),
         _ if is_of_kernel(proc) => Err(FreezeError::Kernel { pid: tid }),
         _ if status.seccomp != 0 => Err(FreezeError::Filtered { pid: tid }),

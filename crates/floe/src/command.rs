@@ -136,10 +136,7 @@ struct Reporter {
 
 impl Reporter {
     fn report(&self, failure: &Failure) -> Exit {
-        let mut lines = failure.lines();
-        if failure.exit != Exit::Usage {
-            lines.extend(explain::of_failure(&lines));
-        }
+        let lines = failure.explained();
         if self.log == Target::File {
             lines
                 .iter()
@@ -150,7 +147,7 @@ impl Reporter {
                 .iter()
                 .map(|line| format!("{}: {line}\n", self.program))
                 .collect();
-            if failure.exit == Exit::Usage {
+            if failure.is_mistyped() {
                 text.push_str(&format!("Try `{} --help`.\n", self.program));
             }
             // Nobody is left to tell if standard error is closed.

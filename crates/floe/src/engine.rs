@@ -131,11 +131,16 @@ fn dump_exit(error: &DumpError) -> Exit {
 /// A wrong pid is not the kernel's fault.
 fn freeze_exit(error: &FreezeError) -> Exit {
     match error {
+        FreezeError::NoTask { .. } | FreezeError::Ourselves { .. } => Exit::Usage,
         FreezeError::RootDead { .. }
         | FreezeError::Traced { .. }
+        | FreezeError::Dumped { .. }
         | FreezeError::Kernel { .. }
         | FreezeError::LeaderEnded { .. } => Exit::Unsupported,
-        FreezeError::Stop { .. } | FreezeError::Proc(_) => Exit::Kernel,
+        FreezeError::Denied { .. }
+        | FreezeError::Filtered { .. }
+        | FreezeError::Stop { .. }
+        | FreezeError::Proc(_) => Exit::Kernel,
         _ => Exit::Failed,
     }
 }

@@ -1,8 +1,15 @@
 //! How the program ends: exit codes, and the message that goes with them.
 
 use std::process::ExitCode;
+use std::slice;
 
+use floe_dump::DumpError;
 use floe_options::UsageError;
+
+use crate::explain;
+
+/// How each of several obstacles begins.
+const LISTED: &str = "  - ";
 
 /// The exit codes; part of the interface.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,7 +34,7 @@ impl Exit {
 Exit codes:
   0  done
   1  failed for another reason than these:
-  2  wrong usage: an option, a value, a configuration file
+  2  wrong usage: an option, a value, a configuration file, a pid that nobody has
   3  something cannot be saved, or not be restored as this machine is
   4  the kernel refused, or lacks a feature
   5  an image is missing, damaged or not readable
@@ -53,6 +60,38 @@ impl Failure {
             exit,
             error: error.into(),
         }
+    }
+
+    /// Whether the words of the command line are wrong, and not what they name.
+    pub fn is_mistyped(&self) -> bool {
+        self.exit == Exit::Usage && self.error.downcast_ref::<DumpError>().is_none()
+    }
+
+    /// [`Failure::lines`], with what is known about them: of a list of obstacles, about each.
+    pub fn explained(&self) -> Vec<String> {
+        let mut lines = self.lines();
+        if self.is_mistyped() {
+            return lines;
+        }
+        let is_listed = |line: &&String| line.starts_with(LISTED);
+        let listed: Vec<_> = lines
+            .iter()
+            .filter(is_listed)
+            .map(slice::from_ref)
+            .collect();
+        let mut known: Vec<Vec<String>> = Vec::new();
+        for about in if listed.is_empty() {
+            vec![&lines[..]]
+        } else {
+            listed
+        } {
+            let explanation = explain::of_failure(about);
+            if !known.contains(&explanation) {
+                known.push(explanation);
+            }
+        }
+        lines.extend(known.into_iter().flatten());
+        lines
     }
 
     /// The error and its causes in one line each, as in `dump: reading ...: permission denied`.

@@ -23,7 +23,7 @@ use crate::exit::{Exit, Failure};
 use crate::logging::Log;
 use crate::page_server::PageServer;
 use crate::scripts::CallerAndScripts;
-use crate::{background, check, command, cpuinfo, engine, explain};
+use crate::{background, check, command, cpuinfo, engine};
 
 /// Answers the caller that started us with one end of a pair of sockets.
 pub fn answer_parent(fd: &str) -> Result<Exit, Failure> {
@@ -222,16 +222,15 @@ impl Engine for Program {
 
 /// The error with its explanation, and the number that callers of CRIU look at.
 fn refusal(failure: Failure) -> Refusal {
-    let mut lines = failure.lines();
-    if failure.exit != Exit::Usage {
-        lines.extend(explain::of_failure(&lines));
-    }
     let errno = errno(&failure).map(Errno::raw_os_error);
-    Refusal { errno, lines }
+    Refusal {
+        errno,
+        lines: failure.explained(),
+    }
 }
 
 fn errno(failure: &Failure) -> Option<Errno> {
-    if failure.exit == Exit::Usage {
+    if failure.is_mistyped() {
         return Some(Errno::BADRQC);
     }
     if let Some(DumpError::Freeze(FreezeError::NoTask { .. } | FreezeError::RootDead { .. })) =

@@ -53,10 +53,10 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn a_pid_that_nobody_has_exits_with_1_and_is_named() {
+fn a_pid_that_nobody_has_exits_with_2_and_is_named() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let output = floe(directory.path(), "dump -t 4194303");
-    assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     assert!(
         stderr(&output).contains("There is no task 4194303"),
         "{}",
@@ -170,7 +170,7 @@ fn a_task_is_restored_under_its_pid_and_a_dry_run_makes_nothing() {
     assert_eq!(pidfile, pid.to_string());
 
     let again = floe(directory.path(), "restore -d");
-    assert_eq!(again.status.code(), Some(1), "{}", stderr(&again));
+    assert_eq!(again.status.code(), Some(3), "{}", stderr(&again));
     assert!(
         stderr(&again).contains(&format!("Pid {pid} is taken by `sleep`")),
         "{}",

@@ -271,6 +271,94 @@ fn a_squashed_dump_in_rounds_is_one_checkpoint_without_its_rounds() {
     );
 }
 
+#[test]
+fn a_refusal_explains_each_thing_that_is_in_the_way() {
+    as_root("a_refusal_explains_each_thing_that_is_in_the_way", || {
+        let place = tempfile::tempdir()?;
+        fs::write(place.path().join("go"), "")?;
+        let script = "exec 9>lock; flock 9; exec 8>big; rm big; head -c 3000000 /dev/urandom >&8; \
+                      touch locked; while :; do sleep 0.1; done";
+        let mut command = Command::new("setsid");
+        command.args(["sh", "-c", script]).current_dir(place.path());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let program = Locker(command.stderr(Stdio::null()).spawn()?);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !place.path().join("locked").exists() {
+            ensure!(Instant::now() < deadline, "the program does not start");
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let line = format!("dump -t {} -D images", program.pid());
+        let said = refused(
+            place.path(),
+            &line,
+            3,
+            &[
+                "try: --file-locks",
+                "try: --ghost-limit",
+                "big, deleted, with",
+            ],
+        )?;
+        let remedies = said.matches("what to do:").count();
+        ensure!(remedies == 2, "{remedies} remedies: {said}");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_pid_that_cannot_be_dumped_says_why_by_its_exit_code() {
+    as_root(
+        "a_pid_that_cannot_be_dumped_says_why_by_its_exit_code",
+        || {
+            let place = tempfile::tempdir()?;
+            refused(
+                place.path(),
+                "dump -t 4194303",
+                2,
+                &["There is no task", "pgrep"],
+            )?;
+            // Threads of the kernel descend from this one, if it can be seen.
+            if fs::read_to_string("/proc/2/comm").is_ok_and(|name| name == "kthreadd\n") {
+                refused(place.path(), "dump -t 2", 3, &["is a thread of the kernel"])?;
+            }
+            let own = format!("dump -t {}", std::process::id());
+            let said = refused(
+                place.path(),
+                &own,
+                2,
+                &["is this very program", "setsid -f floe"],
+            )?;
+            ensure!(!said.contains("--help"), "{said}");
+            Ok(())
+        },
+    );
+}
+
+#[test]
+fn an_ordinary_user_is_told_what_it_takes() {
+    as_root("an_ordinary_user_is_told_what_it_takes", || {
+        let place = tempfile::tempdir()?;
+        let binary = place.path().join("floe");
+        fs::copy(env!("CARGO_BIN_EXE_floe"), &binary)?;
+        fs::set_permissions(place.path(), fs::Permissions::from_mode(0o777))?;
+        for (words, word) in [
+            (
+                &["dump", "--tree", "1", "--images-dir", "images"][..],
+                "may not be traced",
+            ),
+            (&["demo"], "sudo floe demo"),
+        ] {
+            let mut command = Command::new("setpriv");
+            command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]);
+            command.arg(&binary).args(words).current_dir(place.path());
+            let output = command.output()?;
+            let said = said(&output);
+            ensure!(output.status.code() == Some(4), "{words:?}: {said}");
+            ensure!(said.contains(word), "{words:?}: {said}");
+        }
+        Ok(())
+    });
+}
+
 /// A command of Floe's own, whose name stands first.
 fn floe_own(directory: &Path, line: &str) -> anyhow::Result<Output> {
     let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));

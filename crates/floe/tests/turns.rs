@@ -1,6 +1,7 @@
 //! Two commands about one tree at a time.
 
 use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -74,6 +75,38 @@ fn who_waits_for_another_dump_says_so_and_goes_on_after_it() {
                 fixture.check()?;
             }
             Ok(())
+        },
+    );
+}
+
+#[test]
+fn a_tree_that_stands_still_for_another_dump_names_that() {
+    as_root(
+        "a_tree_that_stands_still_for_another_dump_names_that",
+        || {
+            let mut fixture = Fixture::start("memory-counted")?;
+            let place = tempfile::tempdir()?;
+            let script = place.path().join("script.sh");
+            let text = "#!/bin/sh\n[ $CRTOOLS_SCRIPT_ACTION = post-dump ] || exit 0\n\
+                    touch $CRTOOLS_IMAGE_DIR/stands; while ! [ -e $CRTOOLS_IMAGE_DIR/go ]; do sleep 0.01; done\n";
+            std::fs::write(&script, text)?;
+            std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755))?;
+            let (pid, script) = (fixture.pid, script.display());
+            let first = format!("dump -t {pid} -D first -R --action-script {script}");
+            let first = start(place.path(), &first)?;
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !place.path().join("first/stands").exists() {
+                ensure!(Instant::now() < deadline, "the first dump has not begun");
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            let (done, said) = end(start(place.path(), &format!("dump -t {pid} -D second"))?)?;
+            let by = format!("is being dumped by process {} at this moment", first.id());
+            ensure!(!done && said.contains(&by), "{said}");
+            ensure!(!place.path().join("second").exists(), "a directory is left");
+            std::fs::write(place.path().join("first/go"), "")?;
+            let (done, said) = end(first)?;
+            ensure!(done, "{said}");
+            fixture.check()
         },
     );
 }

@@ -236,7 +236,7 @@ pub fn busy_with(root: HostPid) -> Option<Busy> {
 }
 
 /// The process that a user knows of a client: the engine of a dump is a copy of its supervisor.
-fn asked_by(client: HostPid) -> HostPid {
+pub fn asked_by(client: HostPid) -> HostPid {
     let line = |pid: HostPid| std::fs::read(format!("/proc/{pid}/cmdline")).ok();
     let parent = || {
         let proc = ProcDir::open(client).ok()?;
@@ -244,6 +244,12 @@ fn asked_by(client: HostPid) -> HostPid {
         (line(stat.ppid) == Some(line(client)?)).then_some(stat.ppid)
     };
     parent().unwrap_or(client)
+}
+
+/// Whether a process runs the same program as this one.
+pub fn is_engine(process: HostPid) -> bool {
+    let program = |who: &str| std::fs::read_link(format!("/proc/{who}/exe")).ok();
+    program("self").is_some_and(|own| Some(own) == program(&process.to_string()))
 }
 
 fn is_end(error: &io::Error) -> bool {

@@ -19,7 +19,7 @@ use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, parse_stat};
 use rustix::net::SocketAddrUnix;
 
-pub use client::{Purpose, Session, Tracked, Waiting, busy_with};
+pub use client::{Purpose, Session, Tracked, Waiting, asked_by, busy_with, is_engine};
 pub use serve::serve;
 
 /// How long a client waits for another one to be done.

@@ -4,7 +4,7 @@ use super::{Role, Rule};
 
 pub(super) const RULES: &[Rule] = &[
     Rule {
-        pattern: r"Can't dump ghost file (\S+) of (\d+) size|[Gg]host file .*(?:limit|too large)|deleted file .*--ghost-limit",
+        pattern: r"Can't dump ghost file (\S+) of (\d+) size|[Gg]host file .*(?:limit|too large)|deleted.*--ghost-limit",
         role: Role::Cause,
         what: "A program holds a file open that was deleted. Its content exists nowhere else, so it would go into the images, and it is larger than the limit for that (1 MiB unless told otherwise).",
         remedy: "Raise the limit above the file's size. Engines take it from their configuration file.",

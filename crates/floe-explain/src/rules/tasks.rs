@@ -79,8 +79,8 @@ pub(super) const RULES: &[Rule] = &[
         pattern: r"The criu itself is within dumped tree|is in the tree to be dumped and is this very program",
         role: Role::Cause,
         what: "The engine was started by a task that it is asked to stop, so it would stop itself.",
-        remedy: "Start the dump from outside of the tree: another terminal, or a session of its own.",
-        command: "setsid floe dump -t PID ...",
+        remedy: "Start the dump from outside of the tree: in another terminal, or so that it is no child of the tree's any more; a shell has a terminal, too.",
+        command: "setsid -f floe dump -t PID -D DIR -o dump.log --shell-job",
         threads: &[],
     },
     Rule {

@@ -247,7 +247,10 @@ impl<'a> Collector<'a> {
 
     /// Notes something that cannot be saved; the dump goes on looking for more and then refuses.
     pub fn obstacle(&mut self, obstacle: Obstacle) {
-        self.obstacles.push(obstacle);
+        // Mappings and threads may share one.
+        if !self.obstacles.contains(&obstacle) {
+            self.obstacles.push(obstacle);
+        }
     }
 
     /// Turns `Unsupported` into an obstacle, and passes on all other results.

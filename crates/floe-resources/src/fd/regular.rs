@@ -128,7 +128,9 @@ impl<'a> NamedFile<'a> {
 
     /// An obstacle that is this file.
     pub fn obstacle(&self, what: &str, remedy: impl Into<String>) -> CollectError {
-        let name = String::from_utf8_lossy(self.target);
+        let deleted = what.starts_with(", deleted");
+        let name = self.target.strip_suffix(b" (deleted)").filter(|_| deleted);
+        let name = String::from_utf8_lossy(name.unwrap_or(self.target));
         let object = format!("{} ({name}{what})", self.role);
         CollectError::Unsupported(Obstacle {
             pid: self.pid,

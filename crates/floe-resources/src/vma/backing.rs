@@ -5,7 +5,7 @@ use rustix::fs::{FileType, OFlags};
 use std::collections::HashMap;
 
 use super::{refuse, status};
-use crate::collect::{CollectError, Collector, PathFile};
+use crate::collect::{CollectError, Collector, Obstacle, PathFile};
 use crate::fd::memfd::{huge_flag, is_memory_name};
 use crate::ipc::shm::collect_attached;
 
@@ -88,7 +88,12 @@ impl Backing {
             Err(ProcError::Read { source, .. }) if source.raw_os_error() == Some(libc::EPERM) => {
                 let remedy = "run Floe as root, or with CAP_CHECKPOINT_RESTORE: without that the kernel \
                               does not show what is mapped";
-                return Err(refuse(proc.pid(), mapping, remedy));
+                // The same of all of them.
+                return Err(CollectError::Unsupported(Obstacle {
+                    pid: proc.pid(),
+                    object: "what it has mapped of files".to_string(),
+                    remedy: remedy.to_string(),
+                }));
             }
             other => other?,
         };

@@ -43,6 +43,14 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(demo) => demo,
         Err(exit) => return Ok(exit),
     };
+    if !rustix::process::geteuid().is_root() {
+        return Err(Failure::new(
+            Exit::Kernel,
+            anyhow::anyhow!(
+                "The demo needs root, for what it saves has a TCP connection: sudo floe demo"
+            ),
+        ));
+    }
     let parent = demo
         .directory
         .clone()
