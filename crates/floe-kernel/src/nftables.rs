@@ -3,12 +3,16 @@
 //! Contract relied on: a batch of nfnetlink messages is one transaction; a table with the owner flag (Linux
 //! 5.12) goes away with the netlink socket that made it, so nothing stays behind a process that is killed.
 
+mod marked;
+
 use std::io;
 
 use crate::netlink::{
     NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REQUEST, NetlinkSocket, attribute, attributes,
     message, nested,
 };
+
+pub use marked::{IpFamily, MarkedTable};
 
 /// Packets with this mark pass: those that the engine makes itself. CRIU's own value, so that either
 /// engine's packets pass the other's table.
@@ -203,6 +207,7 @@ impl Family {
 
 /// A transaction in the making.
 struct Batch {
+    family: u8,
     bytes: Vec<u8>,
     count: usize,
 }
@@ -210,13 +215,14 @@ struct Batch {
 impl Batch {
     fn new() -> Self {
         Batch {
+            family: NFPROTO_INET,
             bytes: message(BATCH_BEGIN, NLM_F_REQUEST, &batch_header()),
             count: 0,
         }
     }
 
     fn add(&mut self, kind: u16, flags: u16, body: &[u8]) {
-        let mut whole = vec![NFPROTO_INET, 0, 0, 0];
+        let mut whole = vec![self.family, 0, 0, 0];
         whole.extend_from_slice(body);
         let kind = SUBSYSTEM << 8 | kind;
         let flags = flags | NLM_F_REQUEST | NLM_F_ACK;

@@ -16,7 +16,7 @@ fn floe() -> Engine {
     Engine::new("floe", env!("CARGO_BIN_EXE_floe"))
 }
 
-/// Rules that hold packets back, of both families, and tables, in our network.
+/// Rules that hold packets back, of both families, and all tables, in our network.
 fn locks() -> anyhow::Result<Vec<String>> {
     let mut found = Vec::new();
     for (program, arguments) in [
@@ -27,9 +27,10 @@ fn locks() -> anyhow::Result<Vec<String>> {
         let output = Command::new(program).args(arguments).output()?;
         ensure!(output.status.success(), "{program}: {output:?}");
         let text = String::from_utf8(output.stdout)?;
-        let lines = text
-            .lines()
-            .filter(|line| line.contains("DROP") || line.contains("CRIU") || line.contains("floe"));
+        // Also a table of iptables that has no rule any more: there was none before.
+        let lines = text.lines().filter(|line| {
+            line.contains("DROP") || line.contains("CRIU") || line.contains("table ")
+        });
         found.extend(lines.map(str::to_string));
     }
     found.sort();

@@ -3,12 +3,18 @@
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-use floe_kernel::nftables::{Flow, PASS_MARK};
+use floe_kernel::netlink::NetlinkSocket;
+use floe_kernel::nftables::{Flow, IpFamily, MarkedTable, PASS_MARK, close_in_background};
 
 use super::{LockError, Scope};
 
+/// Where both programs have rules, and the comment by which it is known that it was not there before.
+const TABLE: &str = "filter";
+const COMMENT: &str = "floe";
+
 /// Adds the rules.
 pub fn lock(scope: &Scope) -> Result<(), LockError> {
+    make_tables(scope);
     match scope {
         Scope::Flows(flows) => {
             let mut rules = flows.iter().flat_map(rules_of);
@@ -33,6 +39,14 @@ pub enum Copies {
 
 /// Takes the rules away. Goes on after one that is not there; the first refusal is the result.
 pub fn unlock(scope: &Scope, copies: Copies) -> Result<(), LockError> {
+    // Deleting a rule that is not there makes the table as well.
+    make_tables(scope);
+    let unlocked = delete(scope, copies);
+    remove_tables(scope);
+    unlocked
+}
+
+fn delete(scope: &Scope, copies: Copies) -> Result<(), LockError> {
     match scope {
         Scope::Flows(flows) => {
             let rules = flows.iter().flat_map(rules_of);
@@ -55,6 +69,56 @@ pub fn unlock(scope: &Scope, copies: Copies) -> Result<(), LockError> {
     }
 }
 
+/// The tables of nftables that the programs make for their rules, where they are a front of that, and leave.
+fn tables(scope: &Scope) -> impl Iterator<Item = MarkedTable> {
+    let has = |length| match scope {
+        Scope::Everything => length == V4 || has_v6(),
+        Scope::Flows(flows) => flows.iter().any(|flow| flow.source.len() == length),
+    };
+    let both = [(V4, IpFamily::V4), (V6, IpFamily::V6)];
+    let needed = both.map(|(length, family)| has(length).then_some(family));
+    needed.into_iter().flatten().map(|family| MarkedTable {
+        family,
+        name: TABLE,
+        comment: COMMENT,
+    })
+}
+
+/// Bytes of an address.
+const V4: usize = 4;
+const V6: usize = 16;
+
+fn has_v6() -> bool {
+    std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false)
+}
+
+/// Makes the tables that are not there, so that they can be told from those that are.
+fn make_tables(scope: &Scope) {
+    let version = Command::new("iptables").arg("--version").output();
+    if !version.is_ok_and(|said| String::from_utf8_lossy(&said.stdout).contains("nf_tables")) {
+        return;
+    }
+    let made = NetlinkSocket::open(libc::NETLINK_NETFILTER)
+        .and_then(|socket| tables(scope).try_for_each(|table| table.make(&socket).map(drop)));
+    if let Err(error) = made {
+        tracing::debug!(%error, "tables of iptables that are made now will stay");
+    }
+}
+
+/// Removes the tables that were made here and have nothing of anybody's in them.
+fn remove_tables(scope: &Scope) {
+    let socket = match NetlinkSocket::open(libc::NETLINK_NETFILTER) {
+        Ok(socket) => socket,
+        Err(error) => return tracing::debug!(%error, "no nftables"),
+    };
+    for table in tables(scope) {
+        if let Err(error) = table.remove_unused(&socket) {
+            tracing::debug!(%error, "an empty table of iptables stays");
+        }
+    }
+    close_in_background(socket);
+}
+
 /// The rules for both directions of a connection, as CRIU has them.
 fn rules_of(outgoing: &Flow) -> [(&'static str, Flow); 2] {
     [("INPUT", outgoing.reversed()), ("OUTPUT", outgoing.clone())]
@@ -62,9 +126,12 @@ fn rules_of(outgoing: &Flow) -> [(&'static str, Flow); 2] {
 
 /// Changes rules of IPv4 and of IPv6 in one go each.
 fn iptables_restore(changes: &str) -> Result<(), LockError> {
-    let v6 = std::fs::exists("/proc/sys/net/ipv6").unwrap_or(false);
     let programs = ["iptables-restore", "ip6tables-restore"];
-    let programs = if v6 { &programs[..] } else { &programs[..1] };
+    let programs = if has_v6() {
+        &programs[..]
+    } else {
+        &programs[..1]
+    };
     let results: Vec<_> = programs
         .iter()
         .map(|program| feed(program, changes))
