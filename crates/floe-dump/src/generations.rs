@@ -58,12 +58,23 @@ impl Generations {
 
     /// Whether the images that build on the rounds are whole.
     pub fn are_used(&self) -> bool {
-        let linked = fs::read_link(self.images.join(PARENT_LINK)).ok();
-        self.images.join(MANIFEST_NAME).exists() && linked.is_some() && linked == self.newest()
+        self.images.join(MANIFEST_NAME).exists() && self.linked().is_some()
     }
 
-    /// Removes the rounds of this dump.
+    /// The number of the round that the images link to, if it is of this dump.
+    fn linked(&self) -> Option<u32> {
+        let link = fs::read_link(self.images.join(PARENT_LINK)).ok()?;
+        let name = link.strip_prefix(GENERATIONS).ok()?;
+        let number = name.to_str()?.parse().ok()?;
+        (number >= self.first).then_some(number)
+    }
+
+    /// Removes the rounds of this dump, and a link that leads to them.
     pub fn remove(&self) {
+        if self.linked().is_some() {
+            // It leads nowhere in a moment.
+            let _ = fs::remove_file(self.images.join(PARENT_LINK));
+        }
         self.remove_all(|number| number >= self.first);
     }
 

@@ -15,9 +15,10 @@ use floe_resources::mount::in_memory;
 
 use crate::error::DumpError;
 use crate::generations::Generations;
+use crate::leftovers::Leftovers;
 use crate::report::DumpReport;
 use crate::reserve::running_tasks;
-use crate::{Destination, Seal, predump, track};
+use crate::{Destination, Seal, predump};
 
 /// A round that writes more than this part of what the one before wrote does not pay, in percent.
 const PAYS: u64 = 85;
@@ -82,11 +83,11 @@ pub fn dump_in_rounds(
     show: &mut dyn FnMut(&RoundReport),
 ) -> Result<IterateReport, DumpError> {
     let root = HostPid(options.tree.get());
-    let was_tracked = track::is_tracked(root)?;
-    let mut generations = Generations::begin(&options.place.images_dir);
+    let mut before = Leftovers::before(root, &options.place.images_dir);
     let mut copy = || {
-        let (rounds, reason) = copy_rounds(options, limits, (environment, &mut generations), show)?;
-        let last = last_options(options, &generations);
+        let generations = &mut before.generations;
+        let (rounds, reason) = copy_rounds(options, limits, (environment, generations), show)?;
+        let last = last_options(options, generations);
         let destination = Destination { store: None, seal };
         let (features, watch) = environment;
         let dump = crate::dump_to(&destination, &last, features, watch)?;
@@ -97,13 +98,9 @@ pub fn dump_in_rounds(
         })
     };
     let outcome = copy();
-    if outcome.is_err() && !generations.are_used() {
-        generations.remove();
-        if !was_tracked && let Err(error) = track::stop(root) {
-            tracing::warn!(%error, "the tree is tracked still");
-        }
-    } else if options.place.prev_images_dir.is_none() {
-        generations.remove_earlier();
+    let removed = outcome.is_err() && before.remove();
+    if !removed && options.place.prev_images_dir.is_none() {
+        before.generations.remove_earlier();
     }
     outcome
 }

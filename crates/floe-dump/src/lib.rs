@@ -13,6 +13,7 @@ mod hooks;
 mod iterate;
 pub mod keeper;
 mod kinship;
+mod leftovers;
 mod memory;
 mod pace;
 mod pagemap_out;
@@ -57,6 +58,7 @@ use floe_resources::{Collector, Obstacle};
 
 pub use error::{DumpError, FreezeError, Obstacles};
 pub use iterate::{IterateReport, RoundReport, StopReason, dump_in_rounds};
+pub use leftovers::Leftovers;
 pub use memory::MemoryCounts;
 pub use predump::pre_dump;
 pub use report::DumpReport;

@@ -316,8 +316,13 @@ pub enum EngineEnd {
 }
 
 impl Supervisor {
+    /// The engine's pid.
+    pub fn engine(&self) -> i32 {
+        self.pid
+    }
+
     /// Waits for the engine; puts right what it left when it was killed.
-    pub fn wait(self) -> io::Result<EngineEnd> {
+    pub fn wait(&self) -> io::Result<EngineEnd> {
         // Faults that tests ask for are the engine's.
         floe_kernel::fault::arm(None);
         let mut status = 0;

@@ -7,7 +7,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use floe_dump::{Destination, Seal};
+use floe_dump::{Destination, Leftovers, Seal};
 use floe_inject::{EngineEnd, Split, Watch};
 use floe_kernel::features::KernelFeatures;
 use floe_kernel::ids::HostPid;
@@ -378,6 +378,10 @@ pub fn scripts(settings: &Settings) -> Result<Arc<Scripts>, Failure> {
 
 /// The process that the caller knows watches over a child that does the work.
 fn dump(settings: &Settings, command: Command, made: Option<&Path>) -> Result<Exit, Failure> {
+    let in_rounds = command == Command::Dump && settings.iterate;
+    let tree = settings.tree.filter(|_| in_rounds);
+    let images = settings.place().images_dir;
+    let before = tree.map(|tree| Leftovers::before(HostPid(tree.get()), &images));
     let supervisor = match floe_inject::split() {
         Ok(Split::Engine(watch)) => return dump_watched(settings, command, &watch),
         Ok(Split::Supervisor(supervisor)) => supervisor,
@@ -391,10 +395,15 @@ fn dump(settings: &Settings, command: Command, made: Option<&Path>) -> Result<Ex
             }
             std::process::exit(code)
         }
-        Ok(EngineEnd::Killed(signal)) => Err(anyhow::anyhow!(
-            "the dump was killed by signal {signal}; the tasks run on as before"
-        )
-        .into()),
+        Ok(EngineEnd::Killed(signal)) => {
+            before.as_ref().map(Leftovers::remove);
+            if let Some(archive) = &settings.archive {
+                OnTheWay::remove_left(archive, &images, supervisor.engine());
+            }
+            give_back(made);
+            let text = "the dump was killed by signal";
+            Err(anyhow::anyhow!("{text} {signal}; the tasks run on as before").into())
+        }
         Err(error) => Err(anyhow::anyhow!("waiting for the engine: {error}").into()),
     }
 }

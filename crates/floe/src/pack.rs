@@ -92,9 +92,7 @@ impl OnTheWay {
         let level = codec.and_then(|codec| codec.strip_prefix("zstd:"));
         let level = level.and_then(|level| level.parse().ok());
         let mut on_the_way = OnTheWay {
-            directory: place
-                .images_dir
-                .join(format!(".floe-archive-{}", std::process::id())),
+            directory: directory_of(&place.images_dir, std::process::id().cast_signed()),
             archive: archive.to_path_buf(),
             options: PackOptions {
                 since: None,
@@ -162,6 +160,16 @@ impl OnTheWay {
         write(&pack, &self.archive)
     }
 
+    /// Removes what an engine that was killed has left: an archive that is not whole, and the directory, which
+    /// nobody needs without it or beside it.
+    pub fn remove_left(archive: &Path, images_dir: &Path, engine: i32) {
+        let _ = std::fs::remove_dir_all(directory_of(images_dir, engine));
+        let part = part_of(archive).filter(|_| archive != Path::new("-"));
+        if let Some(part) = part {
+            let _ = std::fs::remove_file(part);
+        }
+    }
+
     /// Removes the directory: nothing in it is needed.
     pub fn give_up(self) {
         // What is left of it has no manifest, or is in the archive.
@@ -178,6 +186,18 @@ fn give_back_replaced(dir: &ImageDir, directory: &Path) -> Result<(), Failure> {
         tracing::info!(bytes = given.0, "gave back room of replaced pages");
     }
     Ok(())
+}
+
+/// Where an engine puts images that go into an archive.
+fn directory_of(images_dir: &Path, engine: i32) -> PathBuf {
+    images_dir.join(format!(".floe-archive-{engine}"))
+}
+
+/// The name of an archive until it is whole.
+fn part_of(archive: &Path) -> Option<PathBuf> {
+    let mut name = archive.file_name()?.to_os_string();
+    name.push(".part");
+    Some(archive.with_file_name(name))
 }
 
 /// Where an archive goes: a file that gets its name when it is whole, or whatever is there.
@@ -200,12 +220,7 @@ impl Output {
             let file = opened.with_context(|| format!("opening {}", path.display()))?;
             return Ok(Output { file, part: None });
         }
-        let mut name = path
-            .file_name()
-            .context("the archive needs a name")?
-            .to_os_string();
-        name.push(".part");
-        let part = path.with_file_name(name);
+        let part = part_of(path).context("the archive needs a name")?;
         let mut options = File::options();
         options
             .read(true)

@@ -170,6 +170,63 @@ fn a_dump_that_fails_at_the_end_leaves_its_log_only() {
 }
 
 #[test]
+fn an_engine_that_is_killed_in_its_rounds_leaves_none_of_them() {
+    as_root(
+        "an_engine_that_is_killed_in_its_rounds_leaves_none_of_them",
+        || {
+            let mut fixture = Fixture::start("memory-counted")?;
+            let place = tempfile::tempdir()?;
+            fs::create_dir(place.path().join("images"))?;
+            for options in ["", "--archive file.tar.zst"] {
+                for step in 1..100 {
+                    let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+                    command.args(["dump", "--no-default-config", "-R", "--iterate=2"]);
+                    command.args(["-D", "images", "-t", &fixture.pid.to_string()]);
+                    command
+                        .args(options.split_whitespace())
+                        .current_dir(place.path());
+                    command.env("FLOE_FAULT", format!("step:{step}"));
+                    let output = command.output()?;
+                    if output.status.success() {
+                        ensure!(step > 10, "only {step} steps");
+                        break;
+                    }
+                    ensure!(
+                        !said(&output).contains("waiting for its end"),
+                        "{}",
+                        said(&output)
+                    );
+                    let left = names(&place.path().join("images"))?;
+                    let rounds = left.iter().any(|name| name.contains("generations"));
+                    let whole = left.contains("floe.json");
+                    ensure!(rounds == whole, "step {step} `{options}`: {left:?}");
+                    if options.is_empty() && whole {
+                        break;
+                    }
+                    ensure!(whole || !left.contains("parent"), "a link is left");
+                    no_keeper(fixture.pid).with_context(|| format!("step {step} `{options}`"))?;
+                    if !options.is_empty() {
+                        ensure!(left.is_empty(), "step {step}: {left:?}");
+                        ensure!(!place.path().join("file.tar.zst.part").exists(), "{step}");
+                    }
+                    fixture.check()?;
+                }
+                for entry in fs::read_dir(place.path().join("images"))? {
+                    let path = entry?.path();
+                    match path.is_dir() && !path.is_symlink() {
+                        true => fs::remove_dir_all(path)?,
+                        false => fs::remove_file(path)?,
+                    }
+                }
+                let stop = format!("track stop {}", fixture.pid);
+                ensure!(floe_own(place.path(), &stop)?.status.success(), "{stop}");
+            }
+            Ok(())
+        },
+    );
+}
+
+#[test]
 fn a_keeper_and_rounds_from_before_outlive_a_failure() {
     as_root("a_keeper_and_rounds_from_before_outlive_a_failure", || {
         let mut fixture = Fixture::start("memory-counted")?;

@@ -141,11 +141,15 @@ impl Keeper {
             if tree {
                 return Ok(false);
             }
-            if other && let Some(other) = self.accept() {
-                self.put_off(other, client);
-            }
             if message {
                 return Ok(true);
+            }
+            if other && let Some(other) = self.accept() {
+                // Who has left only now is served to its end first.
+                match is_gone(client) {
+                    true => self.waiting.push_back(other),
+                    false => self.put_off(other, client),
+                }
             }
         }
     }

@@ -351,6 +351,14 @@ pub fn tracked_tasks(root: HostPid) -> Result<TrackedTasks, DumpError> {
     Ok(TrackedTasks(fds.map(|(pid, _)| HostPid(*pid)).collect()))
 }
 
+/// Whether there is a keeper for the tree under `root`, be it that another command talks to it.
+pub fn may_be_tracked(root: HostPid) -> bool {
+    TreeKey::of(root).is_ok_and(|key| {
+        let session = Session::open(&key, Purpose::Read, Waiting::Not);
+        !matches!(session, Ok(None))
+    })
+}
+
 /// Ends the tracking of the tree under `root`.
 pub fn stop(root: HostPid) -> Result<(), DumpError> {
     let Ok(key) = TreeKey::of(root) else {
