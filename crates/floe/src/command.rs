@@ -401,8 +401,10 @@ fn dump(settings: &Settings, command: Command, made: Option<&Path>) -> Result<Ex
                 OnTheWay::remove_left(archive, &images, supervisor.engine());
             }
             give_back(made);
-            let text = "the dump was killed by signal";
-            Err(anyhow::anyhow!("{text} {signal}; the tasks run on as before").into())
+            let error = anyhow::anyhow!(
+                "the dump was killed by signal {signal}; the tasks run on as before"
+            );
+            Err(error.into())
         }
         Err(error) => Err(anyhow::anyhow!("waiting for the engine: {error}").into()),
     }

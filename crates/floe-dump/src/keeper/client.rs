@@ -246,8 +246,15 @@ pub fn asked_by(client: HostPid) -> HostPid {
     parent().unwrap_or(client)
 }
 
-/// Whether a process runs the same program as this one.
+/// Whether another process runs the same program as this one.
 pub fn is_engine(process: HostPid) -> bool {
+    // A thread of ours is no other.
+    if Path::new("/proc/self/task")
+        .join(process.to_string())
+        .exists()
+    {
+        return false;
+    }
     let program = |who: &str| std::fs::read_link(format!("/proc/{who}/exe")).ok();
     program("self").is_some_and(|own| Some(own) == program(&process.to_string()))
 }

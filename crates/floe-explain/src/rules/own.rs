@@ -4,6 +4,14 @@ use super::{Role, Rule};
 
 pub(super) const RULES: &[Rule] = &[
     Rule {
+        pattern: r"[Pp]rocess (\S+) is (?:still )?dumping the tree of task|is being dumped by process (\S+)",
+        role: Role::Cause,
+        what: "Another dump of the same tree is at work (process $1$2), and two at a time cannot be.",
+        remedy: "Wait for its end and try again, or end that process: the tree runs on then.",
+        command: "floe track status PID; kill $1$2",
+        threads: &[],
+    },
+    Rule {
         pattern: r"[Tt]he (\w+) namespace (?:of task \d+|`[^`]*`).*cannot be|(\w+) namespace of its own.*cannot be",
         role: Role::Cause,
         what: "A task is in a namespace that can be neither saved nor made again in that place: one of its own inside of the tree, or one that belongs to somebody else.",
@@ -132,7 +140,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"keeper of task|keeper needs|Another dump of the tree",
+        pattern: r"keeper of task|keeper needs",
         role: Role::Cause,
         what: "A small process (the keeper) notes between rounds what changes. It could not be started or reached, belongs to another user, or another dump is at work with it.",
         remedy: "Wait for the other dump, or end the tracking and begin with a full round.",
@@ -204,7 +212,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"unknown (?:option|command|feature) `|option `\S+` (?:needs a value|takes no value|is ambiguous)|bad value `|a command is required|takes no further arguments|--\S+ exclude each other|goes with neither|--\S+ is for (?:restore|dump)|archives are compressed by|--\S+ needs|reads the images twice|^(?:floe: )?`[\w -]+` needs|argument `.*` is not UTF-8|reading configuration file|expected (?:fd\[|TYPE|KEY)|` is not a |lacks the part after|^(?:floe: )?/\S+, line \d+: |--compress \S+: unknown|FLOE_FAULT",
+        pattern: r"unknown (?:option|command|feature) `|option `\S+` (?:needs a value|takes no value|is ambiguous)|bad value `|a command is required|takes no further arguments|has no effect here|` is for .*, not for `|--\S+ exclude each other|goes with neither|--\S+ is for (?:restore|dump)|archives are compressed by|--\S+ needs|reads the images twice|^(?:floe: )?`[\w -]+` needs|argument `.*` is not UTF-8|reading configuration file|expected (?:fd\[|TYPE|KEY)|` is not a |lacks the part after|^(?:floe: )?/\S+, line \d+: |--compress \S+: unknown|FLOE_FAULT",
         role: Role::Cause,
         what: "The command line or a configuration file has a mistake; nothing was done.",
         remedy: "See the help of the command for its options and their values.",
@@ -244,7 +252,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"Writing |Creating |Syncing |Copying |Compressing |Putting .* in the place|Making the directory|An entry of \S+ would have",
+        pattern: r"Writing |Creating |Removing |Syncing |Copying |Compressing |Putting .* in the place|Making the directory|An entry of \S+ would have",
         role: Role::Consequence,
         what: "A file or directory could not be written or made; the last words say why. What was begun is not whole.",
         remedy: "See that the directory is there, may be written to, has room, and that the disk has no faults.",

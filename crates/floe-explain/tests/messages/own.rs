@@ -107,7 +107,15 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ),
     ("floe: Reading the parent generation", "floe verify PARENT"),
     (
-        "floe: Another dump of the tree of task 7 is under way: try again when it is done",
+        "floe: Talking to the keeper of task 7: Broken pipe (os error 32)",
+        "floe track",
+    ),
+    (
+        "floe: Task 7 is being dumped by process 9 at this moment: wait for its end and try again",
+        "kill 9",
+    ),
+    (
+        "floe: Process 9 is still dumping the tree of task 7 after 20 s: wait for its end, or end it (`kill 9`; the tree runs on), and try again",
         "floe track",
     ),
     (
