@@ -3,6 +3,7 @@
 //! An archive is a tar of `checkpoint/*` in independent zstd frames. Its last member,
 //! `floe-archive.json`, is the index and lies in the last frame; see `docs/archive.md`.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -19,7 +20,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::held::Scratch;
-use crate::stream::{Opened, Stream};
+use crate::stream::{Opened, Stream, with_cause};
+use crate::unpack::UnpackError;
 
 /// Name of the index.
 pub const INDEX_NAME: &str = "floe-archive.json";
@@ -115,14 +117,14 @@ pub struct Index {
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
     /// The file.
-    #[error("Reading the archive {}", path.display())]
+    #[error("Reading the archive {}", called(path))]
     Read {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
     /// It is no archive of ours, or damaged.
-    #[error("{} is no whole archive of Floe: {what}", path.display())]
+    #[error("{} is no whole archive of Floe: {what}", called(path))]
     Damaged { path: PathBuf, what: String },
     /// It is newer than this program.
     #[error("{} has format {format}; this version of Floe knows formats up to {INDEX_FORMAT_LATE}: use a newer one", path.display())]
@@ -146,6 +148,35 @@ pub enum ArchiveError {
     /// Only memory of a running program.
     #[error("The newest generation in {} is a pre-dump: it holds memory only. Add the archive of the final dump, made with `floe pack --since {last}`", path.display())]
     PreDump { path: PathBuf, last: u32 },
+}
+
+/// What a file is called in messages.
+fn called(path: &Path) -> Cow<'_, str> {
+    match path == Path::new("-") {
+        true => "standard input".into(),
+        false => path.to_string_lossy(),
+    }
+}
+
+impl ArchiveError {
+    /// Names the file that could not be unpacked: it cannot be read, or it is not what it should be.
+    pub(crate) fn of(path: &Path, error: UnpackError) -> ArchiveError {
+        let path = path.to_path_buf();
+        match error {
+            UnpackError::Archive(error) => error,
+            UnpackError::Decode(source) if source.raw_os_error().is_some() => {
+                ArchiveError::Read { path, source }
+            }
+            UnpackError::Decode(source) if source.kind() == io::ErrorKind::UnexpectedEof => {
+                let what = "it is empty, or was cut".into();
+                ArchiveError::Damaged { path, what }
+            }
+            error => ArchiveError::Damaged {
+                path,
+                what: with_cause(&error),
+            },
+        }
+    }
 }
 
 /// An opened archive.

@@ -134,7 +134,15 @@ impl Generation {
     pub fn is_pre_dump(&self) -> bool {
         match &self.manifest {
             Some(manifest) => manifest.kind == floe_image::manifest::DumpKind::PreDump,
-            None => !self.dir.has(ImageKind::Pstree, 0) && self.dir.has(ImageKind::Inventory, 0),
+            None => {
+                // With the state of tasks only the tree is missing.
+                let tasks = self.dir.has(ImageKind::Pstree, 0)
+                    || self
+                        .dir
+                        .ids(ImageKind::Core)
+                        .is_ok_and(|ids| !ids.is_empty());
+                !tasks && self.dir.has(ImageKind::Inventory, 0)
+            }
         }
     }
 }

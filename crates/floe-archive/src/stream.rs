@@ -55,10 +55,7 @@ impl Stream {
     /// file without a name.
     pub fn open(source: Box<dyn Read + Send>, path: &Path) -> Result<Opened, ArchiveError> {
         let (source, recorded) = Recorder::new(source);
-        let damaged = |error: UnpackError| ArchiveError::Damaged {
-            path: path.to_path_buf(),
-            what: with_cause(&error),
-        };
+        let damaged = |error: UnpackError| ArchiveError::of(path, error);
         let mut tar = TarReader::new(source, LIMITS);
         let Piece::Head(text) = tar.next_piece().map_err(damaged)? else {
             return Err(damaged(UnpackError::Missing {
@@ -136,7 +133,7 @@ impl Stream {
     }
 }
 
-fn with_cause(error: &dyn std::error::Error) -> String {
+pub(crate) fn with_cause(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {source}"),
         None => error.to_string(),

@@ -81,14 +81,18 @@ pub fn unpack_set(
     limits: UnpackLimits,
 ) -> Result<UnpackReport, UnpackError> {
     if let [path] = paths {
+        let named = |error| match error {
+            UnpackError::Decode(_) => ArchiveError::of(path, error).into(),
+            error => error,
+        };
         if path == Path::new("-") {
-            return unpack(io::stdin().lock(), into, limits);
+            return unpack(io::stdin().lock(), into, limits).map_err(named);
         }
         // What comes through a pipe can be read once.
         if !path.is_file()
             && let Ok(pipe) = File::open(path)
         {
-            return unpack(pipe, into, limits);
+            return unpack(pipe, into, limits).map_err(named);
         }
     }
     let parts = paths.iter().map(|path| Archive::open(path).map(Part::File));

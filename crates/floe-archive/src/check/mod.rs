@@ -122,18 +122,28 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
 pub fn full(dir: &ImageDir, threads: usize) -> (Vec<Row>, HashReport) {
     let mut rows = quick(dir);
     let mut report = HashReport::default();
-    if rows.iter().any(|row| row.state == State::Bad) {
+    let fault = |row: &Row| row.state == State::Bad;
+    // What is no checkpoint at all has no files to compare.
+    if rows
+        .iter()
+        .any(|row| fault(row) && matches!(row.about, "kind" | "manifest"))
+    {
         return (rows, report);
     }
     match Chain::open(dir) {
+        // A changed image may be what makes others look missing.
         Ok(chain) => {
             for generation in chain.generations() {
                 hash::check(generation, threads, &mut rows, &mut report);
             }
         }
+        // Of the same chain, the quick part has said that it is broken.
+        Err(_) if rows.iter().any(fault) => {}
         Err(error) => rows.push(Row::bad("chain", sentence(&error), COPY_AGAIN)),
     }
-    page_indexes(dir, &mut rows);
+    if !rows.iter().any(fault) {
+        page_indexes(dir, &mut rows);
+    }
     (rows, report)
 }
 
@@ -297,8 +307,20 @@ fn tasks(dir: &ImageDir, rows: &mut Vec<Row>) {
             Err(error) => rows.push(Row::bad("tasks", sentence(&error), COPY_AGAIN)),
         }
     }
+    let manifest = Manifest::read(dir).ok().flatten();
     for name in wanted.iter().filter(|name| dir.file_size(name).is_none()) {
-        let row = missing(dir, name);
+        let was_there = |manifest: &Manifest| manifest.files.contains_key(name);
+        let row = match manifest.as_ref().is_none_or(was_there) {
+            true => missing(dir, name),
+            false => Row::bad(
+                "tasks",
+                format!(
+                    "{} is damaged: it calls for {name}, which was no part of the checkpoint",
+                    dir.path().join(ImageKind::Pstree.file_name(0)).display()
+                ),
+                COPY_AGAIN,
+            ),
+        };
         // The manifest may have named it already.
         if !rows.contains(&row) {
             rows.push(row);

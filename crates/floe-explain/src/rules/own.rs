@@ -52,7 +52,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"the image is damaged|are of different dumps|lacks its required field|^(?:\S+: )?(?:\S+: )*field \S+ of|is nested more than|at most \d+ are allowed|has no entry: a|goes on at offset \d+ after|is damaged|, entry \d+ at offset|decoding \w+|is of an unknown kind|(?:pages|pagemap)\S* in \S+: .* at 0x|(?:\S+ in \S+: .* at at$)",
+        pattern: r"the image is damaged|are of different dumps|lacks its required field|^(?:\S+: )?(?:\S+: )*field \S+ of|is nested more than|at most \d+ are allowed|has no entry: a|goes on at offset \d+ after|is damaged|, entry \d+ at offset|decoding \w+|(?:^|: )\S+\.img: \S|is of an unknown kind|(?:pages|pagemap)\S* in \S+: .* at 0x|(?:\S+ in \S+: .* at at$)",
         role: Role::Cause,
         what: "An image does not hold what an image of its kind has: it was damaged, edited, or is of a newer version.",
         remedy: "Check the checkpoint, and copy it again or dump again. Nothing was made of it.",
