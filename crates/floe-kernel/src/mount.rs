@@ -14,7 +14,7 @@ use rustix::mount::{
 };
 
 use crate::namespace::{Namespace, NsKind, unshare};
-use crate::placeholder::{errand, errand_among};
+use crate::placeholder::{become_user, errand, errand_among};
 
 /// How mounts and unmounts below a mount reach others (mount_namespaces(7)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -165,14 +165,18 @@ pub fn mount_of_context(
 }
 
 /// As [`mount_of_context`], of what [`begin_inside`] has begun, made there too: some have files of their own, which
-/// are then of who has all rights there.
+/// are then of who has all rights there. Others act for ever as who made them: `made_by`, a user and a group as they
+/// are known there.
 pub fn mount_inside(
-    user: &Namespace,
+    (user, made_by): (&Namespace, Option<(u32, u32)>),
     context: BorrowedFd<'_>,
     options: &[FsOption],
 ) -> Result<OwnedFd, NewMountError> {
     set_options(context, options)?;
     errand(user, || {
+        if let Some((uid, gid)) = made_by {
+            become_user(uid, gid)?;
+        }
         Ok(rustix::mount::fsconfig_create(context).map(|()| 0)?)
     })
     .map_err(|error| NewMountError::Call("fsconfig", error))?;

@@ -232,7 +232,7 @@ fn errno_of<T>(result: io::Result<T>) -> u8 {
 }
 
 /// Changes all ids of this process, which has one thread.
-fn become_user(uid: u32, gid: u32) -> io::Result<()> {
+pub(crate) fn become_user(uid: u32, gid: u32) -> io::Result<()> {
     for (call, id) in [(libc::SYS_setresgid, gid), (libc::SYS_setresuid, uid)] {
         // SAFETY: integers only.
         if unsafe { libc::syscall(call, id, id, id) } < 0 {

@@ -326,10 +326,17 @@ fn file_systems_of_a_user_namespace_belong_to_it_again() {
         let inside = "exec 10<&- </dev/null >/dev/null 2>&1
             mount -t tmpfs -o size=64k,mode=750 none /mnt && mkdir /mnt/kept
             mount -t devpts -o newinstance,ptmxmode=0666 none /mnt/kept
-            mount -t tmpfs -o size=96k none /srv";
-        let script = "grep -E ' (/mnt|/mnt/kept|/srv) ' /proc/self/mountinfo | cut -d ' ' -f 4-6,9-
+            mount -t tmpfs -o size=96k none /srv
+            mkdir /srv/l /srv/u /srv/w; echo lower >/srv/l/f
+            mount -t overlay -o lowerdir=/srv/l,upperdir=/srv/u,workdir=/srv/w,userxattr o /media";
+        let script =
+            "grep -E ' (/mnt|/mnt/kept|/srv|/media) ' /proc/self/mountinfo | cut -d ' ' -f 4-6,9-
             stat -c %u:%a /mnt /srv /mnt/kept/*
             touch /srv/new; stat -c %u /srv/new; rm /srv/new
+            echo more >>/media/f; stat -c %u /srv/u/f; echo lower >/media/f; touch /media/new
+            stat -c %u /srv/u/new; rm /media/new
+            mount -t overlay o /media -o remount,ro; echo $?; touch /media/no; echo $?
+            mount -t overlay o /media -o remount,rw; echo $?
             mount -t tmpfs none /srv -o remount,size=96k; echo $?
             mount -t tmpfs none /mnt -o remount,size=64k; echo $?";
         // Whoever has it made ends soon, and is not of the tree.
@@ -352,7 +359,10 @@ fn file_systems_of_a_user_namespace_belong_to_it_again() {
                 ..Case::default()
             };
             let facts = comes_back(&case)?;
-            ensure!(facts[0].ends_with(" 0 0"), "it may mount again: {facts:#?}");
+            ensure!(
+                facts[0].ends_with(" 0 0 0 0 1 0 0 0"),
+                "it may mount again: {facts:#?}"
+            );
         }
         Ok(())
     });

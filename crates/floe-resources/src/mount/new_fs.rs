@@ -26,15 +26,16 @@ pub fn make(images: &ImageDir, fs: &NewFs, owner: Option<&Owner>) -> Result<Owne
     let what = || format!("{} for {}", fs.name, entry.mountpoint);
     let options = new_fs_options(fs);
     let _files = owner.map(Owner::files).transpose()?;
-    let mut mounted = match owner {
-        Some(owner) => owner.mount(fs, &options)?,
-        None => mount::new_mount(&fs.name, &options),
+    let mount = || match owner {
+        Some(owner) => owner.mount(fs, &options),
+        None => Ok(mount::new_mount(&fs.name, &options)),
     };
+    let mut mounted = mount()?;
     if let Err(NewMountError::Call(_, error)) = &mounted
         && error.raw_os_error() == Some(libc::ESTALE)
         && overlay_index::rebuild(&entry.options).is_ok()
     {
-        mounted = mount::new_mount(&fs.name, &options);
+        mounted = mount()?;
     }
     let mounted = mounted.map_err(|error| {
         let (action, source) = describe(error);

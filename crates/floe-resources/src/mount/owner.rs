@@ -1,9 +1,10 @@
-//! The user namespace that a file system in memory belongs to: whose root may mount it again with other options, and
+//! The user namespace that a file system in memory or an overlay belongs to: whose root may mount it again with other options, and
 //! who can have files there (`user_namespaces(7)`).
 //!
 //! Saved:    its number, a field of ours, of every file system in a mount namespace of another user namespace.
 //! Rebuilt:  a process in that user namespace begins it, and files are made as its root. Needs: the user namespace.
-//! Not kept: that of an overlay, which is ours again; others show namespaces that tell it.
+//!           An overlay acts on its layers as who made it, for which that root stands.
+//! Not kept: nothing; others show namespaces that tell it.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -29,9 +30,10 @@ const OURS: u32 = 0;
 /// How these file systems are called.
 const TMPFS: &str = "tmpfs";
 const DEVPTS: &str = "devpts";
+const OVERLAY: &str = "overlay";
 
 fn has_owner(name: &str) -> bool {
-    [TMPFS, DEVPTS].contains(&name)
+    [TMPFS, DEVPTS, OVERLAY].contains(&name)
 }
 
 /// Completes the entries of a namespace.
@@ -92,6 +94,8 @@ fn ask(
 #[derive(Clone, Debug)]
 pub struct Owner {
     namespace: Rc<Namespace>,
+    /// Its root, or its first user and group.
+    first: (u32, u32),
     files_of: Option<(u32, u32)>,
 }
 
@@ -103,6 +107,7 @@ impl Owner {
         let owner = |id| {
             let owner = Owner {
                 namespace: world.namespaces().get(id)?,
+                first: images.users.map(Some(id)).first(),
                 files_of: images.users.files_of(id),
             };
             Ok((id, owner))
@@ -116,15 +121,20 @@ impl Owner {
         fs: &NewFs,
         options: &[FsOption],
     ) -> Result<Result<OwnedFd, NewMountError>, ExecuteError> {
-        let name = match fs.name.as_str() {
-            DEVPTS => c"devpts",
-            _ => c"tmpfs",
+        let (name, made_by) = match fs.name.as_str() {
+            DEVPTS => (c"devpts", None),
+            OVERLAY => (c"overlay", Some(self.first)),
+            _ => (c"tmpfs", None),
         };
         let begun = begin_inside(&self.namespace, name, false);
         let begun = begun.during("Beginning", || {
             format!("{} for {}", fs.name, fs.entry.mountpoint)
         })?;
-        Ok(mount_inside(&self.namespace, begun.as_fd(), options))
+        Ok(mount_inside(
+            (&self.namespace, made_by),
+            begun.as_fd(),
+            options,
+        ))
     }
 
     /// Has the coordinator make files as its root.
@@ -136,9 +146,9 @@ impl Owner {
 }
 
 /// Completes an entry of a namespace's images. Those of others do not tell: whoever owns the mount namespace has
-/// mounted it.
+/// mounted it; an overlay may be the engine's all the same.
 pub fn complete(entry: &mut MntEntry, namespace: u32, images: &TreeImages) {
-    let is_kind = super::fs_name(entry).is_some_and(|name| has_owner(&name));
+    let is_kind = super::fs_name(entry).is_some_and(|name| has_owner(&name) && name != OVERLAY);
     if is_kind && entry.floe_user_ns.is_none() {
         entry.floe_user_ns = Some(images.users.owner_of(namespace).unwrap_or(OURS));
     }
