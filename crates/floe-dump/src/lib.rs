@@ -228,7 +228,7 @@ fn look_ahead(memory: &mut MemoryDump<'_>, tree: &mut FrozenTree) -> Result<(), 
 fn warn_of_files_in_memory(root: HostPid, options: &DumpOptions) {
     for InMemory { point, bytes, .. } in in_memory(&reserve::running_tasks(root), options)
         .iter()
-        .filter(|found| found.is_callers)
+        .filter(|found| found.is_callers && found.bytes > 0)
     {
         tracing::warn!(
             "the files in memory at {point} ({}) are not the tree's alone and go along, copied while it stands still; \

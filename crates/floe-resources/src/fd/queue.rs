@@ -135,6 +135,11 @@ fn at_place<T>(
     queue: &PosixQueueEntry,
     work: impl FnOnce(&mut World<'_>) -> Result<T, ExecuteError>,
 ) -> Result<T, ExecuteError> {
+    if let Some(id) = queue.namespace {
+        let done = world.in_namespace(id, |world| work(world));
+        world.go_inside()?;
+        return done;
+    }
     if queue.outside != Some(true) {
         return work(world);
     }

@@ -1,6 +1,6 @@
 //! POSIX message queues (`mq_overview(7)`).
 //!
-//! Saved:    in an image of our own: name, permissions, owner and size of each queue of the tree's namespace,
+//! Saved:    in an image of our own: name, permissions, owner and size of each queue of the tree's namespaces,
 //!           and of those of any that are open without a name; their messages; who is notified by which
 //!           signal. Of named queues of the host's namespace only the name: they stay there.
 //! Rebuilt:  made with their sizes, then the messages are sent again. Needs: the namespace and its limits.
@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::rc::Rc;
 
 use floe_image::ImageKind;
 use floe_image::messages::{PosixMessageEntry, PosixNotifyEntry, PosixQueueEntry};
@@ -28,7 +29,7 @@ pub use telling::{Telling, event_of, take_telling, write_telling};
 
 use super::{failed_on, limited};
 use crate::collect::{CollectError, Collector, Obstacle};
-use crate::namespace::{OwnerMap, made};
+use crate::namespace::{OwnerMap, TreeNamespace, made, own_of_root};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner};
 
 /// Notification by a thread, which libraries make of a socket (`SIGEV_THREAD`).
@@ -127,24 +128,54 @@ impl Shown {
     }
 }
 
+/// Whose a queue is.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    /// The host's.
+    Outside,
+    /// Of the root task's namespace.
+    Root,
+    /// Of another one of the tree.
+    Beside(u32),
+}
+
+/// What there is in each IPC namespace of the tree.
+fn shown_inside(
+    collector: &Collector<'_>,
+) -> Result<Vec<(Rc<TreeNamespace>, Shown)>, CollectError> {
+    let namespaces = collector.namespaces();
+    let mut all = Vec::new();
+    for namespace in namespaces
+        .all()
+        .iter()
+        .filter(|one| one.kind() == NsKind::Ipc)
+    {
+        let _visit = namespaces.visit(&[namespace])?;
+        all.extend(Shown::here().map(|shown| (Rc::clone(namespace), shown)));
+    }
+    Ok(all)
+}
+
+fn place_of(namespace: &TreeNamespace) -> Place {
+    match namespace.of_root {
+        true => Place::Root,
+        false => Place::Beside(namespace.id),
+    }
+}
+
 fn find_all(collector: &mut Collector<'_>) -> Result<Vec<Found>, CollectError> {
-    let own = collector.namespaces().of_root(NsKind::Ipc).cloned();
-    let shown = match &own {
-        None => None,
-        Some(namespace) => {
-            let _visit = collector.namespaces().visit(&[&**namespace])?;
-            Shown::here()
-        }
-    };
+    let inside = shown_inside(collector)?;
     let mut open = std::mem::take(&mut collector.cache(Open::default).0);
     let mut found = Vec::new();
-    for name in shown.iter().flat_map(Shown::names).flatten() {
-        let root = &shown.as_ref().expect("it has names").root;
-        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(root, name.as_str(), flags, Mode::empty());
-        let file = file.map_err(failed_on("Opening queue", &name))?;
-        let pid = own.as_ref().map_or(HostPid(0), |own| own.member);
-        found.extend(describe((name, pid), file, (false, &mut open), collector)?);
+    for (namespace, shown) in &inside {
+        let names = shown.names();
+        for name in names.map_err(failed_on("Listing the queues of", "dev/mqueue"))? {
+            let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+            let file = rustix::fs::openat(&shown.root, name.as_str(), flags, Mode::empty());
+            let file = file.map_err(failed_on("Opening queue", &name))?;
+            let (whose, place) = ((name, namespace.member), place_of(namespace));
+            found.extend(describe(whose, file, (place, &mut open), collector)?);
+        }
     }
     if open.is_empty() {
         return Ok(found);
@@ -152,8 +183,9 @@ fn find_all(collector: &mut Collector<'_>) -> Result<Vec<Found>, CollectError> {
     let outside = Shown::here().map(|shown| shown.device);
     while let Some(one) = open.first() {
         let device = rustix::fs::fstat(&one.file).map(|stat| stat.st_dev).ok();
-        let is_own = device.is_some() && device == shown.as_ref().map(|shown| shown.device);
-        if !is_own && device != outside {
+        let own = (inside.iter()).find(|(_, shown)| Some(shown.device) == device);
+        let place = own.map_or(Place::Outside, |(namespace, _)| place_of(namespace));
+        if own.is_none() && device != outside {
             let object = format!("the queue /{} of another IPC namespace", one.name);
             let remedy = "close it, or dump the program that is in that namespace".to_string();
             let pid = one.pid;
@@ -167,12 +199,7 @@ fn find_all(collector: &mut Collector<'_>) -> Result<Vec<Found>, CollectError> {
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = rustix::fs::open(own_fd_path(&one.file), flags, Mode::empty());
         let file = file.map_err(failed_on("Opening queue", &name))?;
-        found.extend(describe(
-            (name, pid),
-            file,
-            (!is_own, &mut open),
-            collector,
-        )?);
+        found.extend(describe((name, pid), file, (place, &mut open), collector)?);
     }
     Ok(found)
 }
@@ -181,7 +208,7 @@ fn find_all(collector: &mut Collector<'_>) -> Result<Vec<Found>, CollectError> {
 fn describe(
     (name, pid): (String, HostPid),
     file: OwnedFd,
-    (outside, open): (bool, &mut Vec<OpenQueue>),
+    (place, open): (Place, &mut Vec<OpenQueue>),
     collector: &mut Collector<'_>,
 ) -> Result<Option<Found>, CollectError> {
     let stat = rustix::fs::fstat(&file).map_err(failed_on("Looking at queue", &name))?;
@@ -201,7 +228,11 @@ fn describe(
         max_messages: sizes.max_messages,
         max_size: sizes.max_size,
         unlinked: unlinked.then_some(true),
-        outside: outside.then_some(true),
+        outside: matches!(place, Place::Outside).then_some(true),
+        namespace: match place {
+            Place::Beside(id) => Some(id),
+            Place::Outside | Place::Root => None,
+        },
         files: of_it.iter().map(|one| one.id).collect(),
         name,
         ..PosixQueueEntry::default()
@@ -277,11 +308,13 @@ fn send_all(file: &OwnedFd, messages: &[PosixMessageEntry]) -> io::Result<()> {
     messages.try_for_each(|message| mqueue::send(file.as_fd(), message.priority, &message.text))
 }
 
-/// Adds the step that makes the named queues of the tree's namespace; returns what it makes.
+/// Adds the step that makes the named queues of a namespace of the tree; returns what it makes.
 pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<Handle, PlanError> {
     let mut queues: Vec<PosixQueueEntry> =
         planner.images.dir.read_all(ImageKind::PosixQueues, 0)?;
+    let of_root = own_of_root(planner.images, NsKind::Ipc);
     queues.retain(|queue| queue.outside != Some(true) && queue.unlinked != Some(true));
+    queues.retain(|queue| queue.namespace.or(of_root) == Some(id));
     let handle = Handle::Object("POSIX queues of namespace", u64::from(id));
     let name = format!("make {} POSIX queues", queues.len());
     planner.step_at_home(name, (&[made(id), limited(id)], &[handle]), move |world| {

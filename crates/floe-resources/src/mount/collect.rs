@@ -25,6 +25,7 @@ use super::model::{
 use super::overlay;
 use super::overlay_layers;
 use super::owner;
+use super::seen;
 use super::shown;
 use super::tree::{Request, external_value, plan_tree};
 use super::uncover::pristine;
@@ -92,6 +93,7 @@ pub fn collect(
     }
     let all: Vec<MntEntry> = mounts.iter().flat_map(entry_of).collect();
     shown::note(&mut entries, (&all, namespace), collector)?;
+    seen::note(&mut entries, collector)?;
     owner::note(&mut entries, namespace, collector)?;
     // What is refused already would only be missed by others.
     let all_are_known = entries.len() == mounts.len();

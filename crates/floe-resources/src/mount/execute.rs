@@ -25,8 +25,9 @@ use super::groups::{Base, Group};
 use super::model::attributes;
 use super::new_fs::{self, describe};
 use super::owner::Owner;
+use super::seen;
 use super::sight::Whole;
-use super::tree::{MountTree, NewFs, Origin, Placed};
+use super::tree::{MountTree, NewFs, Origin, Placed, Source};
 use crate::fd::tty::EarlyMasters;
 use crate::fd::unchanged::FileFault;
 use crate::restore::{Attempt, ExecuteError, World};
@@ -74,6 +75,8 @@ pub struct Places {
     pub mount: BTreeMap<u32, Rc<Namespace>>,
     /// Its other namespaces that a new file system shows: network, IPC, control groups.
     pub shown: Vec<Rc<Namespace>>,
+    /// Those that single file systems show instead of them.
+    pub others: BTreeMap<u32, Rc<Namespace>>,
     /// Its user namespaces, which file systems may belong to.
     pub users: BTreeMap<u32, Owner>,
 }
@@ -233,10 +236,14 @@ impl Workshop {
 
     /// Makes sources, mounts and carriers.
     fn make(&mut self, places: &Places, late: bool) -> Result<(), ExecuteError> {
+        if !late {
+            self.make_elsewhere(places)?;
+        }
         let _visit = self.visit(&places.shown)?;
         let plan = Rc::clone(&self.plan);
         for (index, source) in plan.tree.sources.iter().enumerate() {
-            if source.late != late || source.layered {
+            let is_elsewhere = elsewhere(source, places).is_some();
+            if source.late != late || source.layered || is_elsewhere {
                 continue;
             }
             match &source.origin {
@@ -263,6 +270,19 @@ impl Workshop {
             let source = &plan.tree.sources[group.source];
             if source.late == late && !source.layered {
                 self.make_carrier(index, group)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes sources that show other namespaces than those of the root.
+    fn make_elsewhere(&mut self, places: &Places) -> Result<(), ExecuteError> {
+        let plan = Rc::clone(&self.plan);
+        for (index, source) in plan.tree.sources.iter().enumerate() {
+            if let Some((fs, shown)) = elsewhere(source, places) {
+                let _visit = self.visit(&shown)?;
+                let mount = new_fs::make(&self.plan.images, fs, owner(fs, places))?;
+                self.keep_source(index, mount)?;
             }
         }
         Ok(())
@@ -485,6 +505,14 @@ impl Workshop {
 /// Whose a file system is that is mounted anew, where it is not ours.
 fn owner<'p>(fs: &NewFs, places: &'p Places) -> Option<&'p Owner> {
     places.users.get(&fs.entry.floe_user_ns?)
+}
+
+/// What is mounted from other namespaces than those of the root, and from which.
+fn elsewhere<'p>(source: &'p Source, places: &Places) -> Option<(&'p NewFs, Vec<Rc<Namespace>>)> {
+    match &source.origin {
+        Origin::New(fs) => Some((fs, seen::other_place(&fs.entry, places)?)),
+        Origin::Host(_) => None,
+    }
 }
 
 fn open_path(at: impl AsFd, path: &str) -> Result<OwnedFd, Errno> {

@@ -22,6 +22,7 @@ mod owner;
 mod place;
 mod plan;
 mod remote;
+mod seen;
 mod shown;
 mod sight;
 mod tree;

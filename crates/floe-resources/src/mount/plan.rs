@@ -20,9 +20,10 @@ use super::model::{attributes, below};
 use super::new_fs::{content_image, has_files};
 use super::owner::{self, Owner};
 use super::remote::mount_in_task;
+use super::seen;
 use super::shown;
 use super::sight::Wholes;
-use super::tree::{MountTree, Origin, Request, is_late, plan_tree};
+use super::tree::{MountTree, Origin, Request, Source, is_late, plan_tree};
 use crate::cgroup::{self, groups_made};
 use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
@@ -61,14 +62,20 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .map(|(_, id)| *id)
         .collect();
     let users: Vec<u32> = images.users.ids().collect();
-    let needed = all.iter().chain(&shown).chain(&users);
+    let others: BTreeSet<u32> = plan.tree.sources.iter().filter_map(needed_by).collect();
+    let needed = all.iter().chain(&shown).chain(&users).chain(&others);
     let mut needs: Vec<Handle> = needed.map(|id| made(*id)).collect();
     // Parts of their hierarchies may be mounted.
     needs.extend(groups_made(planner)?);
     let makes: Vec<Handle> = all.iter().map(|id| filled(*id)).collect();
     let late = plan.tree.mounts.iter().any(|mount| mount.late);
     let name = format!("make {} mounts", plan.tree.mounts.len());
-    let places = (all.clone(), shown.clone());
+    let wanted = Rc::new(WantedPlaces {
+        mount: all,
+        shown,
+        others,
+    });
+    let places = Rc::clone(&wanted);
     planner.step_at_home(name, (&needs, &makes), move |world| {
         let places = find(world, &places)?;
         let mut workshop = Workshop::open(plan, world.namespaces().home()?)?;
@@ -83,7 +90,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     });
     plan_others(planner, id);
     if late {
-        plan_late(planner, begun, (all, shown))?;
+        plan_late(planner, begun, wanted)?;
     }
     Ok(())
 }
@@ -92,7 +99,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
 fn plan_late(
     planner: &mut Planner<'_>,
     begun: Vec<Handle>,
-    places: (Vec<u32>, Vec<u32>),
+    places: Rc<WantedPlaces>,
 ) -> Result<(), PlanError> {
     let pid = planner.images.root().pid();
     let mut needs = begun;
@@ -117,14 +124,30 @@ fn plan_late(
     Ok(())
 }
 
-fn find(
-    world: &mut World<'_>,
-    (mount, shown): &(Vec<u32>, Vec<u32>),
-) -> Result<Places, ExecuteError> {
+/// The numbers of [`Places`].
+struct WantedPlaces {
+    mount: Vec<u32>,
+    shown: Vec<u32>,
+    others: BTreeSet<u32>,
+}
+
+/// The namespace beside the root's that a new file system shows.
+fn needed_by(source: &Source) -> Option<u32> {
+    match &source.origin {
+        Origin::New(fs) => seen::needed(&fs.entry),
+        Origin::Host(_) => None,
+    }
+}
+
+fn find(world: &mut World<'_>, wanted: &WantedPlaces) -> Result<Places, ExecuteError> {
     let namespaces = world.namespaces();
-    let with_id = |id: &u32| Ok::<_, ExecuteError>((*id, namespaces.get(*id)?));
-    let mount = mount.iter().map(with_id).collect::<Result<_, _>>()?;
-    let shown = shown
+    let mut with_id = |id: &u32| Ok::<_, ExecuteError>((*id, namespaces.get(*id)?));
+    let mount = wanted.mount.iter().map(&mut with_id);
+    let mount = mount.collect::<Result<_, _>>()?;
+    let others = wanted.others.iter().map(&mut with_id);
+    let others = others.collect::<Result<_, _>>()?;
+    let shown = wanted
+        .shown
         .iter()
         .map(|id| namespaces.get(*id))
         .collect::<Result<_, _>>()?;
@@ -132,6 +155,7 @@ fn find(
     Ok(Places {
         mount,
         shown,
+        others,
         users,
     })
 }

@@ -205,3 +205,32 @@ inside cat $DIR/ext/since; inside cmp -n 8388608 /dev/zero $DIR/own/file
 "#,
     );
 }
+
+#[test]
+fn what_shows_a_network_or_queues_shows_those_of_who_mounted_it() {
+    runs(
+        "what_shows_a_network_or_queues_shows_those_of_who_mounted_it",
+        r#"
+mkdir sys mq own
+start private "mount -t sysfs root own; unshare --net --ipc bash -ec '
+    ip link add v0 type veth peer name v1; mount -t sysfs s sys; mount -t mqueue q mq; touch mq/inner; exec 5<mq/inner
+    exec sleep 1002 </dev/null >/dev/null 2>&1 10<&-' &
+    until [ -e mq/inner ] && [ \$(cat /proc/\$!/comm) = sleep ]; do :; done"
+see() { for d in "$@"; do inside ls -x $d; done; }
+all="$DIR/sys/class/net $DIR/mq $DIR/own/class/net /sys/class/net"
+see $all >before; cat before
+grep -q v0 before; grep -q inner before
+dump; restore
+see $all >after; diff before after
+inside sh -c 'ls -l /proc/[0-9]*/fd/5' | grep -q inner
+kill -9 $P
+
+# What was there before the root had a network of its own shows that of its caller.
+rm -r ready images; mkdir images
+MORE=--net start private "ip link add v2 type veth peer name v3; mount -t sysfs s sys"
+see $DIR/sys/class/net /sys/class/net >before; [ $(grep -c v2 before) = 1 ]
+dump; restore
+see $DIR/sys/class/net /sys/class/net >after; diff before after
+"#,
+    );
+}
