@@ -13,12 +13,14 @@ use floe_image::ImageKind;
 use floe_image::messages::{FdTypes, FileEntry, PosixNotifyEntry, PosixQueueEntry, RegFileEntry};
 use floe_inject::{Arg, Program};
 use floe_kernel::mqueue;
+use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
 use rustix::fs::{FileType, OFlags};
 
 use super::{FdKind, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId};
 use crate::ipc::posix::{self, OpenQueue};
+use crate::namespace::ids;
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World, plan_owner};
 
 /// `statfs(2)`.
@@ -84,6 +86,7 @@ impl Queues {
         let all: Vec<PosixQueueEntry> = planner.images.dir.read_all(ImageKind::PosixQueues, 0)?;
         let mut by_file = HashMap::new();
         for queue in all {
+            check_namespace(&queue, planner.images)?;
             if let Some(notify) = &queue.notify {
                 plan_notification(&queue, notify, planner)?;
             }
@@ -122,6 +125,18 @@ impl Queues {
         });
         plan_owner(planner, entry.id, &entry.fown);
         Ok(true)
+    }
+}
+
+/// A queue beside those of the root is in an IPC namespace of some task.
+fn check_namespace(queue: &PosixQueueEntry, images: &TreeImages) -> Result<(), PlanError> {
+    let mut tasks = images.tasks.iter().filter_map(|task| task.ids.as_ref());
+    match queue.namespace {
+        Some(_) if !tasks.any(|own| ids::get(own, NsKind::Ipc) == queue.namespace) => {
+            let what = format!("no task is in the namespace of queue /{}", queue.name);
+            Err(PlanError::damaged("posix-queues.img", what))
+        }
+        _ => Ok(()),
     }
 }
 

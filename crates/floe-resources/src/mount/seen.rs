@@ -94,5 +94,7 @@ pub fn needed(entry: &MntEntry) -> Option<u32> {
 pub fn other_place(entry: &MntEntry, places: &Places) -> Option<Vec<Rc<Namespace>>> {
     entry.floe_shown_ns?;
     let shown = needed(entry).and_then(|id| places.others.get(&id));
+    let kind = super::fs_name(entry).and_then(|name| kind_of(&name));
+    let shown = shown.filter(|shown| Some(shown.kind()) == kind);
     Some(shown.cloned().into_iter().collect())
 }
