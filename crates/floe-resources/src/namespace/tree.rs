@@ -125,7 +125,7 @@ impl TreeNamespaces {
         Ok(())
     }
 
-    /// Notes the pid namespace of a zombie, which is in no other any more.
+    /// Notes the pid namespace of a zombie; of others it has left all but its user namespace, which is not kept.
     pub fn learn_zombie(&mut self, zombie: &ProcDir) -> Result<(), CollectError> {
         match identity(zombie, NsKind::Pid)? {
             Some(found) => self.learn_one(NsKind::Pid, found, (zombie.pid(), false)),
