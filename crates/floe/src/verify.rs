@@ -72,6 +72,7 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         _ => (None, &line.words[..]),
     };
     settings.check(Command::Restore, rest)?;
+    line.refuse_idle(Command::Restore, &settings)?;
     command::refuse_not_yet(Command::Restore, &settings)?;
     let dir = match path {
         Some(path) => own::open_images(path)?,

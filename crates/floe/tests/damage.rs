@@ -199,6 +199,34 @@ fn images_without_a_manifest_are_refused_or_restored_but_never_break() {
 }
 
 #[test]
+fn images_of_another_version_are_refused() {
+    as_root("images_of_another_version_are_refused", || {
+        let mut fixture = Fixture::start("memory-private")?;
+        fixture.dump(&engine(), &[])?;
+        fs::remove_file(fixture.images().join("floe.json"))?;
+        let victim = Victim::new(fixture);
+        let inventory = Path::new("inventory.img");
+        let json = floe(&["image", "decode"], &victim.whole.join(inventory))?;
+        let mut json: serde_json::Value = serde_json::from_slice(&json.stdout)?;
+        for version in [0, 3, 9] {
+            victim.fresh()?;
+            json["entries"][0]["img_version"] = version.into();
+            let text = victim.copy.join("inventory.json");
+            fs::write(&text, json.to_string())?;
+            let image = victim.copy.join(inventory).display().to_string();
+            let made = floe(&["image", "encode", "-o", &image], &text)?;
+            ensure!(
+                made.status.success(),
+                "{}",
+                String::from_utf8_lossy(&made.stderr)
+            );
+            victim.refused(".", inventory, "of another version")?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn an_archive_that_was_cut_or_changed_is_named() {
     as_root("an_archive_that_was_cut_or_changed_is_named", || {
         let mut fixture = Fixture::start("tcp-established")?;

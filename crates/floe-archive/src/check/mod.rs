@@ -150,6 +150,9 @@ pub fn full(dir: &ImageDir, threads: usize) -> (Vec<Row>, HashReport) {
 const ORDER: &str = "each directory says in floe.json which generation it is, and what `parent` led to when it was made";
 const COPY_AGAIN: &str = "copy the checkpoint again into an empty directory, or dump again";
 
+const COPY_AGAIN_OR_NEWER: &str =
+    "copy the checkpoint again, or restore it with the version that made it";
+
 /// An error with its causes.
 fn sentence(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -196,6 +199,10 @@ fn kind(dir: &ImageDir, rows: &mut Vec<Row>) {
     }
     if !dir.has(ImageKind::Inventory, 0) {
         rows.push(missing(dir, &ImageKind::Inventory.file_name(0)));
+        return;
+    }
+    if let Err(error) = dir.read_inventory() {
+        rows.push(Row::bad("kind", sentence(&error), COPY_AGAIN_OR_NEWER));
         return;
     }
     match manifest {

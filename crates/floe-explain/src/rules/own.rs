@@ -52,6 +52,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"images have version (\d+), known are",
+        role: Role::Cause,
+        what: "The images say that they are of version $1, which this Floe does not know: a newer engine made them, or inventory.img is damaged.",
+        remedy: "Restore with the engine that made them, or a newer Floe.",
+        command: "floe --version; floe image show DIR/inventory.img",
+        threads: &[],
+    },
+    Rule {
         pattern: r"the image is damaged|are of different dumps|lacks its required field|^(?:\S+: )?(?:\S+: )*field \S+ of|is nested more than|at most \d+ are allowed|has no entry: a|goes on at offset \d+ after|is damaged|, entry \d+ at offset|decoding \w+|(?:^|: )\S+\.img: \S|is of an unknown kind|(?:pages|pagemap)\S* in \S+: .* at 0x|(?:\S+ in \S+: .* at at$)",
         role: Role::Cause,
         what: "An image does not hold what an image of its kind has: it was damaged, edited, or is of a newer version.",

@@ -70,6 +70,10 @@ pub const MESSAGES: &[(&str, &str)] = &[
         "Nothing was made of it",
     ),
     (
+        "floe: /c/inventory.img: its images have version 9, known are 1 to 2: use a newer Floe",
+        "floe image show",
+    ),
+    (
         "floe: The arena at 0x7000 lies where the task has a mapping",
         "floe inspect DIR",
     ),

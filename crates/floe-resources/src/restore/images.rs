@@ -120,7 +120,7 @@ impl TreeImages {
 
     /// Reads and decodes opened images.
     pub fn read(dir: ImageDir) -> Result<Self, PlanError> {
-        let inventory: InventoryEntry = dir.read_one(ImageKind::Inventory, 0)?;
+        let inventory = dir.read_inventory()?;
         let per_id = inventory.fdinfo_per_id.unwrap_or(false);
         let mut tasks = Vec::new();
         for entry in dir.read_all::<PstreeEntry>(ImageKind::Pstree, 0)? {
