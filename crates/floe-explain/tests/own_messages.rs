@@ -45,7 +45,7 @@ fn messages() -> Vec<Message> {
     let text = r#""((?:[^"\\]|\\.)*)""#;
     let attribute = Regex::new(&format!(r"#\[error\(\s*{text}")).expect("tested here");
     let call = Regex::new(&format!(
-        r"(?:anyhow!|\.context|UsageError::Conflict)\(\s*{text}"
+        r"(?:anyhow!|\.context|context\(\|\| format!|UsageError::Conflict)\(\s*{text}"
     ));
     let call = call.expect("tested here");
     let mut all = Vec::new();

@@ -165,7 +165,8 @@ impl Files {
                 .context("reading standard input")?;
             return Ok((PathBuf::from("standard input"), bytes));
         };
-        let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        let bytes = std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+        let bytes = bytes.map_err(|error| Failure::new(Exit::BadImage, error))?;
         Ok((path.clone(), bytes))
     }
 

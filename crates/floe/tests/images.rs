@@ -98,7 +98,8 @@ fn wrong_input_has_its_exit_code() {
     let directory = with_cpuinfo();
     std::fs::write(directory.path().join("not.json"), "[1").expect("a file of our own");
     for (line, code) in [
-        ("image decode nowhere.img", 1),
+        ("image decode nowhere.img", 5),
+        ("image show nowhere.img", 5),
         ("image decode not.json", 5),
         ("image encode not.json", 5),
         ("image show", 2),

@@ -252,7 +252,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"Opening the images directory|Reading (?:\S+ at offset|the archive|the size of|\d+ bytes|\S+ of the checkpoint|\S+ to hash)|Reading \S+\.(?:img|json)|\S+ cannot be (?:opened|read): ",
+        pattern: r"Opening the images directory|Reading (?:\S+ at offset|the archive|the size of|\d+ bytes|\S+ of the checkpoint|\S+ to hash)|Reading \S+\.(?:img|json)|^(?:floe: )?reading \S+(?:: |$)|\S+ cannot be (?:opened|read): ",
         role: Role::Consequence,
         what: "A file or directory could not be read; the last words say why.",
         remedy: "See that it is there and readable, and that the disk has no faults.",
@@ -260,7 +260,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"Writing |Creating |Removing |Syncing |Copying |Compressing |Putting .* in the place|Making the directory|An entry of \S+ would have",
+        pattern: r"Writing |Creating |Removing |Syncing |Copying |Compressing |Putting .* in the place|Making the directory|^(?:floe: )?(?:making|opening|creating|keeping|writing) /?\S+(?:: |$)|An entry of \S+ would have",
         role: Role::Consequence,
         what: "A file or directory could not be written or made; the last words say why. What was begun is not whole.",
         remedy: "See that the directory is there, may be written to, has room, and that the disk has no faults.",

@@ -156,7 +156,7 @@ pub const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"Reading \S+ at offset 0: No such file",
+        pattern: r"Reading \S+ at offset 0: No such file|^(?:floe: )?reading \S+: No such file",
         role: Role::Cause,
         what: "There is no image file of that name.",
         remedy: "List the files of the checkpoint.",
