@@ -114,7 +114,7 @@ restore --manage-cgroups=full; same; [ $(cat cls/g/net_cls.classid) = 5 ]
 dump --cgroup-dump-controller name=$H --cgroup-dump-controller net_cls
 ! $FLOE restore -d -D images --manage-cgroups=strict 2>said; grep -q "is here already" said
 away
-! $FLOE restore -d -D images --manage-cgroups=none 2>said; grep -q "manage-cgroups=soft makes" said
+! $FLOE restore -d -D images --manage-cgroups=none 2>said; grep -q "let the restore make it: --manage-cgroups=soft" said
 restore --manage-cgroups=strict; same; [ $(cat cls/g/net_cls.classid) = 5 ]
 "#,
     );
