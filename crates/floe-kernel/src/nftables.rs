@@ -151,14 +151,6 @@ pub fn delete_table(socket: &NetlinkSocket, name: &str) -> io::Result<()> {
     batch.commit(socket)
 }
 
-/// Closes a socket in the background. The kernel has the end of any socket of this protocol wait until the
-/// tables that were deleted last, by anybody, are in no processor's hands any more: some 10 ms for each.
-pub fn close_in_background(socket: NetlinkSocket) {
-    let closing = std::thread::Builder::new().name("close".into());
-    // Without a thread it is dropped with the closure, here.
-    let _ = closing.spawn(move || drop(socket));
-}
-
 #[derive(Clone, Copy)]
 enum Family {
     V4,

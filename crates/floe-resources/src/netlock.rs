@@ -14,13 +14,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{Home, Namespace};
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::nftables::{
-    Flow, Lifetime, add_closed_table, add_table, close_in_background, delete_table,
-};
+use floe_kernel::nftables::{Flow, Lifetime, add_closed_table, add_table, delete_table};
 use floe_options::NetworkLock;
 
 pub use guard::{COMMAND, watch};
-use guard::{Guard, Undo};
+use guard::{Guard, Undo, close_elsewhere};
 pub use iptables::Copies;
 
 /// The longest name that CRIU gives its table.
@@ -168,7 +166,7 @@ impl Lock {
         };
         if let Some((Undo::Table(name), _)) = &kept.held {
             let add = || add(name, Lifetime::Persistent, &self.scope);
-            close_in_background(within(self.away.as_ref(), add)?);
+            close_elsewhere(within(self.away.as_ref(), add)?);
         }
         Ok(kept)
     }
@@ -217,7 +215,7 @@ impl Drop for Lock {
             // Tasks in the making may have copies of the socket, so its end alone is not enough.
             Held::Nftables(socket, table) => {
                 let deleted = delete_table(&socket, &table);
-                close_in_background(socket);
+                close_elsewhere(socket);
                 deleted.map_err(|source| LockError::Nftables {
                     action: "Deleting",
                     table,
@@ -274,7 +272,7 @@ fn add(name: &str, lifetime: Lifetime, scope: &Scope) -> Result<NetlinkSocket, L
 fn delete(table: &str) -> Result<(), LockError> {
     let deleted = NetlinkSocket::open(libc::NETLINK_NETFILTER).and_then(|socket| {
         let deleted = delete_table(&socket, table);
-        close_in_background(socket);
+        close_elsewhere(socket);
         deleted
     });
     match deleted {

@@ -32,8 +32,11 @@ pub fn print(text: &str) -> Result<(), Failure> {
 }
 
 /// Becomes the process that unlocks the network if an engine is killed, which writes what it locks to our input.
-pub fn unlock(_: &[OsString]) -> Result<Exit, Failure> {
-    floe_resources::netlock::watch(std::io::stdin());
+/// With a word behind it, the command only ends.
+pub fn unlock(words: &[OsString]) -> Result<Exit, Failure> {
+    if words.is_empty() {
+        floe_resources::netlock::watch(std::io::stdin());
+    }
     Ok(Exit::Done)
 }
 

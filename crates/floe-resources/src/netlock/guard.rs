@@ -5,10 +5,12 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 
 use floe_kernel::ids::HostPid;
+use floe_kernel::netlink::NetlinkSocket;
 use floe_kernel::nftables::Flow;
 use floe_kernel::pidfd::Pidfd;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -18,6 +20,8 @@ use super::{Scope, delete, iptables};
 /// The program that is run, and its command for [`watch`].
 const OWN_PROGRAM: &str = "/proc/self/exe";
 pub const COMMAND: &str = "unlocker";
+/// What is said behind the command to a process that only ends, and its input with it.
+const CLOSE: &str = "close";
 
 const DONE: &str = "done";
 const EVERYTHING: &str = "everything";
@@ -67,6 +71,23 @@ impl Drop for Guard {
         // It can only fail when the process is dead, and then there is nobody to tell.
         let _ = writeln!(self.list, "{DONE}");
         let _ = self.process.wait();
+    }
+}
+
+/// Ends a socket of nftables without waiting for it: another process has its last copy. The kernel lets no such
+/// socket end before the tables that were deleted last, by anybody, are in no processor's hands any more: some
+/// 10 ms for each, which our own end would wait for too.
+pub fn close_elsewhere(socket: NetlinkSocket) {
+    let closer = Command::new(OWN_PROGRAM)
+        .args([COMMAND, CLOSE])
+        .current_dir("/")
+        .stdin(OwnedFd::from(socket))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    // Without the process the socket has ended here.
+    if let Ok(mut closer) = closer {
+        std::thread::spawn(move || closer.wait());
     }
 }
 

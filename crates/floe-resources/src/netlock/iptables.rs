@@ -4,9 +4,9 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use floe_kernel::netlink::NetlinkSocket;
-use floe_kernel::nftables::{Flow, IpFamily, MarkedTable, PASS_MARK, close_in_background};
+use floe_kernel::nftables::{Flow, IpFamily, MarkedTable, PASS_MARK};
 
-use super::{LockError, Scope};
+use super::{LockError, Scope, close_elsewhere};
 
 /// Where both programs have rules, and the comment by which it is known that it was not there before.
 const TABLE: &str = "filter";
@@ -116,7 +116,7 @@ fn remove_tables(scope: &Scope) {
             tracing::debug!(%error, "an empty table of iptables stays");
         }
     }
-    close_in_background(socket);
+    close_elsewhere(socket);
 }
 
 /// The rules for both directions of a connection, as CRIU has them.
