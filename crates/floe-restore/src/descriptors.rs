@@ -4,10 +4,8 @@ use std::collections::BTreeSet;
 
 use floe_image::messages::FdinfoEntry;
 use floe_inject::{Arg, Program};
-use floe_kernel::namespace::NsKind;
 use floe_plan::Handle;
 use floe_resources::mount;
-use floe_resources::namespace::own_of_root;
 use floe_resources::restore::{ExecuteError, PlanError, Planner, World};
 
 use crate::tree::is_zombie;
@@ -137,9 +135,7 @@ fn plan_directories(planner: &mut Planner<'_>, pid: u32) -> Result<(), PlanError
     // After other settings of the same task, so that one program does both.
     let early = Handle::Object("early", u64::from(pid));
     let mut needs = vec![Handle::Files, Handle::File(cwd), Handle::File(root), early];
-    if own_of_root(planner.images, NsKind::Mnt).is_some() {
-        needs.push(mount::entered(pid));
-    }
+    needs.extend(mount::entered(planner.images, pid));
     let makes = [Handle::Object("directories", u64::from(pid))];
     planner.task_step(
         pid,

@@ -246,7 +246,7 @@ fn plan_entry<'i>(
     let mut needs = [&own[..], &[Handle::Object("early", u64::from(pid))]].concat();
     let loginuid = Handle::Object("loginuid", u64::from(pid));
     needs.extend(planner.made(|handle| *handle == loginuid));
-    let elsewhere = [namespace::entered(images, pid), Some(mount::entered(pid))];
+    let elsewhere = [namespace::entered(images, pid), mount::entered(images, pid)];
     needs.extend(planner.made(|handle| elsewhere.contains(&Some(*handle))));
     let name = "enter the user namespace";
     planner.task_step(pid, name, (&needs, &[entered]), move |world| {

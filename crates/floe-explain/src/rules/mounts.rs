@@ -38,7 +38,7 @@ pub(super) const RULES: &[Rule] = &[
     Rule {
         pattern: r"(\S+), which is to be mounted in the tree, cannot be reached",
         role: Role::Cause,
-        what: "A mount of the tree comes from outside, from a place that was named by an option, and nothing is at $1.",
+        what: "A mount of the tree comes from outside, from a place that was named by an option or that the dump found, and nothing is at $1.",
         remedy: "Bring it there, or name the place where it is on this machine.",
         command: "ls -ld $1; floe restore --external 'mnt[NAME]:PATH' --root DIR ...",
         threads: &[],

@@ -15,6 +15,7 @@ use rustix::fs::{Mode, OFlags};
 
 use super::{FdKind, FdRestore, file_entry, payload};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
+use crate::mount;
 use crate::namespace::{entered, ids, made};
 use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, set_flags};
 
@@ -107,8 +108,7 @@ fn plan_of_tree(entry: &NsFileEntry, planner: &mut Planner<'_>) -> Result<(), Pl
             number == Some(entry.ns_id)
         };
         let root = images.root();
-        let others = images.tasks.iter().filter(|_| kind != NsKind::Mnt);
-        let member = std::iter::once(root).chain(others).find(is_in)?;
+        let member = std::iter::once(root).chain(&images.tasks).find(is_in)?;
         Some((kind, member.pid()))
     });
     let Some((kind, member)) = found else {
@@ -119,6 +119,7 @@ fn plan_of_tree(entry: &NsFileEntry, planner: &mut Planner<'_>) -> Result<(), Pl
     };
     let mut needs = vec![Handle::Tree];
     needs.extend(entered(images, member));
+    needs.extend(mount::entered(images, member));
     let flags = entry.flags;
     let name = format!("open the {kind} namespace of task {member}");
     planner.open(entry.id, name, &needs, move |world| {

@@ -16,18 +16,16 @@ use rustix::fs::{Dir, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::content;
+use super::external::Outside;
 use super::formats;
 use super::groups::plan_groups;
-use super::model::{
-    AUTODETECTED, Content, EXTERNAL_DEVICE, FsKind, PLAIN_DEVICES, below, entry_of, kernel_device,
-    shows_most,
-};
+use super::model::{Content, EXTERNAL_DEVICE, FsKind, entry_of, kernel_device, shows_most};
 use super::overlay;
 use super::overlay_layers;
 use super::owner;
 use super::seen;
 use super::shown;
-use super::tree::{Request, external_value, plan_tree};
+use super::tree::{Request, plan_tree};
 use super::uncover::pristine;
 use crate::collect::{CollectError, Collector, Obstacle};
 use crate::namespace::TreeNamespace;
@@ -74,7 +72,9 @@ pub fn collect(
     collector: &mut Collector<'_>,
 ) -> Result<(), CollectError> {
     let own = own_mounts(collector)?;
-    let mounts = read_mounts(namespace, collector)?;
+    let mut mounts = read_mounts(namespace, collector)?;
+    let outside = Outside::of_tree(&own, collector);
+    outside.leave_out_hidden(&mut mounts, namespace, collector)?;
     let mut entries = Vec::with_capacity(mounts.len());
     let of_root = collector.namespaces().of_root(NsKind::Mnt).map(|ns| ns.id);
     let known = &collector.cache(KnownMounts::default).namespaces;
@@ -88,7 +88,7 @@ pub fn collect(
             entries.push(entry);
             continue;
         }
-        let entry = describe(mount, namespace, &own, collector);
+        let entry = describe(mount, namespace, &outside, collector);
         entries.extend(collector.note(entry)?);
     }
     let all: Vec<MntEntry> = mounts.iter().flat_map(entry_of).collect();
@@ -127,7 +127,7 @@ pub fn collect(
 /// Our own mounts, as they are when the dump begins.
 struct OwnMounts(Rc<Vec<Mount>>);
 
-fn own_mounts(collector: &mut Collector<'_>) -> Result<Rc<Vec<Mount>>, CollectError> {
+pub(crate) fn own_mounts(collector: &mut Collector<'_>) -> Result<Rc<Vec<Mount>>, CollectError> {
     let own = collector
         .try_cache(|collector| Ok(OwnMounts(Rc::new(mountinfo_of_this_thread(collector)?))))?;
     Ok(Rc::clone(&own.0))
@@ -164,7 +164,7 @@ fn read_mounts(
 fn describe(
     mount: &Mount,
     namespace: &TreeNamespace,
-    own: &[Mount],
+    outside: &Outside<'_>,
     collector: &Collector<'_>,
 ) -> Result<MntEntry, CollectError> {
     let point = String::from_utf8_lossy(&mount.point).into_owned();
@@ -190,7 +190,7 @@ fn describe(
             "unmount it: its mapping cannot be read".into(),
         );
     }
-    if find_external(&mut entry, namespace, own, collector)
+    if outside.find(&mut entry, namespace, collector)
         || (entry.mountpoint == "/" && namespace.of_root)
     {
         return Ok(entry);
@@ -225,7 +225,9 @@ fn describe(
                 return refuse(", one of whose layers is not at its old place", remedy);
             }
         }
-        Some(Fstype::Devpts) if !has_device(own, mount) => add_option(&mut entry, "newinstance"),
+        Some(Fstype::Devpts) if !outside.has_device(entry.root_dev) => {
+            add_option(&mut entry, "newinstance")
+        }
         _ => {}
     }
     Ok(entry)
@@ -273,12 +275,6 @@ fn add_option(entry: &mut MntEntry, word: &str) {
     entry.options.push_str(word);
 }
 
-fn has_device(own: &[Mount], mount: &Mount) -> bool {
-    let same =
-        |other: &Mount| (other.dev_major, other.dev_minor) == (mount.dev_major, mount.dev_minor);
-    own.iter().any(same)
-}
-
 fn is_enabled(fs_type: &str, collector: &Collector<'_>) -> bool {
     let enabled = &collector.options.mounts.enable_fs;
     enabled.iter().any(|name| name == fs_type || name == "all")
@@ -295,94 +291,6 @@ fn is_device(mount: &Mount, collector: &Collector<'_>) -> Option<String> {
             External::Device { key, value } if *key == wanted => Some(value.clone()),
             _ => None,
         })
-}
-
-/// Marks a mount that comes from outside; whether it does.
-fn find_external(
-    entry: &mut MntEntry,
-    namespace: &TreeNamespace,
-    own: &[Mount],
-    collector: &Collector<'_>,
-) -> bool {
-    let (mounts, external) = (&collector.options.mounts, &collector.options.external);
-    if namespace.of_root
-        && let Some(name) = external_value(&entry.mountpoint, mounts, external)
-    {
-        entry.ext_key = Some(name.to_string());
-        return true;
-    }
-    // Engines give containers with users of their own the host's devices, and do not say so.
-    if namespace.of_root && is_plain_device(entry) {
-        entry.ext_key = Some(entry.mountpoint.clone());
-        return true;
-    }
-    let (mut auto, mut masters, mut sharing) = (
-        mounts.ext_mount_auto,
-        mounts.external_masters,
-        mounts.external_sharing,
-    );
-    for external in external {
-        if let External::MountAuto {
-            masters: m,
-            sharing: s,
-        } = external
-        {
-            auto = true;
-            masters |= m;
-            sharing |= s;
-        }
-    }
-    if !auto || entry.mountpoint == "/" {
-        return false;
-    }
-    let Some(found) = best_match(entry, own) else {
-        return false;
-    };
-    let (shared, master) = (entry.shared_id.unwrap_or(0), entry.master_id.unwrap_or(0));
-    let outside = (found.shared.unwrap_or(0), found.master.unwrap_or(0));
-    if shared != 0 {
-        if !sharing {
-            return false;
-        }
-        if shared != outside.0 {
-            entry.internal_sharing = Some(true);
-        }
-    }
-    if master != 0 && (!masters || (master != outside.0 && master != outside.1)) {
-        return false;
-    }
-    let inner = below(&entry.root, &String::from_utf8_lossy(&found.root))
-        .unwrap_or("")
-        .to_string();
-    let point = String::from_utf8_lossy(&found.point);
-    entry.source = match inner.as_str() {
-        "" => point.into_owned(),
-        inner => format!("{}/{inner}", point.trim_end_matches('/')),
-    };
-    entry.ext_key = Some(AUTODETECTED.to_string());
-    true
-}
-
-/// Whether a device that every system has is mounted at its own name.
-fn is_plain_device(entry: &MntEntry) -> bool {
-    let name = entry.mountpoint.strip_prefix("/dev");
-    PLAIN_DEVICES.contains(&entry.mountpoint.as_str()) && name == Some(entry.root.as_str())
-}
-
-/// Our mount that an external one is a copy of, if possible the one that it shares with.
-fn best_match<'m>(entry: &MntEntry, own: &'m [Mount]) -> Option<&'m Mount> {
-    let fits = |mount: &&Mount| {
-        kernel_device(mount.dev_major, mount.dev_minor) == entry.root_dev
-            && below(&entry.root, &String::from_utf8_lossy(&mount.root)).is_some()
-    };
-    let groups = [entry.shared_id, entry.master_id];
-    let shares = |mount: &&Mount| {
-        let group = mount.shared.filter(|group| *group != 0);
-        group.is_some() && groups.contains(&group)
-    };
-    let mut candidates = own.iter().filter(fits);
-    let exact = candidates.clone().find(shares);
-    exact.or_else(|| candidates.next_back())
 }
 
 /// Leaves out the mounts of `--skip-mnt`, and what is mounted on them.
@@ -538,13 +446,8 @@ fn refuse_content(
 
 /// Plans the restore of all mounts, to find now what would be in its way then.
 fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), CollectError> {
-    let of_root = collector
-        .namespaces()
-        .of_root(NsKind::Mnt)
-        .map(|root| root.id);
-    let Some(root_namespace) = of_root else {
-        return Ok(());
-    };
+    let of_root = collector.namespaces().of_root(NsKind::Mnt);
+    let root_namespace = of_root.map(|root| root.id);
     // What names a device now is its key then.
     let devices = collector.options.external.iter();
     let devices = devices.filter_map(|one| match one {

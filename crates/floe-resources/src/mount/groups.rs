@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use super::model::below;
+use super::model::{below, comes_from_caller};
 use super::tree::{MountTree, Origin, Placed, image_name};
 use crate::restore::PlanError;
 
@@ -117,8 +117,7 @@ impl GroupPlanner<'_> {
         let mounts = || members.iter().map(|index| &self.tree.mounts[*index]);
         if master == 0 {
             let outside = mounts().any(|mount| {
-                mount.entry.ext_key.as_deref() == Some(super::model::AUTODETECTED)
-                    && mount.entry.internal_sharing != Some(true)
+                comes_from_caller(&mount.entry) && mount.entry.internal_sharing != Some(true)
             });
             return Ok(if outside {
                 Base::PeerOfHost
@@ -207,7 +206,7 @@ mod tests {
         let namespaces = BTreeMap::from([(1, entries)]);
         let tree = plan_tree(&Request {
             namespaces: &namespaces,
-            root_namespace: 1,
+            root_namespace: Some(1),
             own_pids: false,
             own_cgroups: false,
             own_users: false,

@@ -10,7 +10,7 @@ use floe_kernel::proc::{Mount, ProcDir, ProcError, parse_mountinfo};
 use floe_options::{DumpOptions, External};
 use rustix::fs::{OFlags, fstat, fstatfs, makedev};
 
-use super::tree::external_value;
+use super::external::external_value;
 
 /// A file system in memory, in the mount namespace of a tree.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +31,7 @@ pub fn in_memory(tasks: &[ProcDir], options: &DumpOptions) -> Vec<InMemory> {
     };
     let devices: BTreeSet<(u32, u32)> = own_mounts.iter().map(device).collect();
     let mut places = BTreeSet::from([own]);
+    let root_is_at_home = tasks.first().and_then(|root| place(root).ok()) == Some(own);
     let (mut seen, mut found) = (BTreeSet::new(), Vec::new());
     for (index, task) in tasks.iter().enumerate() {
         if !place(task).is_ok_and(|place| places.insert(place)) {
@@ -42,7 +43,8 @@ pub fn in_memory(tasks: &[ProcDir], options: &DumpOptions) -> Vec<InMemory> {
             }
             let is_callers = devices.contains(&device(&mount));
             let point = String::from_utf8_lossy(&mount.point).into_owned();
-            if comes_from_outside(&point, (index == 0, is_callers), options) {
+            let is_given = is_callers && root_is_at_home;
+            if is_given || comes_from_outside(&point, (index == 0, is_callers), options) {
                 continue;
             }
             found.extend(used(task, &mount).map(|bytes| InMemory {

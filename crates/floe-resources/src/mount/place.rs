@@ -21,7 +21,7 @@ use crate::namespace::TreeNamespace;
 /// The mount that a file is on, and the way to where its name leads to it.
 #[derive(Clone, Debug, Default)]
 pub struct Place {
-    /// Its number in the images; `None` in trees that have our own mounts.
+    /// Its number in the images; `None` for one of ours.
     pub mount: Option<u32>,
     way: Option<(Rc<Home>, Rc<TreeNamespace>)>,
 }
@@ -53,7 +53,13 @@ impl Place {
         let mount = mount_id(file).map_err(NoPlace::Failed)?;
         let known = collector.cache(KnownMounts::default);
         let number = u32::try_from(mount).map_err(|_| NoPlace::Outside(mount))?;
-        let id = known.place_of(number).ok_or(NoPlace::Outside(mount))?;
+        let Some(id) = known.place_of(number) else {
+            let root_is_at_home = collector.namespaces().of_root(NsKind::Mnt).is_none();
+            return match root_is_at_home {
+                true => Ok(Place::default()),
+                false => Err(NoPlace::Outside(mount)),
+            };
+        };
         let namespaces = collector.namespaces();
         let namespace = namespaces.all().iter().find(|namespace| namespace.id == id);
         let home = namespaces.home();

@@ -26,7 +26,7 @@ use super::sight::Wholes;
 use super::tree::{MountTree, Origin, Request, Source, is_late, plan_tree};
 use crate::cgroup::{self, groups_made};
 use crate::namespace::{filled, ids, made, make_beside, of_root, own_of_root};
-use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TreeImages, World};
+use crate::restore::{Attempt, ExecuteError, PlanError, Planner, TaskImages, TreeImages, World};
 
 /// Made when every mount of the tree is in its place.
 const COMPLETE: Handle = Handle::Object("mounts complete", 0);
@@ -35,17 +35,19 @@ const COMPLETE: Handle = Handle::Object("mounts complete", 0);
 #[derive(Default)]
 struct Making(Option<Workshop>);
 
-/// Adds the steps that fill a namespace; see [`crate::namespace`].
-pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
+/// Adds the steps that make and fill all mount namespaces of the tree; see [`crate::namespace`]. Handles of those
+/// beside the root's.
+pub fn plan(planner: &mut Planner<'_>) -> Result<Vec<Handle>, PlanError> {
     let images = planner.images;
     let own = of_root(images);
-    let root = own.iter().find(|(kind, _)| *kind == NsKind::Mnt);
-    if root != Some(&(NsKind::Mnt, id)) {
-        return Ok(()); // All are made together with that of the root.
-    }
+    let root = own_of_root(images, NsKind::Mnt);
     let all = namespaces(images);
+    if all.is_empty() {
+        return Ok(Vec::new());
+    }
+    let others: Vec<u32> = all.iter().copied().filter(|id| Some(*id) != root).collect();
     let plan = Rc::new(Plan {
-        tree: tree(images, id, planner)?,
+        tree: tree(images, root, planner)?,
         groups: Vec::new(),
         images: images.dir.clone(),
     });
@@ -62,8 +64,8 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .map(|(_, id)| *id)
         .collect();
     let users: Vec<u32> = images.users.ids().collect();
-    let others: BTreeSet<u32> = plan.tree.sources.iter().filter_map(needed_by).collect();
-    let needed = all.iter().chain(&shown).chain(&users).chain(&others);
+    let seen: BTreeSet<u32> = plan.tree.sources.iter().filter_map(needed_by).collect();
+    let needed = all.iter().chain(&shown).chain(&users).chain(&seen);
     let mut needs: Vec<Handle> = needed.map(|id| made(*id)).collect();
     // Parts of their hierarchies may be mounted.
     needs.extend(groups_made(planner)?);
@@ -73,7 +75,7 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
     let wanted = Rc::new(WantedPlaces {
         mount: all,
         shown,
-        others,
+        others: seen,
     });
     let places = Rc::clone(&wanted);
     planner.step_at_home(name, (&needs, &makes), move |world| {
@@ -88,11 +90,11 @@ pub fn plan(id: u32, planner: &mut Planner<'_>) -> Result<(), PlanError> {
         world.state::<Making>().0 = Some(workshop);
         Ok(())
     });
-    plan_others(planner, id);
+    plan_others(planner, &others);
     if late {
         plan_late(planner, begun, wanted)?;
     }
-    Ok(())
+    Ok(others.into_iter().map(filled).collect())
 }
 
 /// Adds the step that mounts what only a task of the tree can mount, when the namespaces `begun` are there.
@@ -160,19 +162,20 @@ fn find(world: &mut World<'_>, wanted: &WantedPlaces) -> Result<Places, ExecuteE
     })
 }
 
-/// The mount namespaces that tasks of the tree are in.
+/// The mount namespaces that tasks of the tree are in, but for the caller's.
 fn namespaces(images: &TreeImages) -> Vec<u32> {
-    let host = images.inventory.root_ids.as_ref();
-    let host = host.and_then(|host| ids::get(host, NsKind::Mnt));
-    let of_tasks = images.tasks.iter().filter_map(|task| task.ids.as_ref());
+    let of_tasks = images.tasks.iter();
     let found: BTreeSet<u32> = of_tasks
-        .filter_map(|own| ids::get(own, NsKind::Mnt))
-        .filter(|id| Some(*id) != host)
+        .filter_map(|task| namespace_of(images, task))
         .collect();
     found.into_iter().collect()
 }
 
-fn tree(images: &TreeImages, root: u32, planner: &Planner<'_>) -> Result<MountTree, PlanError> {
+fn tree(
+    images: &TreeImages,
+    root: Option<u32>,
+    planner: &Planner<'_>,
+) -> Result<MountTree, PlanError> {
     let mut mounts = BTreeMap::new();
     let here = SecurityModule::active();
     for id in namespaces(images) {
@@ -218,41 +221,50 @@ fn check_content(images: &TreeImages, tree: &MountTree) -> Result<(), PlanError>
     Ok(())
 }
 
-/// That a task is in its own mount namespace.
-pub fn entered(pid: u32) -> Handle {
-    Handle::Object("in a mount namespace", u64::from(pid))
+/// The mount namespace of a task; `None` for the caller's.
+fn namespace_of(images: &TreeImages, task: &TaskImages) -> Option<u32> {
+    let own = ids::get(task.ids.as_ref()?, NsKind::Mnt);
+    own.filter(|own| Some(*own) != of_caller(images))
+}
+
+fn of_caller(images: &TreeImages) -> Option<u32> {
+    let host = images.inventory.root_ids.as_ref();
+    host.and_then(|host| ids::get(host, NsKind::Mnt))
+}
+
+/// That a task is in its mount namespace; `None` for one that stays among the caller's mounts.
+pub fn entered(images: &TreeImages, pid: u32) -> Option<Handle> {
+    let task = images.task(pid)?;
+    namespace_of(images, task).filter(|_| task.fs.is_some())?;
+    Some(Handle::Object("in a mount namespace", u64::from(pid)))
 }
 
 /// Adds the steps that make the namespaces beside the root's, and lead tasks into them.
-fn plan_others(planner: &mut Planner<'_>, root: u32) {
-    for id in namespaces(planner.images)
-        .into_iter()
-        .filter(|id| *id != root)
-    {
+fn plan_others(planner: &mut Planner<'_>, others: &[u32]) {
+    let images = planner.images;
+    for id in others.iter().copied() {
         let name = format!("make mount namespace {id}");
-        let owner = planner.images.users.owner_of(id);
-        let needs: Vec<Handle> = owner.map(made).into_iter().collect();
+        let needs: Vec<Handle> = images.users.owner_of(id).map(made).into_iter().collect();
         planner.step_at_home(name, (&needs, &[made(id)]), move |world| {
             make_beside(world, NsKind::Mnt, id)
         });
     }
-    let images = planner.images;
     for task in &images.tasks {
-        let own = task.ids.as_ref().and_then(|own| ids::get(own, NsKind::Mnt));
-        let (Some(id), true) = (own, task.fs.is_some()) else {
-            continue; // A zombie.
-        };
         let pid = task.pid();
-        let (needs, makes) = ([Handle::Tree, filled(id)], [entered(pid)]);
+        // A zombie has left it.
+        let (Some(id), Some(entered)) = (namespace_of(images, task), entered(images, pid)) else {
+            continue;
+        };
+        let is_born_there = !others.contains(&id);
+        let needs = [Handle::Tree, filled(id)];
+        let name = "enter the mount namespace";
         planner.task_step(
             pid,
-            "enter the mount namespace",
-            (&needs, &makes),
-            move |world| {
-                if id == root {
-                    return Ok(());
-                }
-                enter(world, pid, id)
+            name,
+            (&needs, &[entered]),
+            move |world| match is_born_there {
+                true => Ok(()),
+                false => enter(world, pid, id),
             },
         );
     }
@@ -284,9 +296,9 @@ pub(super) fn find_mount(images: &TreeImages, number: i32) -> Option<(u32, &MntE
 
 /// The namespace, beside the root's, that has the mount `number`.
 fn other_namespace(images: &TreeImages, number: Option<i32>) -> Option<u32> {
-    let root = own_of_root(images, NsKind::Mnt)?;
     let (id, _) = find_mount(images, number?)?;
-    (id != root).then_some(id)
+    let is_elsewhere = |id| id != own_of_root(images, NsKind::Mnt) && id != of_caller(images);
+    is_elsewhere(Some(id)).then_some(id)
 }
 
 /// The way to where a file of mount `number` is found by its name, when that is not the root's namespace.
@@ -319,14 +331,11 @@ pub fn in_place_of<T>(
 /// What must be mounted before a file can be opened by its name.
 pub fn needs_of_file(images: &TreeImages, file: &RegFileEntry) -> Vec<Handle> {
     let own = |kind| own_of_root(images, kind).is_some();
-    if !own(NsKind::Mnt) {
-        return Vec::new();
-    }
     let found = file.mnt_id.and_then(|number| find_mount(images, number));
     let mut at = found.map(|(_, entry)| entry);
     let mut steps = 0;
     while let Some(entry) = at {
-        if is_late(entry, own) {
+        if entry.ext_key.is_none() && is_late(entry, own) {
             return vec![COMPLETE];
         }
         steps += 1;
@@ -375,8 +384,7 @@ impl Writable {
     /// Lets the mount `number` be written to; `None` where it can be. The coordinator must be in its
     /// namespace.
     pub fn of(images: &TreeImages, number: Option<i32>) -> Result<Option<Self>, ExecuteError> {
-        own_of_root(images, NsKind::Mnt)
-            .and(number)
+        number
             .and_then(|number| find_mount(images, number))
             .filter(|(_, entry)| entry.flags & libc::MS_RDONLY as u32 != 0)
             .map(|(_, entry)| {

@@ -11,9 +11,10 @@ use floe_image::messages::{Fstype, MntEntry};
 use floe_kernel::namespace::NsKind;
 use floe_options::{External, MountOptions, Need};
 
+use super::external::external_value;
 use super::formats;
 use super::model::{
-    AUTODETECTED, EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below, shows_most,
+    EXTERNAL_DEVICE, FsKind, NO_ROOT, PLAIN_DEVICES, below, comes_from_caller, shows_most,
 };
 use super::shown;
 use crate::restore::PlanError;
@@ -23,8 +24,9 @@ use crate::restore::PlanError;
 pub struct Request<'a> {
     /// The mounts of every namespace.
     pub namespaces: &'a BTreeMap<u32, Vec<MntEntry>>,
-    /// The namespace of the root task.
-    pub root_namespace: u32,
+    /// The namespace of the root task; `None` where it has the caller's mounts, which what others show of them
+    /// comes from.
+    pub root_namespace: Option<u32>,
     /// Whether the tree has a pid namespace of its own: `proc` cannot be mounted before its first task.
     pub own_pids: bool,
     /// Whether the tree has a cgroup namespace of its own, below whose root it sees nothing.
@@ -102,11 +104,10 @@ pub fn image_name(namespace: u32) -> String {
 pub fn plan_tree(request: &Request<'_>) -> Result<MountTree, PlanError> {
     let mut tree = MountTree::default();
     // The namespace of the root task first: the others may have copies of its root.
-    let first = request.namespaces.get_key_value(&request.root_namespace);
-    let others = request
-        .namespaces
-        .iter()
-        .filter(|(id, _)| **id != request.root_namespace);
+    let root = request.root_namespace;
+    let first = root.and_then(|root| request.namespaces.get_key_value(&root));
+    let all = request.namespaces.iter();
+    let others = all.filter(|(id, _)| Some(**id) != root);
     for (id, entries) in first.into_iter().chain(others) {
         place(*id, entries, &mut tree.mounts)?;
     }
@@ -256,7 +257,8 @@ impl Sources<'_> {
     fn host_path(&self, mount: &Placed) -> Result<Option<PathBuf>, PlanError> {
         let entry = &mount.entry;
         let options = self.request.options;
-        if mount.parent.is_none() && mount.namespace == self.request.root_namespace {
+        let of_root = self.request.root_namespace;
+        if mount.parent.is_none() && Some(mount.namespace) == of_root {
             let root = options.root.clone();
             return Ok(Some(root.unwrap_or_else(|| PathBuf::from("/"))));
         }
@@ -274,11 +276,17 @@ impl Sources<'_> {
         if key == EXTERNAL_DEVICE {
             return Ok(None);
         }
-        if key == AUTODETECTED {
-            let wanted = options.ext_mount_auto
-                || (self.request.external.iter())
-                    .any(|external| matches!(external, External::MountAuto { .. }));
-            return match wanted {
+        let find = |key| external_value(key, options, self.request.external);
+        // crun names some by where they are mounted, not by what the dump called them.
+        if let Some(path) = find(key).or_else(|| find(&entry.mountpoint)) {
+            // Relative ones begin at the root, as CRIU takes them.
+            return Ok(Some(PathBuf::from("/").join(path)));
+        }
+        if comes_from_caller(entry) {
+            let mut all = self.request.external.iter();
+            let is_asked_for = |one| matches!(one, &External::MountAuto { .. });
+            let is_wanted = options.ext_mount_auto || all.any(is_asked_for);
+            return match is_wanted || of_root.is_none() {
                 true => Ok(Some(PathBuf::from(&entry.source))),
                 false => Err(PlanError::NeedsOption {
                     object: format!("Mount {}, found outside at the dump,", entry.mountpoint),
@@ -286,13 +294,9 @@ impl Sources<'_> {
                 }),
             };
         }
-        let find = |key| external_value(key, options, self.request.external);
-        // crun names some by where they are mounted, not by what the dump called them.
-        match find(key).or_else(|| find(&entry.mountpoint)) {
-            // Relative ones begin at the root, as CRIU takes them.
-            Some(path) => Ok(Some(PathBuf::from("/").join(path))),
-            None if PLAIN_DEVICES.contains(&key.as_str()) => Ok(Some(PathBuf::from(key))),
-            None => Err(PlanError::NeedsOption {
+        match PLAIN_DEVICES.contains(&key.as_str()) {
+            true => Ok(Some(PathBuf::from(key))),
+            false => Err(PlanError::NeedsOption {
                 object: format!("External mount {} (`{key}`)", entry.mountpoint),
                 need: Need::Mount(key.clone()),
             }),
@@ -465,7 +469,6 @@ fn is_of_cgroups(entry: &MntEntry) -> bool {
     matches!(kind, Ok(Fstype::Cgroup | Fstype::Cgroup2))
 }
 
-/// The name of a file system that can be mounted anew.
 /// The type of a mount's file system, as the kernel calls it; `None` where the images do not tell.
 pub fn fs_name(entry: &MntEntry) -> Option<String> {
     let code = Fstype::try_from(entry.fstype.cast_signed()).ok()?;
@@ -473,20 +476,6 @@ pub fn fs_name(entry: &MntEntry) -> Option<String> {
         return entry.fsname.clone();
     }
     FsKind::of_entry(entry).map(|kind| kind.name.to_string())
-}
-
-/// The value of `--external mnt[KEY]:VALUE` or `--ext-mount-map KEY:VALUE`.
-pub fn external_value<'o>(
-    key: &str,
-    options: &'o MountOptions,
-    external: &'o [External],
-) -> Option<&'o str> {
-    let mapped = options.ext_mount_map.iter().find(|map| map.key == key);
-    let named = external.iter().find_map(|external| match external {
-        External::Mount { key: name, value } if name == key => Some(value.as_str()),
-        _ => None,
-    });
-    named.or_else(|| mapped.map(|map| map.value.as_str()))
 }
 
 #[cfg(test)]
@@ -509,7 +498,7 @@ mod tests {
         let namespaces = BTreeMap::from([(7, entries)]);
         plan_tree(&Request {
             namespaces: &namespaces,
-            root_namespace: 7,
+            root_namespace: Some(7),
             own_pids: true,
             own_cgroups: false,
             own_users: false,

@@ -119,7 +119,8 @@ fn uncover(
     Err(Errno::NOENT.into())
 }
 
-fn open_mount(path: &str) -> Result<OwnedFd, Errno> {
+/// Opens the mount that a path leads to.
+pub fn open_mount(path: &str) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     rustix::fs::openat(CWD, path, flags, Mode::empty())
 }

@@ -48,10 +48,6 @@ fn collect_one(
         NsKind::Net => net::collect(namespace, collector),
         NsKind::Ipc => ipc::collect(namespace, collector),
         NsKind::Uts => uts::collect(namespace, collector),
-        NsKind::Mnt if collector.namespaces().of_root(NsKind::Mnt).is_none() => {
-            let remedy = "start the whole tree in a mount namespace of its own (unshare --mount)";
-            Err(refused(namespace, remedy))
-        }
         NsKind::Mnt => mount::collect(namespace, collector),
         NsKind::User => users::collect(namespace, collector),
         NsKind::Time => time::collect(namespace, collector),

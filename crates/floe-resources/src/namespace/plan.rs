@@ -52,7 +52,8 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         .filter(|(kind, _)| *kind != ENTERED_LATER)
         .collect();
     let given = plan_given(&mut own, planner)?;
-    let split = plan_split(planner)?;
+    let mut split = plan_split(planner)?;
+    split.extend(mount::plan(planner)?);
     let mut makes = users::all_made(images);
     let joined: Option<Handle> = images.users.joined().map(made);
     makes.retain(|handle| Some(*handle) != joined);
@@ -90,8 +91,7 @@ pub fn plan_namespaces(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             NsKind::Net => net::plan(*id, planner)?,
             NsKind::Ipc => ipc::plan(*id, planner)?,
             NsKind::Uts => uts::plan(*id, planner)?,
-            NsKind::Mnt => mount::plan(*id, planner)?,
-            NsKind::Pid | NsKind::Cgroup | NsKind::User => {}
+            NsKind::Mnt | NsKind::Pid | NsKind::Cgroup | NsKind::User => {}
             NsKind::Time => time::check(*id, images)?,
         }
     }
@@ -174,9 +174,7 @@ fn check_tasks(images: &TreeImages) -> Result<(), PlanError> {
             let number = ids::get(own, kind);
             let split = match kind {
                 kind if SPLIT.contains(&kind) => true,
-                // Only beside mounts of the root's own.
-                NsKind::Mnt => own_of_root(images, kind).is_some(),
-                NsKind::User => true,
+                NsKind::Mnt | NsKind::User => true,
                 NsKind::Pid => images.nested.namespace_of(task.pid()) == number,
                 _ => false,
             };

@@ -4,24 +4,25 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use floe_archive::check::Row;
-use floe_image::ImageKind;
-use floe_image::messages::RegFileEntry;
+use floe_image::messages::{MntEntry, RegFileEntry};
+use floe_kernel::namespace::NsKind;
 use floe_options::{External, RestoreOptions};
 use floe_resources::fd::unchanged::{self, FileFault};
+use floe_resources::mount;
+use floe_resources::namespace::own_of_root;
 use floe_resources::restore::TreeImages;
 use rustix::fs::{CWD, Mode, OFlags};
 
-fn has_own_mounts(images: &TreeImages) -> bool {
-    !images
-        .dir
-        .ids(ImageKind::Mnts)
-        .unwrap_or_default()
-        .is_empty()
+/// Whether a file is found through a mount of the tree's own.
+fn is_on_own_mount(images: &TreeImages, file: &RegFileEntry) -> bool {
+    let number = file.mnt_id.and_then(|number| u32::try_from(number).ok());
+    let mut all = images.mounts.values().flatten();
+    number.is_some_and(|number| all.any(|mount| mount.mnt_id == number))
 }
 
 /// Files that a task had open, mapped or as its directory.
 pub(super) fn rows(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
-    if has_own_mounts(images) {
+    if own_of_root(images, NsKind::Mnt).is_some() {
         return vec![Row::note(
             "files",
             "the tasks had mounts of their own; their files are not looked at",
@@ -36,6 +37,7 @@ pub(super) fn rows(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
             && !file.name.starts_with("/proc/")
             && !file.ext.unwrap_or(false)
             && !is_given(file, options)
+            && !is_on_own_mount(images, file)
             && !images.remaps.contains_key(&file.id);
         if !looked_at || !seen.insert((&file.name, file.size, file.mode)) {
             continue;
@@ -81,11 +83,17 @@ fn look_at(file: &RegFileEntry, options: &RestoreOptions) -> Result<(), FileFaul
     }
 }
 
-/// Places on this machine that the options name for mounts from outside.
+/// Places on this machine that mounts come from: named by the options, or found outside by the dump.
 pub(super) fn mounts(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
-    if !has_own_mounts(images) {
+    if images.mounts.is_empty() {
         return Vec::new();
     }
+    let is_elsewhere = |mount: &&MntEntry| {
+        let mut named = options.external.iter();
+        named.any(|one| matches!(one, External::Mount { key, .. } if *key == mount.mountpoint))
+    };
+    let found = images.mounts.values().flatten();
+    let found = found.filter(|mount| mount::comes_from_caller(mount) && !is_elsewhere(mount));
     let external = options.external.iter().filter_map(|one| match one {
         External::Mount { key, value } | External::Device { key, value } => Some((key, value)),
         _ => None,
@@ -94,9 +102,12 @@ pub(super) fn mounts(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> 
     let named = external.chain(mapped.map(|map| (&map.key, &map.value)));
     let root = options.mounts.root.as_deref();
     let paths = named.map(|(_, value)| Path::new(value)).chain(root);
-    let mut rows: Vec<Row> = paths.filter_map(absent).collect();
+    let paths: BTreeSet<&Path> = paths
+        .chain(found.map(|mount| Path::new(&mount.source)))
+        .collect();
+    let mut rows: Vec<Row> = paths.into_iter().filter_map(absent).collect();
     if rows.is_empty() {
-        let text = "every place that was named for mounts from outside is here";
+        let text = "every place that mounts come from is here";
         rows.push(Row::good("mounts", text));
     }
     rows

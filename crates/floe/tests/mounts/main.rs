@@ -1,6 +1,7 @@
 //! Trees with mount namespaces of their own. Needs root and util-linux; says `skipped` without.
 
 mod kinds;
+mod of_caller;
 mod options;
 mod procs;
 mod tree;

@@ -30,6 +30,11 @@ trap '[ -z "$P" ] || kill -9 $P 2>/dev/null' EXIT
 "#;
 
 fn runs(name: &str, script: &str) {
+    runs_in(&["--mount"], name, script);
+}
+
+/// Runs a script in these namespaces, given as options of unshare(1).
+pub fn runs_in(namespaces: &[&str], name: &str, script: &str) {
     if !skips::is_root(name) {
         return;
     }
@@ -37,7 +42,8 @@ fn runs(name: &str, script: &str) {
         process::adopt_orphans()?;
         let directory = tempfile::tempdir()?;
         let output = Command::new("unshare")
-            .args(["--mount", "bash", "-ec"])
+            .args(namespaces)
+            .args(["bash", "-ec"])
             .arg(format!("{WORDS}{script}"))
             .env("DIR", directory.path())
             .env("FLOE", env!("CARGO_BIN_EXE_floe"))

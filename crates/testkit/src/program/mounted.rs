@@ -1,12 +1,15 @@
 //! File systems that are mounted in a program's own mount namespace, beyond what mount(8) can ask for.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
 use anyhow::{Context, ensure};
+use rustix::fs::inotify::{self, WatchFlags};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
@@ -15,14 +18,18 @@ use rustix::mount::{
 };
 use rustix::pty;
 
-use super::watches::memory;
+use super::tasks::Child;
+use super::watches::{memory, told};
 use super::{Check, Missing, Place, Program};
+use crate::sys::memory::{Map, PAGE};
+use crate::sys::mounts;
 
 pub const PROGRAMS: &[Program] = &[
     Program::new("overlay-many-layers", many_layers).in_own_mounts(),
     Program::new("overlay-data-layers", data_layers).in_own_mounts(),
     Program::new("devpts-instance", terminals).in_own_mounts(),
     Program::new("opened-before-the-mounts", opened_before).in_own_mounts(),
+    Program::new("mounts-of-a-child", of_a_child),
 ];
 
 /// Programs that cannot be dumped.
@@ -44,7 +51,7 @@ fn mapped_ids(place: &Place) -> anyhow::Result<Check> {
     let users = fs::File::open(format!("/proc/{}/ns/user", helper.id()))?;
     let point = place.path("mapped");
     fs::create_dir(&point)?;
-    let mapped = crate::sys::mounts::map_ids(&from, &users, &point);
+    let mapped = mounts::map_ids(&from, &users, &point);
     helper.kill()?;
     helper.wait()?;
     match mapped {
@@ -143,7 +150,7 @@ fn data_layers(place: &Place) -> anyhow::Result<Check> {
 fn opened_before(place: &Place) -> anyhow::Result<Check> {
     let path = place.path("log");
     let (mut log, null) = (File::create_new(&path)?, File::open("/dev/null")?);
-    crate::sys::mounts::leave()?;
+    mounts::leave()?;
     let mut written = String::new();
     Ok(Box::new(move || {
         log.write_all(b"line\n")?;
@@ -154,6 +161,89 @@ fn opened_before(place: &Place) -> anyhow::Result<Check> {
         ensure!(kind.is_char_device(), "/dev/null is {kind:?}");
         Ok(())
     }))
+}
+
+/// A child that has left the mounts of its parent, which are the caller's: it has a file system in memory with a
+/// socket, a file without a name, a mapped one and a watch there, a part of its parent's directory at another
+/// place, and both have their namespaces open.
+fn of_a_child(place: &Place) -> anyhow::Result<Check> {
+    let outside = place.path("outside");
+    fs::create_dir(&outside)?;
+    let mut early = File::create_new(outside.join("early"))?;
+    let ours = File::open("/proc/self/ns/mnt")?;
+    let below = outside.clone();
+    let mut child = Child::start(place, move |place| {
+        mounts::leave()?;
+        let point = place.path("inside");
+        memory(&point)?;
+        fs::create_dir(point.join("bound"))?;
+        rustix::mount::mount_bind(&below, point.join("bound"))?;
+        let theirs = File::open("/proc/self/ns/mnt")?;
+        let numbers = [ours.metadata()?.ino(), theirs.metadata()?.ino()];
+        ensure!(numbers[0] != numbers[1], "the namespace is not its own");
+        let listener = UnixListener::bind(point.join("socket"))?;
+        let gone = File::create_new(point.join("gone"))?;
+        gone.write_all_at(b"gone", 0)?;
+        fs::remove_file(point.join("gone"))?;
+        let mapped = File::create_new(point.join("mapped"))?;
+        mapped.set_len(PAGE as u64)?;
+        let map = Map {
+            file: Some((mapped.as_fd(), 0)),
+            ..Map::shared(PAGE)
+        };
+        let map = map.make()?;
+        map.write(0, 41);
+        let inotify = inotify::init(inotify::CreateFlags::NONBLOCK)?;
+        let watch = inotify::add_watch(&inotify, &point, WatchFlags::CREATE)?;
+        let seen = shown()?;
+        Ok(Box::new(move || {
+            let now = shown()?;
+            ensure!(now == seen, "{seen:?} became {now:?}");
+            let now = fs::metadata("/proc/self/ns/mnt")?.ino();
+            ensure!(theirs.metadata()?.ino() == now, "its namespace is another");
+            ensure!(ours.metadata()?.ino() != now, "it is in its parent's");
+            let peer = UnixStream::connect(point.join("socket"))?;
+            listener.accept()?;
+            drop(peer);
+            let mut text = [0; 4];
+            gone.read_exact_at(&mut text, 0)?;
+            ensure!(&text == b"gone", "{text:?}");
+            let number = map.read(0) + 1;
+            map.write(0, number);
+            let mut word = [0; 8];
+            mapped.read_exact_at(&mut word, 0)?;
+            ensure!(word == number.to_ne_bytes(), "{word:?} for {number}");
+            fs::write(point.join("new"), "")?;
+            let found = told(&inotify);
+            ensure!(found == [watch], "{found:?}");
+            fs::remove_file(point.join("new"))?;
+            let names = fs::read_dir(point.join("bound"))?.count();
+            ensure!(names == 1, "{names} names in the parent's directory");
+            Ok(())
+        }))
+    })?;
+    let inotify = inotify::init(inotify::CreateFlags::NONBLOCK)?;
+    let watch = inotify::add_watch(&inotify, &outside, WatchFlags::MODIFY)?;
+    let inside = place.path("inside");
+    Ok(Box::new(move || {
+        child.check()?;
+        early.write_all(b"more")?;
+        let found = told(&inotify);
+        ensure!(found == [watch], "{found:?}");
+        ensure!(fs::read_dir(&inside)?.next().is_none(), "we see its mount");
+        Ok(())
+    }))
+}
+
+/// What is mounted where: point, flags, and what stands behind the optional fields.
+fn shown() -> anyhow::Result<BTreeSet<String>> {
+    let text = fs::read_to_string("/proc/self/mountinfo")?;
+    let lines = text.lines().filter_map(|line| {
+        let (mount, file_system) = line.split_once(" - ")?;
+        let words: Vec<&str> = mount.split(' ').skip(3).collect();
+        Some(format!("{} {file_system}", words.join(" ")))
+    });
+    Ok(lines.collect())
 }
 
 /// Two terminals of an instance of devpts, one with its slave open and input that waits.

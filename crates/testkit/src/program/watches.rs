@@ -69,7 +69,7 @@ fn overlay(place: &Place, apart: bool) -> anyhow::Result<std::path::PathBuf> {
 }
 
 /// The watches that have events, each once, in their order.
-fn told(inotify: &OwnedFd) -> Vec<i32> {
+pub(super) fn told(inotify: &OwnedFd) -> Vec<i32> {
     let mut told = Vec::new();
     let mut events = [0; 4096];
     while let Ok(length) = read(inotify, &mut events) {

@@ -1,15 +1,16 @@
 //! Finding what is watched, at the dump: by its handle, by searching likely places or its whole mount, or
 //! among the open files of the tree where it is deleted.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::rc::Rc;
 
 use floe_image::messages::FhEntry;
 use floe_kernel::ids::HostPid;
 use floe_kernel::namespace::{NsKind, own_fd_path};
-use floe_kernel::proc::{ProcDir, parse_mountinfo};
+use floe_kernel::proc::ProcDir;
 use floe_kernel::watch::{FileHandle, handle_of, open_by_handle};
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -17,12 +18,12 @@ use super::search::{search, search_mount};
 use super::{Watched, handle_in};
 use crate::collect::{CollectError, Collector, FdProbe, Obstacle};
 use crate::fd::remap::{self, kernel_device};
-use crate::mount::{KnownMounts, fs_name};
+use crate::mount::{KnownMounts, fs_name, own_mounts};
 use crate::namespace::TreeNamespace;
 
 /// A mount that may show the watched file.
 pub(super) struct Sight {
-    /// Its number in the images; `None` where the tree has our own mounts.
+    /// Its number in the images; `None` for one of ours.
     pub mount: Option<u32>,
     namespace: Option<Rc<TreeNamespace>>,
     pub point: PathBuf,
@@ -58,7 +59,7 @@ pub(in crate::fd) fn find_path(
     fd: &FdProbe<'_>,
     collector: &mut Collector<'_>,
 ) -> Result<Watched, CollectError> {
-    let sights = sights(watched.dev, fd, collector)?;
+    let sights = sights(watched.dev, collector)?;
     let handle = handle_in(entry);
     let (opened, mut found) = by_handle(watched, handle.as_ref(), (&sights, collector))?;
     if found.is_none() && (!opened || collector.options.force_irmap) {
@@ -96,26 +97,7 @@ pub(in crate::fd) fn find_path(
 }
 
 /// The mounts of a file system, those of the root's namespace first.
-fn sights(
-    dev: u32,
-    fd: &FdProbe<'_>,
-    collector: &mut Collector<'_>,
-) -> Result<Vec<Sight>, CollectError> {
-    if collector.cache(KnownMounts::default).is_empty() {
-        let proc = fd.proc();
-        let mounts = parse_mountinfo(&proc.read("mountinfo")?).map_err(|error| proc.bad(error))?;
-        let of_device = mounts
-            .into_iter()
-            .filter(|mount| mount.dev_major << 20 | mount.dev_minor == dev);
-        return Ok(of_device
-            .map(|mount| Sight {
-                mount: None,
-                namespace: None,
-                point: PathBuf::from(std::ffi::OsString::from_vec(mount.point)),
-                fs_type: String::from_utf8_lossy(&mount.fs_type).into_owned(),
-            })
-            .collect());
-    }
+fn sights(dev: u32, collector: &mut Collector<'_>) -> Result<Vec<Sight>, CollectError> {
     let known = collector.cache(KnownMounts::default).of_device(dev);
     let known: Vec<_> = known
         .map(|(id, entry)| {
@@ -133,6 +115,18 @@ fn sights(
             fs_type,
         })
         .collect();
+    if collector.namespaces().of_root(NsKind::Mnt).is_none() {
+        let own = own_mounts(collector)?;
+        let of_device = own
+            .iter()
+            .filter(|mount| mount.dev_major << 20 | mount.dev_minor == dev);
+        sights.extend(of_device.map(|mount| Sight {
+            mount: None,
+            namespace: None,
+            point: PathBuf::from(OsStr::from_bytes(&mount.point)),
+            fs_type: String::from_utf8_lossy(&mount.fs_type).into_owned(),
+        }));
+    }
     let of_root = |sight: &Sight| sight.namespace.as_ref().is_some_and(|ns| ns.of_root);
     sights.sort_by_key(|sight| !of_root(sight));
     Ok(sights)
