@@ -99,6 +99,10 @@ pub fn dump_in_rounds(
     };
     let outcome = copy();
     let removed = outcome.is_err() && before.remove();
+    // Nobody asked for what a next chain could begin with.
+    if outcome.is_ok() && !options.track_mem && options.after != AfterDump::Kill {
+        before.end_tracking();
+    }
     if !removed && options.place.prev_images_dir.is_none() {
         before.generations.remove_earlier();
     }

@@ -32,11 +32,16 @@ impl Leftovers {
             return false;
         }
         self.generations.remove();
+        self.end_tracking();
+        true
+    }
+
+    /// Ends the keeper, unless there was one before.
+    pub(crate) fn end_tracking(&self) {
         if !self.was_tracked
             && let Err(error) = track::stop(self.root)
         {
             tracing::warn!(%error, "the tree is tracked still");
         }
-        true
     }
 }

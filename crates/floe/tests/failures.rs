@@ -250,6 +250,13 @@ fn a_keeper_and_rounds_from_before_outlive_a_failure() {
         ensure!(output.status.success(), "{}", said(&output));
         let now = names(&place.path().join("images/generations"))?;
         ensure!(now.is_disjoint(&before), "{before:?} are left in {now:?}");
+        ensure!(keepers(pid) == kept, "the keeper from before has ended");
+        let stop = format!("track stop {pid}");
+        ensure!(floe_own(place.path(), &stop)?.status.success(), "{stop}");
+        let output = floe(place.path(), &line)?;
+        ensure!(output.status.success(), "{}", said(&output));
+        let left = keepers(pid);
+        ensure!(left.is_empty(), "{left:?}, which nobody asked for");
         fixture.check()
     });
 }
