@@ -3,6 +3,8 @@
 //! Contract relied on: each call writes only to the structure whose size it is given.
 
 use std::io;
+use std::os::fd::BorrowedFd;
+use std::path::Path;
 
 use crate::ids::{HostPid, TaskAddr};
 
@@ -105,15 +107,36 @@ pub fn robust_list(tid: HostPid) -> io::Result<(TaskAddr, u32)> {
 /// Does something in another working directory. The rest of the process stays where it is: a thread of its
 /// own with separate directories does the work.
 pub fn in_directory<T: Send>(
-    directory: &std::path::Path,
+    directory: &Path,
     work: impl FnOnce() -> io::Result<T> + Send,
 ) -> io::Result<T> {
+    apart(|| {
+        std::env::set_current_dir(directory)?;
+        work()
+    })
+}
+
+/// As [`in_directory`], below another root.
+pub fn in_root<T: Send>(
+    root: BorrowedFd<'_>,
+    directory: &Path,
+    work: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
+    apart(|| {
+        rustix::process::fchdir(root)?;
+        rustix::process::chroot(".")?;
+        std::env::set_current_dir(Path::new("/").join(directory))?;
+        work()
+    })
+}
+
+/// Does something in a thread with directories of its own.
+fn apart<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let body = || {
         // SAFETY: CLONE_FS parts this thread's directories and umask from the others' and nothing else.
         if unsafe { libc::unshare(libc::CLONE_FS) } < 0 {
             return Err(io::Error::last_os_error());
         }
-        std::env::set_current_dir(directory)?;
         work()
     };
     std::thread::scope(|scope| {

@@ -9,8 +9,8 @@ use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 
 use anyhow::{Context, ensure};
 use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sockopt,
+    self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType, sockopt,
 };
 
 use super::{Check, Place, Program};
@@ -152,18 +152,63 @@ fn listen(place: &Place) -> anyhow::Result<Check> {
     }))
 }
 
-/// The name of the socket that one is connected to.
+/// The names at both ends of connections: of listeners with a path, a relative one, a hidden one and one that has
+/// gone; of clients that are bound themselves; of an end whose other one has gone.
 fn peer_name(place: &Place) -> anyhow::Result<Check> {
     let path = place.path("socket");
-    let listener = UnixListener::bind(&path)?;
-    let client = UnixStream::connect(&path)?;
-    let (server, _) = listener.accept()?;
+    let by_path = UnixListener::bind(&path)?;
+    std::env::set_current_dir(&place.directory)?;
+    let relative = UnixListener::bind("./relative")?;
+    let hidden = format!("floe-accepted-{}", std::process::id());
+    let by_name = UnixListener::bind_addr(&SocketAddr::from_abstract_name(&hidden)?)?;
+    let gone = UnixListener::bind(place.path("gone"))?;
+    let mut ends: Vec<OwnedFd> = Vec::new();
+    for (listener, own) in [
+        (&by_path, None),
+        (&by_path, Some("bound".to_string())),
+        (
+            &relative,
+            Some(format!("\0floe-client-{}", std::process::id())),
+        ),
+        (&by_name, None),
+        (&by_name, Some("also".to_string())),
+        (&gone, None),
+    ] {
+        let client = net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+        if let Some(own) = own {
+            let address = match own.strip_prefix('\0') {
+                Some(name) => SocketAddrUnix::new_abstract_name(name.as_bytes())?,
+                None => SocketAddrUnix::new(place.path(&own))?,
+            };
+            net::bind(&client, &address)?;
+        }
+        let address: SocketAddrUnix = net::getsockname(listener)?.try_into()?;
+        net::connect(&client, &address)?;
+        ends.push(client);
+        ends.push(listener.accept()?.0.into());
+    }
+    drop(gone);
+    fs::remove_file(place.path("gone"))?;
+    let leaving = UnixStream::connect(&path)?;
+    ends.push(by_path.accept()?.0.into());
+    drop(leaving);
+    let names = move || -> anyhow::Result<Vec<String>> {
+        let names = ends.iter().flat_map(|end| {
+            let own = net::getsockname(end).map(|name| format!("{name:?}"));
+            let other = net::getpeername(end).map(|name| format!("{name:?}"));
+            [own, other.or_else(|error| Ok(error.to_string()))]
+        });
+        Ok(names.collect::<Result<_, rustix::io::Errno>>()?)
+    };
+    let before = names()?;
     Ok(Box::new(move || {
-        for name in [client.peer_addr()?, server.local_addr()?] {
-            ensure!(
-                name.as_pathname() == Some(path.as_path()),
-                "the name is {name:?}"
-            );
+        let now = names()?;
+        ensure!(now == before, "{before:?} became {now:?}");
+        for listener in [&by_path, &relative, &by_name] {
+            let address: SocketAddrUnix = net::getsockname(listener)?.try_into()?;
+            let client = net::socket(AddressFamily::UNIX, SocketType::STREAM, None)?;
+            net::connect(&client, &address)?;
+            listener.accept()?;
         }
         Ok(())
     }))

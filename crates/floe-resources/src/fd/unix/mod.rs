@@ -2,11 +2,12 @@
 //!
 //! Saved:    name and file, state, peer, backlog, waiting clients, shut directions, options, unread messages.
 //! Rebuilt:  bound and listening, or made in pairs; then connected, filled, shut. Needs: files in messages.
-//! Not kept: names of accepted sockets, credentials of connected peers (`SO_PEERCRED`), out-of-band bytes.
+//! Not kept: credentials of connected peers (`SO_PEERCRED`), out-of-band bytes.
 
 mod collect;
 mod listeners;
 mod name;
+mod named;
 mod peers;
 mod plan;
 

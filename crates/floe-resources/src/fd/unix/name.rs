@@ -46,7 +46,7 @@ pub(super) fn is_path(entry: &UnixSkEntry) -> bool {
 }
 
 /// Where the file of a socket is.
-fn path_of(entry: &UnixSkEntry) -> PathBuf {
+pub(super) fn path_of(entry: &UnixSkEntry) -> PathBuf {
     let name = Path::new(std::ffi::OsStr::from_bytes(without_zero(&entry.name)));
     match &entry.name_dir {
         Some(dir) if name.is_relative() => Path::new(dir).join(name),

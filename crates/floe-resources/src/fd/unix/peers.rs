@@ -42,11 +42,50 @@ impl<'i> Peers<'i> {
         Ok(Peers { sockets })
     }
 
+    /// Connections that must be made before a socket takes its abstract name to listen: theirs is the same.
+    pub fn before_listening(&self, entry: &UnixSkEntry) -> Vec<u32> {
+        let is_abstract = entry.name.first() == Some(&0);
+        let connected = |role| !matches!(role, Role::ConnectTo(_) | Role::External);
+        let of_listener = |(other, role): &&(&UnixSkEntry, Role)| {
+            connected(*role) && other.state == ESTABLISHED && have_one_name(other, entry)
+        };
+        if entry.state != LISTEN || !is_abstract {
+            return Vec::new();
+        }
+        let found = self.sockets.iter().filter(of_listener);
+        found.map(|(other, _)| other.id).collect()
+    }
+
+    /// Which end of a connection a listener has accepted; the other one may be nobody's. `None` where no end has
+    /// a name.
+    pub fn accepted<'e>(
+        &self,
+        (one, other): (&'e UnixSkEntry, Option<&'e UnixSkEntry>),
+    ) -> Option<&'e UnixSkEntry> {
+        let named = || [Some(one), other].into_iter().flatten();
+        let named = || named().filter(|end| !end.name.is_empty());
+        let has_listener = |end: &&UnixSkEntry| {
+            let mut all = self.sockets.iter().map(|(entry, _)| *entry);
+            all.any(|entry| entry.state == LISTEN && have_one_name(entry, end))
+        };
+        // A client that is bound to an abstract name would keep it from others.
+        let is_abstract = |end: &&UnixSkEntry| end.name[0] == 0;
+        let found = named().find(has_listener);
+        found
+            .or_else(|| named().find(is_abstract))
+            .or_else(|| named().next())
+    }
+
     /// The entry with this number.
     pub fn entry(&self, id: u32) -> Option<&'i UnixSkEntry> {
         let found = self.sockets.iter().find(|(entry, _)| entry.id == id);
         found.map(|(entry, _)| *entry)
     }
+}
+
+fn have_one_name(one: &UnixSkEntry, other: &UnixSkEntry) -> bool {
+    (one.r#type, one.ns_id, &one.name, &one.name_dir)
+        == (other.r#type, other.ns_id, &other.name, &other.name_dir)
 }
 
 fn role(entry: &UnixSkEntry, by_inode: &HashMap<u32, &UnixSkEntry>) -> Result<Role, PlanError> {

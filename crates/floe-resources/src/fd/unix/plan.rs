@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use floe_image::messages::UnixSkEntry;
-use floe_kernel::socket::{connect, listen, shutdown, socket, unix_pair};
+use floe_kernel::socket::{connect, listen, shutdown, socket};
 use floe_options::{InheritFd, Need};
 use floe_plan::Handle;
 
 use super::super::socket_options::set_options;
 use super::super::socket_queue::{Message, Queues, rights_of, send_queue};
 use super::name::{LONGEST, address, bind_socket, is_path, reach};
+use super::named::connection;
 use super::peers::{Peers, Role};
 use super::{ESTABLISHED, LISTEN};
 use crate::mount;
@@ -55,7 +56,8 @@ pub(super) fn plan_all(planner: &mut Planner<'_>) -> Result<(), PlanError> {
             plan_inherited(planner, entry, given, role);
             continue;
         }
-        let needs = before_binding(&peers, (entry, role), &ghosts);
+        let mut needs = before_binding(&peers, (entry, role), &ghosts);
+        needs.extend(peers.before_listening(entry).into_iter().map(Handle::File));
         plan_making(planner, &peers, (entry, role), (&needs, !queue.is_empty()))?;
         plan_connecting(planner, &peers, entry, role)?;
         plan_filling(planner, entry, role, queue);
@@ -157,9 +159,10 @@ fn plan_making<'i>(
             planner.consume("files.img", u64::from(entry.id));
             planner.consume("files.img", u64::from(peer.id));
             let makes = [Handle::File(entry.id), Handle::File(peer.id)];
+            let accepted = peers.accepted((entry, Some(peer)));
             let name = format!("make unix sockets {} and {}", entry.ino, peer.ino);
             planner.step(name, (needs, &makes), move |world| {
-                place.visit(world, |world| make_pair(world, entry, peer))
+                place.visit(world, |world| make_pair(world, (entry, peer), accepted))
             });
             Ok(())
         }
@@ -204,11 +207,10 @@ fn bind_if_free(
 
 fn make_pair(
     world: &mut World<'_>,
-    entry: &UnixSkEntry,
-    peer: &UnixSkEntry,
+    (entry, peer): (&UnixSkEntry, &UnixSkEntry),
+    accepted: Option<&UnixSkEntry>,
 ) -> Result<(), ExecuteError> {
-    let what = || format!("{} and {}", entry.ino, peer.ino);
-    let (one, other) = unix_pair(entry.r#type.cast_signed()).during("Making unix sockets", what)?;
+    let (one, other) = connection(world, (entry, Some(peer)), accepted)?;
     bind_if_free(world, one.as_fd(), entry)?;
     bind_if_free(world, other.as_fd(), peer)?;
     world.keep_file(entry.id, one)?;
@@ -219,7 +221,11 @@ fn make_pair(
 fn make_with_sender(world: &mut World<'_>, entry: &UnixSkEntry) -> Result<OwnedFd, ExecuteError> {
     let what = || entry.ino.to_string();
     let kind = entry.r#type.cast_signed();
-    let (file, sender) = unix_pair(kind).during("Making unix socket", what)?;
+    let (file, sender) = connection(
+        world,
+        (entry, None),
+        Some(entry).filter(|end| !end.name.is_empty()),
+    )?;
     if kind == libc::SOCK_DGRAM {
         // Else the socket would take messages from the sender only. This empties its queue too.
         let nobody = (libc::AF_UNSPEC as u16).to_ne_bytes();
