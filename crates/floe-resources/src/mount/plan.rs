@@ -221,10 +221,11 @@ fn check_content(images: &TreeImages, tree: &MountTree) -> Result<(), PlanError>
     Ok(())
 }
 
-/// The mount namespace of a task; `None` for the caller's.
+/// The mount namespace of a task; `None` for the caller's, and in images that are older than namespaces.
 fn namespace_of(images: &TreeImages, task: &TaskImages) -> Option<u32> {
+    let callers = of_caller(images)?;
     let own = ids::get(task.ids.as_ref()?, NsKind::Mnt);
-    own.filter(|own| Some(*own) != of_caller(images))
+    own.filter(|own| *own != callers)
 }
 
 fn of_caller(images: &TreeImages) -> Option<u32> {
