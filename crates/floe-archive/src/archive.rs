@@ -101,6 +101,12 @@ impl Head {
     pub fn holds(&self, generation: u32) -> bool {
         (self.first..=self.last).contains(&generation)
     }
+
+    /// What stands for a generation in the archive.
+    fn digest(&self, generation: u32) -> Option<&String> {
+        let index = generation.checked_sub(self.first)?;
+        self.digests.get(index as usize)
+    }
 }
 
 /// The content of `floe-archive.json`.
@@ -430,7 +436,11 @@ pub(crate) fn order_set(mut left: Vec<Part>) -> Result<Vec<Part>, ArchiveError> 
             });
         };
         let found = left.remove(found);
-        if found.head().digests[(number - found.head().first) as usize] != base.digest {
+        // It may hold newer ones, too; those must be the same that were built on.
+        let newer = ordered.first().expect("there is one").head();
+        let last = found.head().last;
+        let same_last = last == number || newer.digest(last) == found.head().digest(last);
+        if found.head().digest(number) != Some(&base.digest) || !same_last {
             return Err(ArchiveError::OtherChain {
                 path,
                 base: found.path().to_path_buf(),

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use floe_image::manifest::{Manifest, ManifestError};
+use floe_image::manifest::{Follows, Manifest, ManifestError};
 use floe_image::{ImageDir, ImageError, ImageKind};
 
 /// One directory of a chain.
@@ -40,6 +40,13 @@ pub enum ChainError {
         wanted: String,
         found: u32,
     },
+    /// The generation that was built on is not there any more.
+    #[error(
+        "{} builds on another checkpoint than the one that is in {} now: that was dumped into the same directory later, \
+         or comes from another chain. Bring the first one back: it alone has the pages that this generation left to it",
+        dir.display(), parent.display()
+    )]
+    Replaced { dir: PathBuf, parent: PathBuf },
 }
 
 impl Chain {
@@ -56,20 +63,27 @@ impl Chain {
         Ok(Chain { generations })
     }
 
-    /// Checks that each generation builds on the one that it was made on, as far as they have numbers.
-    pub fn check_numbers(&self) -> Result<(), ChainError> {
+    /// Checks that each generation builds on the one that it was made on, as far as their manifests tell.
+    pub fn check_links(&self) -> Result<(), ChainError> {
         for pair in self.generations.windows(2) {
             let (Some(older), Some(newer)) = (&pair[0].manifest, &pair[1].manifest) else {
                 continue;
             };
-            let first = newer.oldest();
-            if older.generation.checked_add(1) != Some(first) {
-                let wanted = first.checked_sub(1);
-                return Err(ChainError::Mixed {
-                    dir: pair[1].dir.path().to_path_buf(),
-                    wanted: wanted.map_or("none".to_string(), |number| number.to_string()),
-                    found: older.generation,
-                });
+            let dir = pair[1].dir.path().to_path_buf();
+            match newer.follows(older) {
+                Follows::It => {}
+                Follows::Another => {
+                    let parent = pair[0].dir.path().to_path_buf();
+                    return Err(ChainError::Replaced { dir, parent });
+                }
+                Follows::AnotherNumber => {
+                    let wanted = newer.oldest().checked_sub(1);
+                    return Err(ChainError::Mixed {
+                        dir,
+                        wanted: wanted.map_or("none".to_string(), |number| number.to_string()),
+                        found: older.generation,
+                    });
+                }
             }
         }
         Ok(())
@@ -99,8 +113,16 @@ impl Chain {
 }
 
 impl Generation {
-    /// What stands for this generation and no other: a hash of its manifest, or of its small images.
+    /// What stands for this generation and no other: its id; of older versions a hash of its manifest, of other
+    /// engines one of its small images.
     pub fn digest(&self) -> Result<String, ChainError> {
+        let id = self
+            .manifest
+            .as_ref()
+            .and_then(|manifest| manifest.id.clone());
+        if let Some(id) = id {
+            return Ok(id);
+        }
         let mut hasher = blake3::Hasher::new();
         if let Some(manifest) = &self.manifest {
             // Pages may be compressed or punched later, which makes no other generation of it.

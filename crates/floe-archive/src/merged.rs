@@ -127,6 +127,13 @@ impl Merged {
         }
     }
 
+    /// The id of the generation before the oldest in it.
+    fn base_id(&self) -> Option<String> {
+        let before = self.first.checked_sub(self.chain.number(0) + 1)?;
+        let base = self.chain.generations().get(before as usize)?;
+        base.manifest.as_ref()?.id.clone()
+    }
+
     /// When the newest generation was made; now, where nothing says so.
     pub fn created(&self) -> SystemTime {
         let manifest = self.chain.newest().manifest.as_ref();
@@ -144,6 +151,8 @@ impl Merged {
         ManifestInfo {
             kind: self.kind(),
             generation: self.last,
+            id: manifest.and_then(|manifest| manifest.id.clone()),
+            parent_id: parent.is_some().then(|| self.base_id()).flatten(),
             parent,
             tracker: manifest.and_then(|manifest| manifest.tracker.clone()),
             floe: text(|manifest| &manifest.floe),

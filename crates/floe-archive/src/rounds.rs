@@ -44,6 +44,7 @@ fn of_generation(generation: &Generation, number: u32) -> Result<RoundFacts, Ima
     let names = dir.file_names()?;
     Ok(RoundFacts {
         number,
+        id: manifest.and_then(|manifest| manifest.id.clone()),
         kind: kind_word(generation.is_pre_dump()).to_owned(),
         tracker: manifest.and_then(|manifest| manifest.tracker.clone()),
         created: manifest.map(|manifest| manifest.created),

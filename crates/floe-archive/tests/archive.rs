@@ -192,11 +192,16 @@ fn a_hole_and_a_foreign_base_are_refused_by_name() {
 
     let other = tempfile::tempdir().expect("a directory");
     let (others, _) = example(other.path(), 7);
-    let manifest = others[3].join("floe.json");
-    let text = fs::read_to_string(&manifest).expect("read");
-    fs::write(&manifest, text.replace("6.12.0", "6.1.0")).expect("another dump");
     let foreign = saved(other.path(), "foreign", &packed(&others[4], None));
     let error = open_set(&[second, foreign]).expect_err("another chain");
+    assert!(matches!(error, ArchiveError::OtherChain { .. }), "{error}");
+
+    // Both go on from generation 3, and have another generation 4.
+    let shared = "floe.json";
+    fs::copy(chain[3].join(shared), others[3].join(shared)).expect("copied");
+    let branch = saved(other.path(), "branch", &packed(&others[6], Some(3)));
+    let trunk = saved(root.path(), "trunk", &packed(&chain[4], None));
+    let error = open_set(&[branch, trunk]).expect_err("another branch");
     assert!(matches!(error, ArchiveError::OtherChain { .. }), "{error}");
 }
 

@@ -60,6 +60,13 @@ pub enum DumpError {
     /// The generation to build on cannot be read.
     #[error("Reading the parent generation (--prev-images-dir, relative to the images directory)")]
     Parent(#[from] ImageError),
+    /// The directory of the images is among those of the generations to build on.
+    #[error(
+        "The images would take the place of what they build on: {} is --prev-images-dir {} or a parent of that. \
+         Give each generation a directory of its own (-D)",
+        images.display(), link.display()
+    )]
+    OwnParent { images: PathBuf, link: PathBuf },
     /// The index of the generation to build on cannot be read.
     #[error("Reading the parent generation")]
     ParentIndex(#[from] IndexError),

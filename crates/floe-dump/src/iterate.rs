@@ -18,6 +18,7 @@ use crate::generations::Generations;
 use crate::leftovers::Leftovers;
 use crate::report::DumpReport;
 use crate::reserve::running_tasks;
+use crate::track::refuse_own_parent;
 use crate::{Destination, Seal, predump};
 
 /// A round that writes more than this part of what the one before wrote does not pay, in percent.
@@ -83,6 +84,7 @@ pub fn dump_in_rounds(
     show: &mut dyn FnMut(&RoundReport),
 ) -> Result<IterateReport, DumpError> {
     let root = HostPid(options.tree.get());
+    refuse_own_parent(&options.place)?;
     let mut before = Leftovers::before(root, &options.place.images_dir);
     let mut copy = || {
         let generations = &mut before.generations;

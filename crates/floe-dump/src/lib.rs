@@ -62,6 +62,7 @@ pub use leftovers::Leftovers;
 pub use memory::MemoryCounts;
 pub use predump::pre_dump;
 pub use report::DumpReport;
+pub use track::refuse_own_parent;
 
 use freeze::FrozenTree;
 use hooks::{asked_external, lock_network};
@@ -105,6 +106,7 @@ pub fn dump_to(
     let started = Instant::now();
     let root = HostPid(options.tree.get());
     freeze::look(root)?;
+    refuse_own_parent(&options.place)?;
     strangers::warn_of(root);
     warn_of_files_in_memory(root, options);
     let hook = |action| options.hooks.run(HookEvent::new(action, Some(root.0)));

@@ -27,7 +27,7 @@ use crate::memory::{LiveTask, MemoryDump};
 use crate::pace::Pace;
 use crate::pagemap_out::connect;
 use crate::report::DumpReport;
-use crate::track::{Round, TaskAreas, Tracking, live_source};
+use crate::track::{Round, TaskAreas, Tracking, live_source, refuse_own_parent};
 use crate::unfinished::Unfinished;
 use crate::{dedup, durability, preflight, release, run_id, segments, stop, write};
 
@@ -53,6 +53,7 @@ pub fn round(
     let started = Instant::now();
     let root = HostPid(options.tree.get());
     freeze::look(root)?;
+    refuse_own_parent(&options.place)?;
     let event = HookEvent::new(Action::PreDump, Some(root.0));
     options.hooks.run(event)?;
     if let Some(dump) = for_dump {

@@ -105,7 +105,9 @@ pub fn manifest_info(kind: DumpKind, tracking: Option<&Tracking>) -> ManifestInf
     ManifestInfo {
         kind,
         generation: lineage.map_or(0, |lineage| lineage.generation),
+        id: None,
         parent: lineage.and_then(Lineage::link),
+        parent_id: lineage.and_then(|lineage| lineage.parent_id.clone()),
         tracker: tracking.map(|tracking| tracking.kind().name().to_string()),
         floe: env!("CARGO_PKG_VERSION").to_string(),
         kernel: release.trim_end().to_string(),

@@ -177,6 +177,13 @@ impl ImageDir {
         Ok(Some(parent))
     }
 
+    /// Whether both are one directory, by whatever path.
+    pub fn is_same(&self, other: &ImageDir) -> bool {
+        self.chain
+            .first()
+            .is_some_and(|id| other.chain.first() == Some(id))
+    }
+
     /// Whether pages come by once, in their order, so that they must be read so.
     pub fn passes_by(&self) -> bool {
         match &self.backing {

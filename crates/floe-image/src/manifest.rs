@@ -6,7 +6,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +19,8 @@ pub const MANIFEST_NAME: &str = "floe.json";
 pub const MANIFEST_FORMAT: u32 = 1;
 /// Largest manifest that is read, in bytes.
 pub const MAX_MANIFEST: u64 = 64 << 20;
+/// Hexadecimal digits of a generation's id.
+const ID_DIGITS: usize = 32;
 /// Name under which a manifest is written before it is renamed.
 pub(crate) const MANIFEST_TEMPORARY: &str = ".floe.json.new";
 
@@ -39,8 +41,12 @@ pub struct ManifestInfo {
     pub kind: DumpKind,
     /// 0 for the first of a chain, then one more for each.
     pub generation: u32,
+    /// What stands for this generation, where images are made of others; `None` for a new one.
+    pub id: Option<String>,
     /// The link to the parent directory, as written.
     pub parent: Option<String>,
+    /// The parent's [`Manifest::id`].
+    pub parent_id: Option<String>,
     /// Dirty tracker that chose the pages, such as `uffd`; `None` for a full copy.
     pub tracker: Option<String>,
     /// Version of Floe.
@@ -71,6 +77,9 @@ pub struct ManifestFile {
 pub struct RoundFacts {
     /// Its number.
     pub number: u32,
+    /// See [`Manifest::id`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// `full` or `pre-dump`.
     pub kind: String,
     /// Dirty tracker that chose the pages.
@@ -98,8 +107,14 @@ pub struct Manifest {
     pub kind: DumpKind,
     /// See [`ManifestInfo::generation`].
     pub generation: u32,
+    /// What stands for this generation and no other, also where it is compressed, squashed or unpacked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// See [`ManifestInfo::parent`].
     pub parent: Option<String>,
+    /// See [`ManifestInfo::parent_id`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_id: Option<String>,
     /// See [`ManifestInfo::tracker`].
     pub tracker: Option<String>,
     /// See [`ManifestInfo::floe`].
@@ -207,15 +222,35 @@ pub enum Verify {
     Hashes,
 }
 
+/// No two dumps are made of the same content at the same nanosecond.
+fn new_id(since: Duration, files: &BTreeMap<String, ManifestFile>) -> String {
+    let text = serde_json::to_vec(&(since, files)).expect("text keys only");
+    blake3::hash(&text).to_hex()[..ID_DIGITS].to_string()
+}
+
+/// What a generation was made after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Follows {
+    /// The one in question.
+    It,
+    /// One of another number.
+    AnotherNumber,
+    /// One of the same number.
+    Another,
+}
+
 impl Manifest {
     /// The manifest for these facts and files.
     pub fn new(info: ManifestInfo, files: BTreeMap<String, ManifestFile>) -> Manifest {
         let since = info.created.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let id = info.id.unwrap_or_else(|| new_id(since, &files));
         Manifest {
             format: MANIFEST_FORMAT,
             kind: info.kind,
             generation: info.generation,
+            id: Some(id),
             parent: info.parent,
+            parent_id: info.parent_id,
             tracker: info.tracker,
             floe: info.floe,
             kernel: info.kernel,
@@ -233,6 +268,22 @@ impl Manifest {
     pub fn oldest(&self) -> u32 {
         let merged = self.rounds.iter().map(|round| round.number);
         merged.min().unwrap_or(self.generation)
+    }
+
+    /// Whether this generation was made after `older` and nothing else, as far as both tell. Generations that are
+    /// merged in this one may be in `older`, too.
+    pub fn follows(&self, older: &Manifest) -> Follows {
+        if older.generation.checked_add(1) == Some(self.oldest()) {
+            return match (&self.parent_id, &older.id) {
+                (Some(wanted), Some(found)) if wanted != found => Follows::Another,
+                _ => Follows::It,
+            };
+        }
+        let mut merged = self.rounds.iter();
+        match merged.any(|round| round.number == older.generation && round.id == older.id) {
+            true => Follows::It,
+            false => Follows::AnotherNumber,
+        }
     }
 
     /// The manifest of a directory; `None` when it has none.

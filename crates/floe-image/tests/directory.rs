@@ -15,7 +15,9 @@ fn info() -> ManifestInfo {
     ManifestInfo {
         kind: DumpKind::Full,
         generation: 0,
+        id: None,
         parent: None,
+        parent_id: None,
         tracker: None,
         floe: "0".to_string(),
         kernel: "6".to_string(),

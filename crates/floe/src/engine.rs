@@ -124,6 +124,7 @@ fn dump_exit(error: &DumpError) -> Exit {
         DumpError::Parent(_) | DumpError::ParentIndex(_) | DumpError::ParentManifest(_) => {
             Exit::BadImage
         }
+        DumpError::OwnParent { .. } => Exit::Usage,
         _ => Exit::Failed,
     }
 }

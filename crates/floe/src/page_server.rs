@@ -28,6 +28,7 @@ impl PageServer {
     /// Opens the directory and the socket; also gives the port, 0 for a socket of the caller's.
     pub fn open(settings: &Settings) -> Result<(Self, u16), Failure> {
         let place = settings.place();
+        floe_dump::refuse_own_parent(&place).map_err(|error| Failure::new(Exit::Usage, error))?;
         let writer = ImageWriter::create(&place.images_dir, Sync::None)
             .map_err(|error| Failure::new(Exit::Failed, error))?;
         if let Some(parent) = &place.prev_images_dir {

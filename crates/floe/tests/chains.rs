@@ -106,6 +106,85 @@ fn a_broken_round_is_no_parent_and_the_one_before_is() {
 }
 
 #[test]
+fn images_do_not_take_the_place_of_what_they_build_on() {
+    as_root("images_do_not_take_the_place_of_what_they_build_on", || {
+        let mut fixture = Fixture::start("memory-churn")?;
+        let base = tempfile::tempdir_in("/dev/shm")?;
+        for number in 0..2 {
+            round(fixture.pid, base.path(), number)?;
+        }
+        let before = fs::read(base.path().join("0/floe.json"))?;
+        for (command, previous) in [
+            ("pre-dump", "."),
+            ("dump", "../0"),
+            ("dump", "../1"),
+            ("dump --iterate", "../1"),
+        ] {
+            let mut floe = Command::new(env!("CARGO_BIN_EXE_floe"));
+            floe.args(command.split(' '))
+                .args(["--prev-images-dir", previous]);
+            floe.args(["--tree", &fixture.pid.to_string()]);
+            let output = floe
+                .arg("--images-dir")
+                .arg(base.path().join("0"))
+                .output()?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            ensure!(
+                output.status.code() == Some(2),
+                "{command} {previous}: {said}"
+            );
+            ensure!(
+                said.contains("would take the place of what they build on"),
+                "{said}"
+            );
+        }
+        ensure!(
+            fs::read(base.path().join("0/floe.json"))? == before,
+            "it was written"
+        );
+        end(&mut fixture, base.path(), (1, best()))
+    });
+}
+
+#[test]
+fn a_full_dump_into_the_parents_directory_is_told_from_the_parent() {
+    let name = "a_full_dump_into_the_parents_directory_is_told_from_the_parent";
+    as_root(name, || {
+        let mut fixture = Fixture::start("memory-churn")?;
+        let base = tempfile::tempdir_in("/dev/shm")?;
+        round(fixture.pid, base.path(), 0)?;
+        let dump = |directory: &str, more: &[&str]| -> anyhow::Result<()> {
+            let mut floe = Command::new(env!("CARGO_BIN_EXE_floe"));
+            floe.args([
+                "dump",
+                "--leave-running",
+                "--tree",
+                &fixture.pid.to_string(),
+            ]);
+            let status = floe
+                .args(more)
+                .arg("--images-dir")
+                .arg(base.path().join(directory))
+                .status()?;
+            ensure!(status.success(), "{directory}: {status}");
+            Ok(())
+        };
+        dump("1", &["--prev-images-dir", "../0"])?;
+        dump("0", &[])?;
+        fixture.kill()?;
+        let mut floe = Command::new(env!("CARGO_BIN_EXE_floe"));
+        let output = floe
+            .args(["restore", "-d", "-D"])
+            .arg(base.path().join("1"))
+            .output()?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.code() == Some(5), "{said}");
+        ensure!(said.contains("builds on another checkpoint than"), "{said}");
+        Ok(())
+    });
+}
+
+#[test]
 fn two_rounds_at_once_take_turns_or_one_is_refused() {
     as_root("two_rounds_at_once_take_turns_or_one_is_refused", || {
         let mut fixture = Fixture::start("memory-churn")?;

@@ -7,7 +7,7 @@ use testkit::chain::{Page, Pages, filled, write_chain};
 
 fn floe(command: &str, directory: &Path) -> Output {
     let words = match command {
-        "verify" => vec!["verify"],
+        "verify" | "squash" => vec![command],
         _ => vec!["restore", "--no-default-config", "-d", "-D"],
     };
     let output = Command::new(env!("CARGO_BIN_EXE_floe"))
@@ -74,6 +74,36 @@ fn a_link_to_another_generation_is_refused() {
         assert_eq!(output.status.code(), Some(5), "{command}: {text}");
         assert!(text.contains(wanted[1]), "{command}: {text}");
     }
+}
+
+#[test]
+fn a_parent_that_another_dump_took_the_place_of_is_refused() {
+    let [root, other] = [(); 2].map(|()| tempfile::tempdir().expect("a directory"));
+    let (ours, others) = (chain(root.path()), chain(other.path()));
+    for file in std::fs::read_dir(&others[0]).expect("read") {
+        let file = file.expect("read");
+        std::fs::copy(file.path(), ours[0].join(file.file_name())).expect("copied");
+    }
+    let wanted = ["builds on another checkpoint than the one that is in"];
+    refused(&ours[1], &wanted);
+    let mut pack = Command::new(env!("CARGO_BIN_EXE_floe"));
+    pack.arg("pack").arg(&ours[1]).arg("-o");
+    let output = pack.arg(root.path().join("archive")).output();
+    let text = said(&output.expect("the binary runs"));
+    assert!(text.contains(wanted[0]), "{text}");
+}
+
+#[test]
+fn a_generation_that_was_squashed_is_still_the_parent() {
+    let root = tempfile::tempdir().expect("a directory");
+    let full: Pages = (0..4).map(|number| (number * 4096, filled(1))).collect();
+    let same = |number: u64| (number * 4096, Page::InParent);
+    let again: Pages = (0..4).map(same).collect();
+    let chain = write_chain(root.path(), &[full, again.clone(), again]).expect("a chain");
+    let output = floe("squash", &chain[1]);
+    assert!(output.status.success(), "{}", said(&output));
+    let text = said(&floe("verify", &chain[2]));
+    assert!(text.contains("2 generations, all of them there"), "{text}");
 }
 
 #[test]

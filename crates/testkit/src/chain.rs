@@ -39,7 +39,9 @@ pub fn info(kind: DumpKind, generation: u32) -> ManifestInfo {
     ManifestInfo {
         kind,
         generation,
+        id: None,
         parent: (generation > 0).then(|| format!("../{}", generation - 1)),
+        parent_id: None,
         tracker: (generation > 0).then(|| "content".into()),
         floe: "0.1.0".into(),
         kernel: "6.12.0".into(),
@@ -87,7 +89,7 @@ pub fn write_pages(
 /// A chain of one task (pid 7) in `root/0`, `root/1`, ...; the last is full, the others pre-dumps.
 /// Its images suffice for everything but a restore.
 pub fn write_chain(root: &Path, generations: &[Pages]) -> anyhow::Result<Vec<PathBuf>> {
-    let mut directories = Vec::new();
+    let (mut directories, mut parent_id) = (Vec::new(), None);
     for (number, pages) in generations.iter().enumerate() {
         let directory = root.join(number.to_string());
         let writer = ImageWriter::create(&directory, Sync::None)?;
@@ -101,15 +103,7 @@ pub fn write_chain(root: &Path, generations: &[Pages]) -> anyhow::Result<Vec<Pat
         if last {
             write_task(&writer)?;
         }
-        if number > 0 {
-            writer.link_parent(Path::new(&format!("../{}", number - 1)))?;
-        }
-        let kind = if last {
-            DumpKind::Full
-        } else {
-            DumpKind::PreDump
-        };
-        writer.finish(info(kind, number as u32))?;
+        parent_id = finish(&writer, (number, last), parent_id)?;
         directories.push(directory);
     }
     Ok(directories)
@@ -143,7 +137,7 @@ fn write_task(writer: &ImageWriter) -> anyhow::Result<()> {
 /// every other such page has other content in generation 0. The last directory restores as `full` does.
 pub fn split_dump(full: &Path, root: &Path, count: usize) -> anyhow::Result<Vec<PathBuf>> {
     let images = ImageDir::open(full)?;
-    let mut directories = Vec::new();
+    let (mut directories, mut parent_id) = (Vec::new(), None);
     for number in 0..count {
         let directory = root.join(number.to_string());
         let writer = ImageWriter::create(&directory, Sync::None)?;
@@ -175,18 +169,28 @@ pub fn split_dump(full: &Path, root: &Path, count: usize) -> anyhow::Result<Vec<
                 writer.note_file(&name, content.len() as u64, Some(blake3::hash(&content)));
             }
         }
-        if number > 0 {
-            writer.link_parent(Path::new(&format!("../{}", number - 1)))?;
-        }
-        let kind = if last {
-            DumpKind::Full
-        } else {
-            DumpKind::PreDump
-        };
-        writer.finish(info(kind, number as u32))?;
+        parent_id = finish(&writer, (number, last), parent_id)?;
         directories.push(directory);
     }
     Ok(directories)
+}
+
+/// Ends a generation beside the one before it, which has this id; gives its own.
+fn finish(
+    writer: &ImageWriter,
+    (number, last): (usize, bool),
+    parent_id: Option<String>,
+) -> anyhow::Result<Option<String>> {
+    if number > 0 {
+        writer.link_parent(Path::new(&format!("../{}", number - 1)))?;
+    }
+    let kind = match last {
+        true => DumpKind::Full,
+        false => DumpKind::PreDump,
+    };
+    let mut facts = info(kind, number as u32);
+    facts.parent_id = parent_id;
+    Ok(writer.finish(facts)?.id)
 }
 
 /// What generation `number` of `count` has of these pages.

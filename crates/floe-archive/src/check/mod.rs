@@ -105,7 +105,7 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
         }
     }
     if length > 1
-        && let Err(error) = Chain::open(dir).and_then(|chain| chain.check_numbers())
+        && let Err(error) = Chain::open(dir).and_then(|chain| chain.check_links())
     {
         rows.push(Row::bad("chain", sentence(&error), ORDER));
     }

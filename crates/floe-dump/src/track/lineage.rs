@@ -16,6 +16,8 @@ pub struct Lineage {
     pub parent: Option<ImageDir>,
     /// The round that made them, where a finished dump of ours did.
     pub parent_round: Option<String>,
+    /// What stands for the parent, where a finished dump of ours says so.
+    pub parent_id: Option<String>,
     /// 0 without a parent.
     pub generation: u32,
     /// As the link is written.
@@ -38,9 +40,10 @@ impl Lineage {
                 .and_then(|inventory| inventory.dump_criu_run_id),
             None => None,
         };
-        let made = manifest.map(|manifest| manifest.generation);
+        let made = manifest.as_ref().map(|manifest| manifest.generation);
         Ok(Lineage {
             parent_round: round,
+            parent_id: manifest.and_then(|manifest| manifest.id),
             generation: made.map_or(1, |generation| generation.saturating_add(1)),
             parent: Some(parent),
             link: Some(link.clone()),
@@ -60,4 +63,25 @@ impl Lineage {
         let link = self.link.as_ref()?;
         Some(link.to_string_lossy().into_owned())
     }
+}
+
+/// Refuses images that would take the place of what they build on (`--prev-images-dir`), before anything is
+/// removed there.
+pub fn refuse_own_parent(place: &Place) -> Result<(), DumpError> {
+    let Some(link) = &place.prev_images_dir else {
+        return Ok(());
+    };
+    let own = ImageDir::open(&place.images_dir).ok();
+    // What else is wrong with the chain is for whoever needs it.
+    let mut next = ImageDir::open(place.images_dir.join(link)).ok();
+    while let Some(parent) = next {
+        if own.as_ref().is_some_and(|own| parent.is_same(own)) {
+            return Err(DumpError::OwnParent {
+                images: place.images_dir.clone(),
+                link: link.clone(),
+            });
+        }
+        next = parent.parent().ok().flatten();
+    }
+    Ok(())
 }

@@ -33,7 +33,7 @@ use crate::freeze::{FrozenTask, FrozenTree};
 use crate::keeper::{Purpose, Session, Tracked, TreeKey, Waiting};
 use crate::segments::{MappedSegments, is_segment};
 
-pub use lineage::Lineage;
+pub use lineage::{Lineage, refuse_own_parent};
 use state::RoundState;
 
 /// The program that a keeper runs: the one that asks for it.

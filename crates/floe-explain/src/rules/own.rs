@@ -76,7 +76,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"The chain of parent directories is longer|leads back to an earlier directory|of another chain than|There is nothing after generation|is a pre-dump",
+        pattern: r"The chain of parent directories is longer|leads back to an earlier directory|of another chain than|builds on another checkpoint than|leads to generation \d+|There is nothing after generation|is a pre-dump",
         role: Role::Cause,
         what: "The generations do not make a chain that ends with a dump: they are of different dumps, out of order, or the last one is missing.",
         remedy: "Give the directory or all archives of one chain; the newest must be a dump, not a pre-dump.",
@@ -137,6 +137,14 @@ pub(super) const RULES: &[Rule] = &[
         what: "Which pages changed cannot be found out by that tracker on this kernel.",
         remedy: "Let Floe choose, or compare content, which always works.",
         command: "floe check --all; --tracker auto    # or: --tracker content",
+        threads: &[],
+    },
+    Rule {
+        pattern: r"would take the place of what they build on",
+        role: Role::Cause,
+        what: "The new images would go into a directory of the chain that they build on, and overwrite pages that they leave to it.",
+        remedy: "Give each generation a directory of its own, and name the newest one before it.",
+        command: "floe pre-dump -t PID -D NEW --track-mem --prev-images-dir ../NEWEST",
         threads: &[],
     },
     Rule {

@@ -111,6 +111,14 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ),
     ("floe: Reading the parent generation", "floe verify PARENT"),
     (
+        "floe: The images would take the place of what they build on: /c/2 is --prev-images-dir ../2 or a parent of that",
+        "-D NEW --track-mem",
+    ),
+    (
+        "floe: /c/1 builds on another checkpoint than the one that is in /c/0 now",
+        "floe verify DIR; floe inspect DIR",
+    ),
+    (
         "floe: Talking to the keeper of task 7: Broken pipe (os error 32)",
         "floe track",
     ),
