@@ -113,12 +113,12 @@ fn break_restores(fixture: &mut Fixture, pids: &[i32], method: &str) -> anyhow::
 /// Set in the copy of a test that runs in a network of its own.
 const INSIDE: &str = "FLOE_TEST_IN_NETWORK";
 
-fn in_own_network(name: &str, method: &str) {
+fn in_own_network(name: &str, run: fn() -> anyhow::Result<()>) {
     if !skips::is_root(name) {
         return;
     }
     if std::env::var_os(INSIDE).is_some() {
-        let broken = break_all(method);
+        let broken = run();
         // A peer whose connection ended without a word waits on.
         let own = i32::try_from(std::process::id()).expect("a pid");
         process::kill_ours(&process::family(own)[1..], LIMIT).expect("peers end");
@@ -145,7 +145,7 @@ fn in_own_network(name: &str, method: &str) {
 fn no_rule_of_iptables_stays_when_the_engine_is_killed() {
     in_own_network(
         "no_rule_of_iptables_stays_when_the_engine_is_killed",
-        "iptables",
+        || break_all("iptables"),
     );
 }
 
@@ -153,6 +153,23 @@ fn no_rule_of_iptables_stays_when_the_engine_is_killed() {
 fn no_table_of_nftables_stays_when_the_engine_is_killed() {
     in_own_network(
         "no_table_of_nftables_stays_when_the_engine_is_killed",
-        "nftables",
+        || break_all("nftables"),
     );
+}
+
+#[test]
+fn a_restore_that_closes_connections_unlocks_them() {
+    in_own_network("a_restore_that_closes_connections_unlocks_them", || {
+        for method in ["iptables", "nftables"] {
+            let unlocked = locks()?;
+            let mut fixture = Fixture::start("tcp-with-peer")?;
+            fixture.dump(&floe(), &["--network-lock", method])?;
+            ensure!(locks()? != unlocked, "{method}: nothing was locked");
+            fixture.restore(&floe(), &["--tcp-close"])?;
+            ensure!(locks()? == unlocked, "{method}: {:?} stays", locks()?);
+            ensure!(fixture.check().is_err(), "its connection is closed");
+            fixture.kill()?;
+        }
+        Ok(())
+    });
 }

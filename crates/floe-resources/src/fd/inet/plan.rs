@@ -92,7 +92,8 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
     });
     let connections = entries.into_iter().filter(|entry| is_connection(entry));
     let (mut flows, mut inside) = (Vec::new(), 0);
-    for entry in connections.filter(|_| !closes_connections(planner)) {
+    // Connections that the dump closed it did not lock.
+    for entry in connections.filter(|_| planner.images.inventory.tcp_close != Some(true)) {
         if SocketPlace::new(planner, entry.ns_id).number().is_some() {
             inside += 1; // Its whole namespace is locked before it has devices.
             continue;
@@ -100,6 +101,17 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
         flows.push(outgoing(&source(entry)?, &target(entry)?));
     }
     if flows.is_empty() && inside == 0 {
+        return Ok(());
+    }
+    if closes_connections(planner) {
+        planner.step_at_home(
+            "connections that stay closed",
+            (&[], &[LOCKED]),
+            move |world| {
+                world.state::<Network>().flows = flows;
+                Ok(())
+            },
+        );
         return Ok(());
     }
     let method = planner.options.sockets.network_lock;
@@ -120,6 +132,7 @@ fn plan_common(planner: &mut Planner<'_>) -> Result<(), PlanError> {
 #[derive(Default)]
 pub(super) struct Network {
     lock: Option<Lock>,
+    /// What the dump may have left locked.
     flows: Vec<Flow>,
     pub rebuilt: Vec<Rebuilt>,
 }
