@@ -230,6 +230,19 @@ fn an_option_that_is_missing_is_listed_and_no_fault() {
 }
 
 #[test]
+fn terminals_of_the_tree_are_no_missing_files() {
+    as_root("terminals_of_the_tree_are_no_missing_files", || {
+        for program in ["pty", "pty-controlling"] {
+            let mut fixture = Fixture::start(program)?;
+            fixture.dump(&Engine::new("floe", env!("CARGO_BIN_EXE_floe")), &[])?;
+            let output = floe(&["verify"], fixture.images())?;
+            ensure!(output.status.success(), "{program}: {}", said(&output));
+        }
+        Ok(())
+    });
+}
+
+#[test]
 fn an_external_mount_is_asked_for_by_its_name_and_must_be_there() {
     as_root(
         "an_external_mount_is_asked_for_by_its_name_and_must_be_there",

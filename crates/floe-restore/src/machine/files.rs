@@ -7,6 +7,7 @@ use floe_archive::check::Row;
 use floe_image::messages::{MntEntry, RegFileEntry};
 use floe_kernel::namespace::NsKind;
 use floe_options::{External, RestoreOptions};
+use floe_resources::fd::tty::is_pseudo;
 use floe_resources::fd::unchanged::{self, FileFault};
 use floe_resources::mount;
 use floe_resources::namespace::own_of_root;
@@ -29,6 +30,10 @@ pub(super) fn rows(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
         )];
     }
     let named = images.files.values().filter_map(|file| file.reg.as_ref());
+    // Those come with the terminals.
+    let terminals = images.files.values().filter_map(|file| file.tty.as_ref());
+    let terminals = terminals.filter(|tty| is_pseudo(tty.tty_info_id));
+    let terminals: BTreeSet<_> = terminals.filter_map(|tty| tty.regf_id).collect();
     let mut count = 0;
     let mut seen = BTreeSet::new();
     let mut rows = Vec::new();
@@ -38,6 +43,7 @@ pub(super) fn rows(images: &TreeImages, options: &RestoreOptions) -> Vec<Row> {
             && !file.ext.unwrap_or(false)
             && !is_given(file, options)
             && !is_on_own_mount(images, file)
+            && !terminals.contains(&file.id)
             && !images.remaps.contains_key(&file.id);
         if !looked_at || !seen.insert((&file.name, file.size, file.mode)) {
             continue;

@@ -46,6 +46,11 @@ const EXTERNAL_INDEX: u32 = 1012;
 /// Highest number of a pty that leaves those ids alone.
 const MAX_PTY_INDEX: u32 = 1000;
 
+/// Whether the terminal of this id in the images is one end of a pair.
+pub fn is_pseudo(id: u32) -> bool {
+    id >> 1 <= MAX_PTY_INDEX
+}
+
 impl Kind {
     /// `None` for devices that are no terminals, or none that can be saved
     /// (`Documentation/admin-guide/devices.txt` of the kernel).
