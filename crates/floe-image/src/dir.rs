@@ -20,6 +20,7 @@ use crate::messages::{
 use crate::pages::PagesReader;
 use crate::schema::ImageMessage;
 use crate::store::ImageStore;
+use crate::upgrade::pagemap_entry;
 
 /// Name of the link to the directory that an incremental dump builds on.
 pub const PARENT_LINK: &str = "parent";
@@ -175,6 +176,11 @@ impl ImageDir {
         }
         parent.chain.extend(&self.chain);
         Ok(Some(parent))
+    }
+
+    /// Whether it is a directory, and no archive, which compares its small files itself.
+    pub fn is_directory(&self) -> bool {
+        matches!(self.backing, Backing::Directory(_))
     }
 
     /// Whether both are one directory, by whatever path.
@@ -515,7 +521,7 @@ impl ImageDir {
         };
         let mut entries = Vec::new();
         while let Some(entry) = reader.next_message()? {
-            entries.push(upgrade_pagemap_entry(entry));
+            entries.push(pagemap_entry(entry));
         }
         Ok((head, entries))
     }
@@ -566,23 +572,6 @@ impl ImageDir {
         }
         ": no checkpoint is there, or its dump was not finished".to_string()
     }
-}
-
-/// The number of pages and flags as every current reader expects them.
-fn upgrade_pagemap_entry(mut entry: PagemapEntry) -> PagemapEntry {
-    if entry.nr_pages.is_none() {
-        entry.nr_pages = Some(entry.compat_nr_pages.into());
-    }
-    if entry.flags.is_none() {
-        // Before flags existed, an entry was either in the parent or in the pages file.
-        let flags = if entry.in_parent() {
-            PE_PARENT
-        } else {
-            PE_PRESENT
-        };
-        entry.flags = Some(flags);
-    }
-    entry
 }
 
 fn expect_entry<M: ImageMessage>(kind: ImageKind) {

@@ -7,14 +7,14 @@
 use std::collections::HashSet;
 
 use crate::catalogue::ImageKind;
-use crate::dir::ImageDir;
+use crate::dir::{ImageDir, PE_PARENT, PE_PRESENT};
 use crate::error::ImageError;
 use crate::messages::{
     CoreEntry, CredsEntry, EventpollFileEntry, EventpollTfdEntry, FanotifyFileEntry,
     FanotifyMarkEntry, FdTypes, FdinfoEntry, FileEntry, InotifyFileEntry, InotifyWdEntry,
-    InventoryEntry, ItimerEntry, MmEntry, PosixTimerEntry, RemapFilePathEntry, RemapType,
-    RlimitEntry, SaEntry, SiginfoEntry, SignalQueueEntry, TaskKobjIdsEntry, TaskRlimitsEntry,
-    TaskTimersEntry, ThreadCoreEntry,
+    InventoryEntry, ItimerEntry, MmEntry, PagemapEntry, PosixTimerEntry, RemapFilePathEntry,
+    RemapType, RlimitEntry, SaEntry, SiginfoEntry, SignalQueueEntry, TaskKobjIdsEntry,
+    TaskRlimitsEntry, TaskTimersEntry, ThreadCoreEntry,
 };
 use crate::schema::ImageMessage;
 
@@ -25,6 +25,23 @@ const INTERVAL_TIMERS: usize = 3;
 pub const IMAGE_VERSION: u32 = 2;
 /// Bit of `remap_file_path_entry.remap_id` by which older versions marked a ghost.
 const OLD_GHOST_BIT: u32 = 1 << 31;
+
+/// The number of pages and flags as every current reader expects them.
+pub(crate) fn pagemap_entry(mut entry: PagemapEntry) -> PagemapEntry {
+    if entry.nr_pages.is_none() {
+        entry.nr_pages = Some(entry.compat_nr_pages.into());
+    }
+    if entry.flags.is_none() {
+        // Before flags existed, an entry was either in the parent or in the pages file.
+        let flags = if entry.in_parent() {
+            PE_PARENT
+        } else {
+            PE_PRESENT
+        };
+        entry.flags = Some(flags);
+    }
+    entry
+}
 
 impl ImageDir {
     /// The inventory; a version that this crate does not know is an error.

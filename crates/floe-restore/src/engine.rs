@@ -92,8 +92,8 @@ pub fn dry_run(
 
 /// Reads the images, if nothing of them is missing.
 fn load(dir: ImageDir) -> Result<TreeImages, RestoreError> {
-    let mut rows = check::quick(&dir);
-    rows.retain(|row| row.state == check::State::Bad);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let rows = check::before_restore(&dir, threads);
     if !rows.is_empty() {
         return Err(RestoreError::NotWhole(rows));
     }

@@ -118,6 +118,21 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
     rows
 }
 
+/// What is wrong with a checkpoint that is to be restored, as far as that is found in a moment: beside the quick
+/// part, whether all but memory is as it was made.
+pub fn before_restore(dir: &ImageDir, threads: usize) -> Vec<Row> {
+    let mut rows = quick(dir);
+    rows.retain(|row| row.state == State::Bad);
+    if rows.is_empty()
+        && dir.is_directory()
+        && let Ok(chain) = Chain::open(dir)
+    {
+        let generations = chain.generations().iter();
+        rows.extend(generations.flat_map(|generation| hash::small(generation, threads)));
+    }
+    rows
+}
+
 /// All that can be found without looking at this machine: every checksum, every page's place.
 pub fn full(dir: &ImageDir, threads: usize) -> (Vec<Row>, HashReport) {
     let mut rows = quick(dir);

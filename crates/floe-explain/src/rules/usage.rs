@@ -52,9 +52,9 @@ pub const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"is no whole archive of Floe|Decoding the archive: it is damaged or was cut|in the archive is damaged|missing in the archive",
+        pattern: r"is no whole archive of Floe|Decoding the archive: it is damaged or was cut|in the archive is damaged|missing in the archive|compressed data in .* was damaged or cut",
         role: Role::Cause,
-        what: "The file is no archive that `floe pack` or `floe dump --archive` wrote, or it was cut or changed on its way.",
+        what: "The file is no archive or compressed image that Floe wrote, or it was cut or changed since.",
         remedy: "Compare it with the one it was copied from, and copy it again; nothing was made of it.",
         command: "sha256sum FILE    # on both machines; floe verify FILE",
         threads: &[],

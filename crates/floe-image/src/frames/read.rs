@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -129,10 +130,24 @@ impl FramedReader {
         let outcome = self
             .file
             .read_exact_at(&mut stored, frame.stored_at)
-            .and_then(|()| decode(&stored, into));
+            .and_then(|()| decode(&stored, into))
+            .map_err(|error| self.undecodable(&error));
         spare().push(stored);
         outcome
     }
+
+    fn undecodable(&self, error: &io::Error) -> io::Error {
+        let name = name_of(&self.file);
+        damaged(&format!(
+            "compressed data in {name} was damaged or cut: {error}"
+        ))
+    }
+}
+
+/// The file's own name, where proc has it.
+fn name_of(file: &File) -> String {
+    let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    link.map_or("the file".to_string(), |path| path.display().to_string())
 }
 
 fn decode(stored: &[u8], into: &mut [u8]) -> io::Result<()> {
