@@ -67,6 +67,12 @@ pub enum DumpError {
         images.display(), link.display()
     )]
     OwnParent { images: PathBuf, link: PathBuf },
+    /// Another dump writes to the directory.
+    #[error(
+        "{} is being written by another dump: wait for its end, or give each dump a directory of its own (-D)",
+        path.display()
+    )]
+    DirectoryTaken { path: PathBuf },
     /// The index of the generation to build on cannot be read.
     #[error("Reading the parent generation")]
     ParentIndex(#[from] IndexError),

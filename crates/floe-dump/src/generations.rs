@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use floe_image::dir::{GENERATIONS, PARENT_LINK};
 use floe_image::manifest::MANIFEST_NAME;
 
+use crate::dir_lock::DirLock;
 use crate::error::DumpError;
 
 /// The rounds of one dump.
@@ -19,6 +20,8 @@ pub struct Generations {
     /// Number of the directory of the first round.
     first: u32,
     made: u32,
+    /// From the first round on.
+    lock: Option<DirLock>,
 }
 
 impl Generations {
@@ -29,12 +32,16 @@ impl Generations {
             images: images.to_path_buf(),
             first: highest.map_or(0, |number| number.saturating_add(1)),
             made: 0,
+            lock: None,
         }
     }
 
     /// Makes the directory of the next round.
     pub fn make(&mut self) -> Result<PathBuf, DumpError> {
         let path = self.path(self.first.saturating_add(self.made));
+        if self.lock.is_none() {
+            self.lock = Some(DirLock::take(&self.images.join(GENERATIONS))?);
+        }
         let made = fs::create_dir_all(&path);
         made.map_err(|source| DumpError::Generation {
             path: path.clone(),
@@ -83,14 +90,27 @@ impl Generations {
         self.remove_all(|number| number < self.first);
     }
 
+    /// A dump that builds on none is whole: removes the rounds that others have left.
+    pub fn remove_unused(images: &Path) {
+        if fs::read_link(images.join(PARENT_LINK)).is_err() {
+            Generations::begin(images).remove_earlier();
+        }
+    }
+
+    /// Removes rounds, unless a dump is at work that they may belong to.
     fn remove_all(&self, which: impl Fn(u32) -> bool) {
+        let rounds = self.images.join(GENERATIONS);
+        let taken = self.lock.is_none() && rounds.is_dir();
+        let Ok(_ours) = taken.then(|| DirLock::take(&rounds)).transpose() else {
+            return;
+        };
         for number in numbers(&self.images).into_iter().filter(|n| which(*n)) {
             let path = self.path(number);
             if let Err(error) = fs::remove_dir_all(&path) {
                 tracing::warn!(%error, path = %path.display(), "a round that nobody needs stays");
             }
         }
-        match fs::remove_dir(self.images.join(GENERATIONS)) {
+        match fs::remove_dir(rounds) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // There are others.
@@ -122,6 +142,9 @@ mod tests {
         let mut earlier = Generations::begin(place.path());
         assert_eq!(earlier.newest(), None);
         earlier.make().expect("made");
+        let other = Generations::begin(place.path()).make();
+        assert!(other.is_err(), "both would make the same round");
+        drop(earlier);
         let mut now = Generations::begin(place.path());
         for _ in 0..2 {
             now.make().expect("made");
@@ -130,6 +153,7 @@ mod tests {
         assert_eq!(now.before_newest(), Some("../1".into()));
         now.remove();
         assert_eq!(numbers(place.path()), [0]);
+        drop(now);
         Generations::begin(place.path()).remove_earlier();
         assert!(!place.path().join(GENERATIONS).exists());
     }

@@ -6,6 +6,7 @@
 //! dropped on the way releases all tasks as they were.
 #![forbid(unsafe_code)]
 
+mod dir_lock;
 mod error;
 mod freeze;
 mod generations;
@@ -56,6 +57,7 @@ use floe_resources::task::label::{policy, without_executable_memory};
 use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
 
+pub use dir_lock::DirLock;
 pub use error::{DumpError, FreezeError, Obstacles};
 pub use iterate::{IterateReport, RoundReport, StopReason, dump_in_rounds};
 pub use leftovers::Leftovers;
@@ -65,6 +67,7 @@ pub use report::DumpReport;
 pub use track::refuse_own_parent;
 
 use freeze::FrozenTree;
+use generations::Generations;
 use hooks::{asked_external, lock_network};
 use memory::MemoryDump;
 use task::{Draft, Shared};
@@ -113,6 +116,7 @@ pub fn dump_to(
     hook(Action::PreDump)?;
     preflight::spare_what_is_there(options, features, watch)?;
     let images = &options.place.images_dir;
+    let _ours = DirLock::take(images)?;
     let writer = ImageWriter::create(images, durability(images))?;
     let mut unfinished = Unfinished::of(&writer);
     write::write_cpu(&writer, options)?;
@@ -172,6 +176,7 @@ pub fn dump_to(
         links.keep();
         tracing::info!("gave up the tree");
     }
+    Generations::remove_unused(images);
     dedup(options)?;
     report.total = started.elapsed();
     report.write_statistics(&options.place)?;

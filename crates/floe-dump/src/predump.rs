@@ -21,6 +21,7 @@ use floe_options::{Action, DumpOptions, HookEvent};
 use floe_resources::collect::Segment;
 use rustix::fs::OFlags;
 
+use crate::dir_lock::DirLock;
 use crate::error::DumpError;
 use crate::freeze::{self, FrozenTree};
 use crate::memory::{LiveTask, MemoryDump};
@@ -60,6 +61,7 @@ pub fn round(
         preflight::look(dump, features, watch)?;
     }
     let images = &options.place.images_dir;
+    let _ours = DirLock::take(images)?;
     let writer = ImageWriter::create(images, durability(images))?;
     let mut unfinished = Unfinished::of(&writer);
     let server = options.page_server.as_ref().map(connect).transpose()?;

@@ -12,6 +12,9 @@ use crate::frames::{FRAME_BYTES, FramedReader};
 /// Bytes that are read and hashed at once, by all threads.
 const HASHED: usize = 4 << 20;
 
+/// Bytes for which no other thread is called: that takes longer than hashing them.
+const BY_ONE: u64 = 128 << 10;
+
 /// Pages that come by once, such as those of an archive in a pipe.
 pub trait PassingPages: std::fmt::Debug + Send + Sync {
     /// Length in bytes.
@@ -74,6 +77,11 @@ impl PagesReader {
         }
         let size = self.size()?;
         let mut hasher = blake3::Hasher::new();
+        if size <= BY_ONE {
+            let mut content = vec![0; size as usize];
+            self.read_exact_at(&mut content, 0)?;
+            return Ok(hasher.update(&content).finalize());
+        }
         let mut buffer = vec![0; size.min(HASHED as u64) as usize];
         let mut at = 0;
         while at < size {

@@ -13,6 +13,7 @@ use clap::Parser;
 use floe_archive::Chain;
 use floe_archive::direct::{DirectArchive, Out};
 use floe_archive::pack::{PackError, PackOptions, PackReport, pack, pack_consuming};
+use floe_dump::DirLock;
 use floe_image::ImageDir;
 use floe_memory::{PageStore, punch_chain};
 use floe_options::Place;
@@ -69,9 +70,13 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
 /// directory until they are packed.
 pub struct OnTheWay {
     directory: PathBuf,
+    /// In it.
+    images: PathBuf,
     archive: PathBuf,
     options: PackOptions,
     direct: Option<Arc<DirectArchive>>,
+    /// While it is held, the directory is in use.
+    _ours: DirLock,
 }
 
 impl OnTheWay {
@@ -91,8 +96,16 @@ impl OnTheWay {
         }
         let level = codec.and_then(|codec| codec.strip_prefix("zstd:"));
         let level = level.and_then(|level| level.parse().ok());
+        remove_those_of_killed(&place.images_dir);
+        let directory = directory_of(&place.images_dir, std::process::id().cast_signed());
+        let images = directory.join("images");
+        let ours = DirLock::take(&directory);
+        let made = std::fs::DirBuilder::new().mode(0o700).create(&images);
+        made.with_context(|| format!("making {}", images.display()))?;
         let mut on_the_way = OnTheWay {
-            directory: directory_of(&place.images_dir, std::process::id().cast_signed()),
+            _ours: ours.map_err(|error| Failure::new(Exit::Failed, error))?,
+            directory,
+            images,
             archive: archive.to_path_buf(),
             options: PackOptions {
                 since: None,
@@ -101,9 +114,6 @@ impl OnTheWay {
             },
             direct: None,
         };
-        let directory = &on_the_way.directory;
-        let made = std::fs::DirBuilder::new().mode(0o700).create(directory);
-        made.with_context(|| format!("making {}", directory.display()))?;
         if place.prev_images_dir.is_none() && !in_rounds {
             match on_the_way.begin_direct() {
                 Ok(direct) => on_the_way.direct = Some(Arc::new(direct)),
@@ -117,9 +127,9 @@ impl OnTheWay {
             *previous = place.images_dir.join(&*previous);
         }
         if place.work_dir == place.images_dir {
-            place.work_dir = on_the_way.directory.clone();
+            place.work_dir = on_the_way.images.clone();
         }
-        place.images_dir = on_the_way.directory.clone();
+        place.images_dir = on_the_way.images.clone();
         Ok(on_the_way)
     }
 
@@ -136,7 +146,7 @@ impl OnTheWay {
             say(&path, &report);
             Ok(())
         });
-        let (images, threads) = (self.directory.clone(), self.options.threads);
+        let (images, threads) = (self.images.clone(), self.options.threads);
         DirectArchive::begin(out, images, (self.options.level, threads), keep).map_err(failure)
     }
 
@@ -151,11 +161,11 @@ impl OnTheWay {
         if let Some(direct) = &self.direct {
             return direct.seal().map_err(failure);
         }
-        let dir = ImageDir::open(&self.directory);
+        let dir = ImageDir::open(&self.images);
         let dir = dir.map_err(|error| Failure::new(Exit::BadImage, error))?;
-        give_back_replaced(&dir, &self.directory)?;
+        give_back_replaced(&dir, &self.images)?;
         let pack = |out: &mut dyn Write| {
-            pack_consuming(&dir, out, &self.options, &self.directory).map_err(failure)
+            pack_consuming(&dir, out, &self.options, &self.images).map_err(failure)
         };
         write(&pack, &self.archive)
     }
@@ -188,9 +198,22 @@ fn give_back_replaced(dir: &ImageDir, directory: &Path) -> Result<(), Failure> {
     Ok(())
 }
 
+/// How directories of images that go into an archive begin; the engine's pid follows.
+const ON_THE_WAY: &str = ".floe-archive-";
+
 /// Where an engine puts images that go into an archive.
 fn directory_of(images_dir: &Path, engine: i32) -> PathBuf {
-    images_dir.join(format!(".floe-archive-{engine}"))
+    images_dir.join(format!("{ON_THE_WAY}{engine}"))
+}
+
+/// Removes such directories of engines that were killed together with whoever looked after them.
+fn remove_those_of_killed(images_dir: &Path) {
+    let entries = std::fs::read_dir(images_dir)
+        .into_iter()
+        .flatten()
+        .flatten();
+    let left = entries.filter(|entry| entry.file_name().to_string_lossy().starts_with(ON_THE_WAY));
+    left.for_each(|entry| DirLock::remove_left(&entry.path()));
 }
 
 /// The name of an archive until it is whole.

@@ -262,6 +262,70 @@ fn a_keeper_and_rounds_from_before_outlive_a_failure() {
 }
 
 #[test]
+fn what_killed_dumps_have_left_goes_with_the_next() {
+    as_root("what_killed_dumps_have_left_goes_with_the_next", || {
+        let mut fixture = Fixture::start("memory-counted")?;
+        let place = tempfile::tempdir()?;
+        let images = place.path().join("images");
+        let (rounds, archive) = (images.join("generations"), images.join(".floe-archive-7"));
+        for directory in [rounds.join("3"), archive.clone()] {
+            fs::create_dir_all(&directory)?;
+            fs::write(directory.join("pages-1.img"), "of a dump that was killed")?;
+        }
+        fs::write(rounds.join("notes"), "of the user")?;
+        let pid = fixture.pid;
+        // Somebody writes to it still.
+        let lock = floe_dump::DirLock::take(&archive)?;
+        let line = format!("dump -t {pid} -D images -R --archive archive");
+        ensure!(floe(place.path(), &line)?.status.success(), "{line}");
+        ensure!(archive.exists(), "it is in use");
+        drop(lock);
+        ensure!(floe(place.path(), &line)?.status.success(), "{line}");
+        ensure!(!archive.exists(), "it is left");
+        let lock = floe_dump::DirLock::take(&rounds)?;
+        let line = format!("dump -t {pid} -D images -R");
+        ensure!(floe(place.path(), &line)?.status.success(), "{line}");
+        ensure!(rounds.join("3").exists(), "it is in use");
+        drop(lock);
+        ensure!(floe(place.path(), &line)?.status.success(), "{line}");
+        ensure!(
+            names(&rounds)?.iter().eq(["notes"]),
+            "{:?}",
+            names(&rounds)?
+        );
+        fixture.check()
+    });
+}
+
+#[test]
+fn a_directory_that_another_dump_writes_to_is_refused() {
+    as_root("a_directory_that_another_dump_writes_to_is_refused", || {
+        let mut fixture = Fixture::start("memory-counted")?;
+        let place = tempfile::tempdir()?;
+        let images = place.path().join("images");
+        fs::create_dir(&images)?;
+        fs::write(images.join("inventory.img"), "of the other")?;
+        let _other = floe_dump::DirLock::take(&images)?;
+        for command in ["dump", "pre-dump --track-mem"] {
+            let line = format!("{command} -t {} -D images", fixture.pid);
+            refused(
+                place.path(),
+                &line,
+                1,
+                &["is being written by another dump"],
+            )?;
+        }
+        ensure!(
+            names(&images)?.iter().eq(["inventory.img"]),
+            "{:?}",
+            names(&images)?
+        );
+        no_keeper(fixture.pid)?;
+        fixture.check()
+    });
+}
+
+#[test]
 fn a_refused_dump_spares_the_checkpoint_that_it_would_replace() {
     as_root(
         "a_refused_dump_spares_the_checkpoint_that_it_would_replace",

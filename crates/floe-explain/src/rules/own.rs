@@ -140,6 +140,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"is being written by another dump",
+        role: Role::Cause,
+        what: "Another dump writes its images into the same directory, and both would spoil each other.",
+        remedy: "Wait for its end, or give each dump a directory of its own.",
+        command: "floe dump -t PID -D DIRECTORY_OF_ITS_OWN",
+        threads: &[],
+    },
+    Rule {
         pattern: r"would take the place of what they build on",
         role: Role::Cause,
         what: "The new images would go into a directory of the chain that they build on, and overwrite pages that they leave to it.",

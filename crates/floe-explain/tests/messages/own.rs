@@ -111,6 +111,10 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ),
     ("floe: Reading the parent generation", "floe verify PARENT"),
     (
+        "floe: /c is being written by another dump: wait for its end",
+        "-D DIRECTORY_OF_ITS_OWN",
+    ),
+    (
         "floe: The images would take the place of what they build on: /c/2 is --prev-images-dir ../2 or a parent of that",
         "-D NEW --track-mem",
     ),
