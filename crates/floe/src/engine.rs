@@ -222,6 +222,7 @@ fn plan_exit(error: &PlanError) -> Exit {
     match error {
         PlanError::Image(_) | PlanError::Damaged { .. } => Exit::BadImage,
         PlanError::Unsupported { .. }
+        | PlanError::NotExternal { .. }
         | PlanError::NeedsOption { .. }
         | PlanError::IdTaken { .. } => Exit::Unsupported,
         PlanError::Missing { .. } => Exit::Kernel,

@@ -489,9 +489,19 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
         Err(PlanError::Unsupported { object, remedy }) => {
             (object, remedy.replace("dump again with", "use"))
         }
+        Err(PlanError::NotExternal {
+            object,
+            point,
+            otherwise,
+        }) => (
+            object,
+            format!(
+                "use --external 'mnt[{point}]:NAME'{otherwise}, and --external 'mnt[NAME]:PATH' at the restore"
+            ),
+        ),
         Err(error) => (
             format!("its mounts ({error})"),
-            "unmount them, or declare them by --external mnt[POINT]:NAME".to_string(),
+            "unmount them, or declare them by --external 'mnt[MOUNTPOINT]:NAME'".to_string(),
         ),
     };
     collector.obstacle(Obstacle {

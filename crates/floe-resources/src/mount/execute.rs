@@ -22,6 +22,7 @@ use rustix::mount::UnmountFlags;
 use super::deleted::{Leftover, make_deleted};
 use super::formats;
 use super::groups::{Base, Group};
+use super::host_master::HostMounts;
 use super::model::attributes;
 use super::new_fs::{self, describe};
 use super::owner::Owner;
@@ -218,6 +219,7 @@ impl Workshop {
             let copy = copy_of(path)?;
             self.sources[index] = Some(copy);
         }
+        let host = HostMounts::read();
         for (index, group) in plan.groups.iter().enumerate() {
             let (Base::SlaveOfHost | Base::PeerOfHost, Some(source)) =
                 (group.base, &self.sources[group.source])
@@ -229,7 +231,11 @@ impl Workshop {
                 continue;
             };
             let _ = source;
-            self.carriers[index] = Some(copy_of(path)?);
+            let master = match group.base {
+                Base::SlaveOfHost => host.master_of(group, &plan.tree, path),
+                _ => Some(path.clone()),
+            };
+            self.carriers[index] = master.map(|path| copy_of(&path)).transpose()?;
         }
         Ok(())
     }
@@ -410,6 +416,14 @@ impl Workshop {
 
     fn make_carrier(&mut self, index: usize, group: &Group) -> Result<(), ExecuteError> {
         let what = || format!("sharing group {}", group.shared.max(group.master));
+        if group.base == Base::SlaveOfHost && group.shared == 0 && self.carriers[index].is_none() {
+            let first = &self.plan.tree.mounts[group.members[0]].entry;
+            tracing::warn!(
+                "{} receives no mounts of the caller's any more: none of those here shows the same and is shared",
+                first.mountpoint
+            );
+            return Ok(());
+        }
         let carrier = match (self.carriers[index].take(), group.base) {
             (Some(copy), _) => copy,
             (None, Base::SlaveOf(master)) => {

@@ -13,6 +13,7 @@ mod execute;
 mod external;
 mod formats;
 mod groups;
+mod host_master;
 mod in_memory;
 mod model;
 mod new_fs;

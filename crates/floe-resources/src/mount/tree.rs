@@ -263,9 +263,10 @@ impl Sources<'_> {
             return Ok(Some(root.unwrap_or_else(|| PathBuf::from("/"))));
         }
         if entry.with_plugin == Some(true) {
-            return Err(PlanError::Unsupported {
-                object: format!("Mount {}, which a plugin saved,", entry.mountpoint),
-                remedy: "plugins of CRIU cannot be used; dump again with --external mnt[POINT]:NAME",
+            return Err(PlanError::NotExternal {
+                object: format!("Mount {}, which a plugin of CRIU saved,", entry.mountpoint),
+                point: entry.mountpoint.clone(),
+                otherwise: "",
             });
         }
         // The oldest images have the name in place of the root.
@@ -316,9 +317,10 @@ impl Sources<'_> {
                 continue;
             }
             let Some(name) = fs_name(entry) else {
-                return Err(PlanError::Unsupported {
+                return Err(PlanError::NotExternal {
                     object: format!("The file system at {}", entry.mountpoint),
-                    remedy: "dump again with --external mnt[POINT]:NAME, or --enable-fs",
+                    point: entry.mountpoint.clone(),
+                    otherwise: ", or --enable-fs",
                 });
             };
             let known = self.known.iter_mut().find(|source| {
@@ -423,12 +425,13 @@ impl Sources<'_> {
 
     fn of(&self, mount: &Placed) -> Result<usize, PlanError> {
         let found = self.given(mount).or_else(|| self.widest(mount, |_| true));
-        found.ok_or_else(|| PlanError::Unsupported {
+        found.ok_or_else(|| PlanError::NotExternal {
             object: format!(
                 "Mount {} of {} in a file system whose root is mounted nowhere in the tree",
                 mount.entry.mountpoint, mount.entry.root
             ),
-            remedy: "dump again with --external mnt[POINT]:NAME",
+            point: mount.entry.mountpoint.clone(),
+            otherwise: "",
         })
     }
 }

@@ -22,6 +22,15 @@ pub enum PlanError {
         object: String,
         remedy: &'static str,
     },
+    /// A mount that only the caller can supply, and that the dump was not told of.
+    #[error(
+        "{object} cannot be restored: dump again with --external 'mnt[{point}]:NAME'{otherwise}"
+    )]
+    NotExternal {
+        object: String,
+        point: String,
+        otherwise: &'static str,
+    },
     /// The options lack something that the images call for.
     #[error("{object} cannot be restored: {}", .need.remedy())]
     NeedsOption { object: String, need: Need },

@@ -240,3 +240,41 @@ see $DIR/sys/class/net /sys/class/net >after; diff before after
 "#,
     );
 }
+
+/// As `ip netns` does with its directory of names.
+#[test]
+fn a_part_mounted_onto_itself_receives_from_the_same_part_outside() {
+    runs(
+        "a_part_mounted_onto_itself_receives_from_the_same_part_outside",
+        r#"
+mkdir -p names/late; mount --bind names names; mount --make-shared names
+start slave "true"
+dump
+restore
+mount -t tmpfs new names/late; echo seen >names/late/f
+[ "$(inside cat $DIR/names/late/f)" = seen ]
+umount names/late
+dump
+# Where nothing outside is shared, the tree has its mounts all the same.
+umount names
+$FLOE restore -d --pidfile $DIR/pid -D images 2>said; P=$(cat pid)
+says "names receives no mounts of the caller's any more"
+inside mountpoint -q $DIR/names
+"#,
+    );
+}
+
+#[test]
+fn a_mount_that_only_the_caller_can_supply_is_named_with_its_place() {
+    runs(
+        "a_mount_that_only_the_caller_can_supply_is_named_with_its_place",
+        r#"
+touch network; unshare --net=network true
+start private "true"
+refused; says "external 'mnt\[$DIR/network\]:NAME'"
+dump --external "mnt[$DIR/network]:net"
+restore --external "mnt[net]:$DIR/network"
+[ "$(inside stat -c %i $DIR/network)" = "$(stat -c %i network)" ]
+"#,
+    );
+}
