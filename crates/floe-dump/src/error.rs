@@ -179,6 +179,9 @@ pub enum FreezeError {
     /// There is no such task.
     #[error("There is no task {pid}")]
     NoTask { pid: HostPid },
+    /// A thread that is no process.
+    #[error("Task {tid} is a thread of process {pid}: give the pid of the process (-t {pid})")]
+    Thread { tid: HostPid, pid: HostPid },
     /// The root is a zombie.
     #[error("Task {pid} is dead already: it waits for its parent to take note")]
     RootDead { pid: HostPid },

@@ -351,6 +351,9 @@ pub fn look(root: HostPid) -> Result<(), FreezeError> {
     let proc = ProcDir::open(root).map_err(gone)?;
     let status = parse_status(&proc.read("status").map_err(gone)?);
     let status = status.map_err(|error| proc.bad(error))?;
+    if let Some(pid) = status.tgid.filter(|leader| *leader != root) {
+        return Err(FreezeError::Thread { tid: root, pid });
+    }
     match status.state {
         b'X' => Err(FreezeError::NoTask { pid: root }),
         b'Z' => Err(FreezeError::RootDead { pid: root }),

@@ -47,6 +47,7 @@ pub fn punch_replaced(images: &ImageDir) -> Result<ByteCount, DedupError> {
             }
         }
     }
+    leave_compressed(&mut holes);
     forget_hashes(&holes)?;
     for (path, offset, len) in &holes {
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
@@ -60,6 +61,19 @@ pub fn punch_replaced(images: &ImageDir) -> Result<ByteCount, DedupError> {
         })?;
     }
     Ok(ByteCount(holes.iter().map(|(_, _, len)| len).sum()))
+}
+
+/// No room of single pages can be given back in files of frames, which lie beside the names of plain ones.
+fn leave_compressed(holes: &mut Vec<Hole>) {
+    let paths: BTreeSet<PathBuf> = holes.iter().map(|(path, ..)| path.clone()).collect();
+    for path in paths.into_iter().filter(|path| !path.exists()) {
+        tracing::warn!(
+            "the pages of {} are compressed: those that are replaced keep their room; `floe squash` makes one \
+             checkpoint of the chain",
+            path.display()
+        );
+        holes.retain(|(holed, ..)| *holed != path);
+    }
 }
 
 fn find_replaced(

@@ -73,6 +73,7 @@ impl Settings {
             return Err(UsageError::Excess {
                 command: command.name(),
                 given: given.clone(),
+                meant: option_for(command, given).map(|option| format!("{option} {given}")),
             });
         }
         if restore && self.sibling && !self.detached {
@@ -244,5 +245,18 @@ impl Settings {
             hooks,
             ..RestoreOptions::new(place)
         }
+    }
+}
+
+/// The option that a word without one was probably meant for.
+fn option_for(command: Command, given: &str) -> Option<&'static str> {
+    let is_pid = given.parse::<u32>().is_ok();
+    let place = std::path::Path::new(given);
+    match command {
+        Command::Dump | Command::PreDump if is_pid => Some("-t"),
+        Command::Restore if place.is_file() => Some("-i"),
+        Command::Dump | Command::PreDump | Command::Dedup => Some("-D"),
+        Command::Restore if place.is_dir() => Some("-D"),
+        _ => None,
     }
 }

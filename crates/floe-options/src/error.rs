@@ -59,11 +59,16 @@ pub enum UsageError {
         given: String,
         nearest: Option<String>,
     },
-    #[error("`{command}` takes no further arguments, got `{given}`")]
+    #[error("`{command}` takes no further arguments, got `{given}`{}", did_you_mean(.meant.as_deref()))]
     Excess {
         command: &'static str,
         given: String,
+        meant: Option<String>,
     },
+    #[error(
+        "one checkpoint at a time, got `{given}` too; for archives that make one chain: -i BASE -i INCREMENT"
+    )]
+    Several { given: String },
     #[error("`{command}` needs {what}")]
     Needs {
         command: &'static str,

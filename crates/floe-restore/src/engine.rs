@@ -93,7 +93,8 @@ pub fn dry_run(
 /// Reads the images, if nothing of them is missing.
 fn load(dir: ImageDir) -> Result<TreeImages, RestoreError> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let rows = check::before_restore(&dir, threads);
+    let mut rows = check::before_restore(&dir, threads);
+    rows.retain(|row| row.state == check::State::Bad);
     if !rows.is_empty() {
         return Err(RestoreError::NotWhole(rows));
     }

@@ -181,6 +181,13 @@ fn dispatch(args: &[OsString], reporter: &mut Reporter) -> Result<Exit, Failure>
         return (own.run)(args.get(2..).unwrap_or_default());
     }
     let words = utf8(args.get(1..).unwrap_or_default())?;
+    if words.first().is_some_and(|word| word == "help") {
+        // The same in other words.
+        let mut again = vec![args[0].clone()];
+        again.extend_from_slice(&args[2..]);
+        again.push("--help".into());
+        return dispatch(&again, reporter);
+    }
     let line = CommandLine::parse(words)?;
     let mut settings = Settings::default();
     line.apply(&mut settings)?;

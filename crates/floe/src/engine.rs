@@ -132,7 +132,9 @@ fn dump_exit(error: &DumpError) -> Exit {
 /// A wrong pid is not the kernel's fault.
 fn freeze_exit(error: &FreezeError) -> Exit {
     match error {
-        FreezeError::NoTask { .. } | FreezeError::Ourselves { .. } => Exit::Usage,
+        FreezeError::NoTask { .. } | FreezeError::Thread { .. } | FreezeError::Ourselves { .. } => {
+            Exit::Usage
+        }
         FreezeError::RootDead { .. }
         | FreezeError::Traced { .. }
         | FreezeError::Dumped { .. }

@@ -98,8 +98,8 @@ fn usage_of(command: Command, out: &mut String) {
     );
     if command == Command::Restore {
         out.push_str(
-            "\nOf a directory names and sizes are compared, not what is in the pages: `floe verify DIR` compares\n\
-             every checksum. An archive is compared in any case.\n",
+            "\nOf a directory all is compared with its checksums but the pages: `floe verify DIR` compares these, too.\n\
+             An archive is compared in any case.\n",
         );
     }
 }

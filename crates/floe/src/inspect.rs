@@ -35,9 +35,7 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(parsed) => parsed,
         Err(exit) => return Ok(exit),
     };
-    let dir = own::open_images(&line.path)?;
-    own::refuse_other(&dir)?;
-    let summary = Summary::read(&dir).map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let summary = own::summary(&line.path)?;
     let text = match line.json {
         true => {
             let value = serde_json::to_value(&summary).map_err(anyhow::Error::from)?;

@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::Context;
 use clap::Parser;
 use floe_archive::check::{self, State};
+use floe_archive::summary::Summary;
 use floe_image::{ImageDir, ImageKind};
 
 use crate::exit::{Exit, Failure};
@@ -76,6 +77,17 @@ pub fn refuse_other(dir: &ImageDir) -> Result<(), Failure> {
             anyhow::anyhow!("{} holds no checkpoint", dir.path().display()),
         )),
     }
+}
+
+/// What is in a directory of images or an archive, with all that it builds on.
+pub fn summary(path: &Path) -> Result<Summary, Failure> {
+    let dir = open_images(path)?;
+    refuse_other(&dir)?;
+    if let Some(row) = check::absent_parent(&dir) {
+        let error = anyhow::anyhow!("{}: {}", row.text, row.remedy.unwrap_or_default());
+        return Err(Failure::new(Exit::BadImage, error));
+    }
+    Summary::read(&dir).map_err(|error| Failure::new(Exit::BadImage, error))
 }
 
 /// Opens a directory of images or an archive; `-` is an archive on standard input.

@@ -8,7 +8,6 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Parser;
-use floe_archive::summary::Summary;
 
 use crate::exit::{Exit, Failure};
 use crate::own;
@@ -30,9 +29,7 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(parsed) => parsed,
         Err(exit) => return Ok(exit),
     };
-    let dir = own::open_images(&line.path)?;
-    own::refuse_other(&dir)?;
-    let summary = Summary::read(&dir).map_err(|error| Failure::new(Exit::BadImage, error))?;
+    let summary = own::summary(&line.path)?;
     let page = page::html(&summary);
     std::fs::write(&line.output, page)
         .with_context(|| format!("writing {}", line.output.display()))?;

@@ -4,8 +4,10 @@ use std::ffi::OsString;
 
 use clap::{Parser, Subcommand};
 use floe_dump::keeper::{self, KeeperError, Purpose, Session, TreeKey, Waiting};
+use floe_dump::{DumpError, FreezeError};
 use floe_image::ImageDir;
 use floe_kernel::ids::HostPid;
+use floe_kernel::proc::ProcDir;
 use floe_memory::DedupError;
 use floe_options::Place;
 
@@ -51,9 +53,15 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         Ok(parsed) => parsed,
         Err(exit) => return Ok(exit),
     };
+    let (Action::Status(tree) | Action::Stop(tree)) = &track.action;
+    let root = tree.pid();
+    if ProcDir::open(HostPid(root)).is_err() {
+        let error = DumpError::Freeze(FreezeError::NoTask { pid: HostPid(root) });
+        return Err(Failure::new(Exit::Usage, error));
+    }
     match track.action {
-        Action::Status(tree) => status(tree.pid()),
-        Action::Stop(tree) => stop(tree.pid()),
+        Action::Status(_) => status(root),
+        Action::Stop(_) => stop(root),
     }
 }
 

@@ -25,7 +25,7 @@ restore are taken, too, from the command line and from configuration files: what
 for a restore with these.
 
 Options of verify:
-  --quick                             look at names and sizes only, as a restore does first
+  --quick                             look at all but the pages, as a restore does first
   --no-machine                        do not look at this machine: the checkpoint is for another one
   --json                              print JSON
 ";
@@ -71,6 +71,12 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         None if !named => return Err(no_path().into()),
         _ => (None, &line.words[..]),
     };
+    if let ([second, ..], Some(_)) = (rest, path) {
+        let error = UsageError::Several {
+            given: second.clone(),
+        };
+        return Err(error.into());
+    }
     settings.check(Command::Restore, rest)?;
     line.refuse_idle(Command::Restore, &settings)?;
     command::refuse_not_yet(Command::Restore, &settings)?;
@@ -114,7 +120,10 @@ fn take_own(mut words: Vec<String>) -> (Asked, Vec<String>) {
 
 fn look(dir: &ImageDir, settings: &Settings, asked: &Asked) -> Answer {
     let (images, hashed) = match asked.quick {
-        true => (check::quick(dir), HashReport::default()),
+        true => {
+            let rows = check::before_restore(dir, own::processors());
+            (rows, HashReport::default())
+        }
         false => check::full(dir, own::processors()),
     };
     let mut answer = Answer {

@@ -64,6 +64,11 @@ fn exit_codes_and_messages_of_wrong_usage() {
             "`--tracker` is for `dump` and `pre-dump`",
         ),
         ("restore extra", "takes no further arguments, got `extra`"),
+        ("restore /etc", "did you mean `-D /etc`?"),
+        ("dump 123 -D images", "did you mean `-t 123`?"),
+        ("verify one two", "-i BASE -i INCREMENT"),
+        ("track status 4194303", "There is no task 4194303"),
+        ("track stop 4194303", "There is no task 4194303"),
         ("restore -S", "--restore-sibling needs --restore-detached"),
         (
             "check --feature pagemap_scam",
@@ -197,6 +202,9 @@ fn help_and_version_exit_with_0() {
     for (line, expected) in [
         ("--help", "Exit codes:"),
         ("dump -h", "--tcp-established"),
+        ("help dump", "--tcp-established"),
+        ("help pack", "--since"),
+        ("help", "Exit codes:"),
         ("--version", "floe 0."),
         ("-V", "floe 0."),
         ("dump --nothing-here --help", ""),

@@ -65,6 +65,29 @@ fn a_pid_that_nobody_has_exits_with_2_and_is_named() {
 }
 
 #[test]
+fn a_thread_is_told_from_its_process() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let (sender, receiver) = std::sync::mpsc::channel::<()>();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            tell.send(rustix::thread::gettid())
+                .expect("somebody listens");
+            receiver.recv()
+        });
+        let tid = told.recv().expect("told").as_raw_nonzero();
+        for command in ["dump", "pre-dump --track-mem"] {
+            let output = floe(directory.path(), &format!("{command} -t {tid}"));
+            let said = stderr(&output);
+            assert_eq!(output.status.code(), Some(2), "{said}");
+            let wanted = format!("is a thread of process {}", std::process::id());
+            assert!(said.contains(&wanted), "{said}");
+        }
+        drop(sender);
+    });
+}
+
+#[test]
 fn a_dump_that_leaves_the_task_running_can_be_shown() {
     if !is_root() {
         return;

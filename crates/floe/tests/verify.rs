@@ -7,7 +7,7 @@ use testkit::chain::{Page, Pages, filled, write_chain};
 
 fn floe(command: &str, directory: &Path) -> Output {
     let words = match command {
-        "verify" | "squash" => vec![command],
+        "verify" | "squash" | "inspect" | "report" => vec![command],
         _ => vec!["restore", "--no-default-config", "-d", "-D"],
     };
     let output = Command::new(env!("CARGO_BIN_EXE_floe"))
@@ -94,6 +94,45 @@ fn a_parent_that_another_dump_took_the_place_of_is_refused() {
 }
 
 #[test]
+fn what_builds_on_an_absent_generation_says_so() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    let increment = root.path().join("increment");
+    let mut pack = Command::new(env!("CARGO_BIN_EXE_floe"));
+    pack.arg("pack").arg(&chain[1]).args(["--since", "0", "-o"]);
+    let output = pack.arg(&increment).output().expect("the binary runs");
+    assert!(output.status.success(), "{}", said(&output));
+    for command in ["verify", "inspect", "report"] {
+        let output = floe(command, &increment);
+        let text = said(&output);
+        assert_eq!(output.status.code(), Some(5), "{command}: {text}");
+        let wanted = "is an increment: it builds on generation 0, which is not in it";
+        assert!(text.contains(wanted), "{command}: {text}");
+    }
+    std::fs::remove_file(chain[1].join("parent")).expect("there");
+    refused(&chain[1], &["its link `parent` is missing", "ln -s ../0 "]);
+}
+
+#[test]
+fn compressed_pages_that_are_replaced_stay_and_are_named() {
+    let root = tempfile::tempdir().expect("a directory");
+    let chain = chain(root.path());
+    floe_archive::compress::compress(&chain[0], floe_image::frames::Codec::Lz4, 1)
+        .expect("compressed");
+    let mut dedup = Command::new(env!("CARGO_BIN_EXE_floe"));
+    dedup
+        .args(["dedup", "--no-default-config", "-D"])
+        .arg(&chain[1]);
+    let output = dedup.output().expect("the binary runs");
+    let text = said(&output);
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains("are compressed") && text.contains("floe squash"),
+        "{text}"
+    );
+}
+
+#[test]
 fn a_generation_that_was_squashed_is_still_the_parent() {
     let root = tempfile::tempdir().expect("a directory");
     let full: Pages = (0..4).map(|number| (number * 4096, filled(1))).collect();
@@ -116,9 +155,12 @@ fn a_dump_into_a_used_directory_builds_on_nothing() {
     let images = fixture.images().to_path_buf();
     std::fs::create_dir_all(&images).expect("made");
     std::os::unix::fs::symlink(".", images.join("parent")).expect("made");
+    let stale = images.join("pagemap-4194303.img");
+    std::fs::write(&stale, "of a program that was dumped here before").expect("written");
     let engine = testkit::Engine::new("floe", env!("CARGO_BIN_EXE_floe"));
     fixture.dump(&engine, &[]).expect("dumped");
     assert!(std::fs::symlink_metadata(images.join("parent")).is_err());
+    assert!(!stale.exists(), "it would be packed as a part of this one");
     fixture.restore(&engine, &[]).expect("restored");
     fixture.check().expect("as it was");
     fixture.kill().expect("ours");

@@ -100,7 +100,8 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
         }
         newest = false;
         match dir.parent() {
-            Ok(parent) => next = parent,
+            Ok(Some(parent)) => next = Some(parent),
+            Ok(None) => rows.extend(absent_parent(&dir)),
             Err(error) => rows.push(broken_parent(&dir, &error)),
         }
     }
@@ -118,15 +119,12 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
     rows
 }
 
-/// What is wrong with a checkpoint that is to be restored, as far as that is found in a moment: beside the quick
-/// part, whether all but memory is as it was made.
+/// What a restore looks at before it begins: beside the quick part, whether all but the pages is as it was made.
+/// An archive compares what is read of it by itself.
 pub fn before_restore(dir: &ImageDir, threads: usize) -> Vec<Row> {
     let mut rows = quick(dir);
-    rows.retain(|row| row.state == State::Bad);
-    if rows.is_empty()
-        && dir.is_directory()
-        && let Ok(chain) = Chain::open(dir)
-    {
+    let is_fine = rows.iter().all(|row| row.state != State::Bad);
+    if let (true, true, Ok(chain)) = (is_fine, dir.is_directory(), Chain::open(dir)) {
         let generations = chain.generations().iter();
         rows.extend(generations.flat_map(|generation| hash::small(generation, threads)));
     }
@@ -381,6 +379,30 @@ fn broken_parent(dir: &ImageDir, error: &ImageError) -> Row {
         None => "bring the earlier generation to that place; without it the pages that did not change are lost".to_string(),
     };
     Row::bad("chain", text, remedy)
+}
+
+/// A generation that builds on another one, and is there without it.
+pub fn absent_parent(dir: &ImageDir) -> Option<Row> {
+    let (Ok(None), Ok(Some(manifest))) = (dir.parent(), Manifest::read(dir)) else {
+        return None;
+    };
+    let link = manifest.parent.as_ref()?;
+    let number = manifest.oldest().checked_sub(1)?;
+    let path = dir.path().display();
+    Some(match dir.is_directory() {
+        true => Row::bad(
+            "chain",
+            format!("{path} builds on generation {number}, and its link `parent` is missing"),
+            format!("make the link again, where that generation is: ln -s {link} {path}/parent"),
+        ),
+        false => Row::bad(
+            "chain",
+            format!("{path} is an increment: it builds on generation {number}, which is not in it"),
+            format!(
+                "give the archive that has it, too: restore or verify with -i BASE -i {path}, or floe unpack BASE {path} -C DIR"
+            ),
+        ),
+    })
 }
 
 /// Whether every page is found in the chain, and every file of pages is long enough.

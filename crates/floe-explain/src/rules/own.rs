@@ -76,7 +76,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"The chain of parent directories is longer|leads back to an earlier directory|of another chain than|builds on another checkpoint than|leads to generation \d+|There is nothing after generation|is a pre-dump",
+        pattern: r"The chain of parent directories is longer|leads back to an earlier directory|of another chain than|builds on another checkpoint than|leads to generation \d+|builds on generation \d+, |There is nothing after generation|is a pre-dump",
         role: Role::Cause,
         what: "The generations do not make a chain that ends with a dump: they are of different dumps, out of order, or the last one is missing.",
         remedy: "Give the directory or all archives of one chain; the newest must be a dump, not a pre-dump.",
@@ -145,6 +145,14 @@ pub(super) const RULES: &[Rule] = &[
         what: "Another dump writes its images into the same directory, and both would spoil each other.",
         remedy: "Wait for its end, or give each dump a directory of its own.",
         command: "floe dump -t PID -D DIRECTORY_OF_ITS_OWN",
+        threads: &[],
+    },
+    Rule {
+        pattern: r"[Tt]ask \d+ is a thread of process (\d+)",
+        role: Role::Cause,
+        what: "The number is that of a thread, and a checkpoint is of processes.",
+        remedy: "Give the number of its process.",
+        command: "-t $1    # as in the first column of: ps -eLo pid,tid,comm",
         threads: &[],
     },
     Rule {
@@ -236,7 +244,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"unknown (?:option|command|feature) `|option `\S+` (?:needs a value|takes no value|is ambiguous)|bad value `|a command is required|takes no further arguments|has no effect here|` is for .*, not for `|--\S+ exclude each other|goes with neither|--\S+ is for (?:restore|dump)|archives are compressed by|--\S+ needs|reads the images twice|^(?:floe: )?`[\w -]+` needs|argument `.*` is not UTF-8|reading configuration file|expected (?:fd\[|TYPE|KEY)|` is not a |lacks the part after|^(?:floe: )?/\S+, line \d+: |--compress \S+: unknown|FLOE_FAULT",
+        pattern: r"unknown (?:option|command|feature) `|option `\S+` (?:needs a value|takes no value|is ambiguous)|bad value `|a command is required|takes no further arguments|one checkpoint at a time|has no effect here|` is for .*, not for `|--\S+ exclude each other|goes with neither|--\S+ is for (?:restore|dump)|archives are compressed by|--\S+ needs|reads the images twice|^(?:floe: )?`[\w -]+` needs|argument `.*` is not UTF-8|reading configuration file|expected (?:fd\[|TYPE|KEY)|` is not a |lacks the part after|^(?:floe: )?/\S+, line \d+: |--compress \S+: unknown|FLOE_FAULT",
         role: Role::Cause,
         what: "The command line or a configuration file has a mistake; nothing was done.",
         remedy: "See the help of the command for its options and their values.",

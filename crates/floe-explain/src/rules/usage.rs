@@ -52,6 +52,14 @@ pub const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"(?:Writing (?:the archive|\d+ bytes of memory pages).*|writing to standard output: )Broken pipe",
+        role: Role::Cause,
+        what: "The checkpoint was written into a pipe, and the program that reads it ended before it had all. What it has is no whole checkpoint.",
+        remedy: "See what the reading end says, and dump again: the program runs on as it was.",
+        command: "floe dump -t PID --archive - | ssh HOST floe restore -d -i -    # the right end says why it ended",
+        threads: &[],
+    },
+    Rule {
         pattern: r"is no whole archive of Floe|Decoding the archive: it is damaged or was cut|in the archive is damaged|missing in the archive|compressed data in .* was damaged or cut",
         role: Role::Cause,
         what: "The file is no archive or compressed image that Floe wrote, or it was cut or changed since.",

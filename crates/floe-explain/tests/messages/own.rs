@@ -115,6 +115,18 @@ pub const MESSAGES: &[(&str, &str)] = &[
         "-D DIRECTORY_OF_ITS_OWN",
     ),
     (
+        "floe: Task 8 is a thread of process 7: give the pid of the process (-t 7)",
+        "-t 7",
+    ),
+    (
+        "floe: Saving memory: Writing 262144 bytes of memory pages at offset 3407872: Broken pipe (os error 32)",
+        "floe restore -d -i -",
+    ),
+    (
+        "floe: inc is an increment: it builds on generation 0, which is not in it",
+        "floe verify DIR; floe inspect DIR",
+    ),
+    (
         "floe: The images would take the place of what they build on: /c/2 is --prev-images-dir ../2 or a parent of that",
         "-D NEW --track-mem",
     ),

@@ -1,4 +1,4 @@
-//! A dump that failed leaves no images.
+//! A dump that failed leaves no images, and one that is whole none of an earlier one.
 
 use std::sync::atomic::Ordering;
 
@@ -6,6 +6,7 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::{ImageWriter, WriteError};
+use crate::catalogue::ImageKind;
 use crate::dir::PARENT_LINK;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY};
 
@@ -32,12 +33,42 @@ impl ImageWriter {
         }
         result
     }
+
+    /// Removes the images of an earlier dump into this directory that this one has none in place of, such as those of
+    /// another pid: they would pass for a part of it.
+    pub fn remove_earlier(&self) -> Result<(), WriteError> {
+        let failed = |name: &str, errno: Errno| WriteError::Remove {
+            path: self.file_path(name),
+            source: errno.into(),
+        };
+        let entries =
+            rustix::fs::Dir::read_from(self.as_fd()).map_err(|errno| failed("", errno))?;
+        for entry in entries {
+            let entry = entry.map_err(|errno| failed("", errno))?;
+            let Ok(name) = entry.file_name().to_str() else {
+                continue;
+            };
+            if self.is_of_earlier(name) {
+                let removed = rustix::fs::unlinkat(self.as_fd(), name, AtFlags::empty());
+                removed.map_err(|errno| failed(name, errno))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_of_earlier(&self, name: &str) -> bool {
+        let plain = name.trim_end_matches(".zst").trim_end_matches(".lz4");
+        let kind = ImageKind::of_file_name(plain).map(|(kind, _)| kind);
+        // Another command makes that one, before the dump.
+        let is_of_a_dump = kind.is_some_and(|kind| kind != ImageKind::Cpuinfo);
+        plain.ends_with(".img") && is_of_a_dump && !self.files().contains_key(name)
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ImageKind, Sync};
+    use crate::Sync;
 
     #[test]
     fn what_was_made_is_removed_and_nothing_else() {
@@ -63,6 +94,30 @@ mod tests {
         assert_eq!(names().len(), 4);
         writer.remove_made().expect("removed");
         assert_eq!(names(), ["core-7.img", "dump.log"]);
+    }
+
+    #[test]
+    fn images_of_an_earlier_dump_go_and_nothing_else() {
+        let place = tempfile::tempdir().expect("a directory");
+        let earlier = ["core-7.img", "pages-9.img.zst", "pagemap-7.img"];
+        let others = [
+            "cpuinfo.img",
+            "dump.log",
+            "stats-dump",
+            "my.img",
+            "pages-1.img",
+        ];
+        for name in earlier.iter().chain(&others) {
+            std::fs::write(place.path().join(name), "x").expect("writable");
+        }
+        let writer = ImageWriter::create(place.path(), Sync::None).expect("writable");
+        writer.create_raw(ImageKind::Pages, 1).expect("a file");
+        writer.remove_earlier().expect("removed");
+        for (names, there) in [(&earlier[..], false), (&others[..], true)] {
+            for name in names {
+                assert_eq!(place.path().join(name).exists(), there, "{name}");
+            }
+        }
     }
 
     #[test]
