@@ -7,8 +7,8 @@ use crate::{External, InheritFd, RestoreOptions};
 pub enum Need {
     /// Established TCP connections.
     TcpConnections,
-    /// Unix sockets that are connected to the outside.
-    UnixPeers,
+    /// A unix socket, by its inode, that is connected to the outside.
+    UnixPeer(u32),
     /// A terminal whose master was not dumped.
     ShellJob,
     /// Mounts that were found outside by themselves.
@@ -26,7 +26,7 @@ impl Need {
     pub fn option(&self) -> String {
         match self {
             Need::TcpConnections => "--tcp-established".into(),
-            Need::UnixPeers => "--ext-unix-sk".into(),
+            Need::UnixPeer(_) => "--ext-unix-sk".into(),
             Need::ShellJob => "--shell-job".into(),
             Need::AutomaticMounts => "--external 'mnt[]'".into(),
             Need::Mount(name) => format!("--external 'mnt[{name}]:PATH'"),
@@ -41,7 +41,10 @@ impl Need {
             Need::TcpConnections => {
                 "use --tcp-established to keep it, or --tcp-close to give it up".into()
             }
-            Need::UnixPeers => "use --ext-unix-sk, or hand it over with --inherit-fd".into(),
+            Need::UnixPeer(inode) => format!(
+                "use --ext-unix-sk to connect it to that name anew, or hand a connected one over with \
+                 --inherit-fd 'fd[N]:socket:[{inode}]'"
+            ),
             Need::ShellJob => {
                 "use --shell-job to take the terminal that you work in instead".into()
             }
@@ -60,7 +63,7 @@ impl Need {
     pub fn assume(&self, options: &mut RestoreOptions) {
         match self {
             Need::TcpConnections => options.sockets.tcp_established = true,
-            Need::UnixPeers => options.sockets.external_unix = true,
+            Need::UnixPeer(_) => options.sockets.external_unix = true,
             Need::ShellJob => options.shell_job = true,
             Need::AutomaticMounts => options.external.push(External::MountAuto {
                 masters: true,

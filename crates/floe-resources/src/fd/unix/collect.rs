@@ -312,19 +312,26 @@ fn check_peer(at: At, socket: &Listed, collector: &mut Collector<'_>) -> Result<
                 peer.inode,
                 super::name::shown(&peer.name)
             ),
-            &format!("checkpoint the peer too, or use --external unix[{inode}] or --ext-unix-sk"),
+            &format!(
+                "checkpoint the peer too, or use --external 'unix[{inode}]'{}, and hand over a connected socket at the \
+                 restore: --inherit-fd 'fd[N]:socket:[{inode}]'",
+                match i32::from(peer.kind) == libc::SOCK_DGRAM && !peer.name.is_empty() {
+                    true => " or --ext-unix-sk",
+                    false => "",
+                }
+            ),
         ));
     }
     if !declared && i32::from(peer.kind) != libc::SOCK_DGRAM {
         return Err(at.refuse(
             "--ext-unix-sk is for datagram sockets, and this is a connection",
-            &format!("use --external unix[{inode}] and hand the socket over with --inherit-fd"),
+            &format!("use --external 'unix[{inode}]', and --inherit-fd 'fd[N]:socket:[{inode}]' at the restore"),
         ));
     }
     if !declared && peer.name.is_empty() {
         return Err(at.refuse(
             "its peer outside of the tree has no name",
-            &format!("use --external unix[{inode}] and hand the socket over with --inherit-fd"),
+            &format!("use --external 'unix[{inode}]', and --inherit-fd 'fd[N]:socket:[{inode}]' at the restore"),
         ));
     }
     let outside = match table.external.get(&peer.inode).copied() {

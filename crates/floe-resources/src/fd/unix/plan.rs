@@ -124,8 +124,23 @@ fn plan_inherited<'i>(
 ) {
     let name = format!("take fd {} as unix socket {}", given.fd, entry.ino);
     planner.open(entry.id, name, &[], move |_| {
-        floe_kernel::inherited::duplicate(given.fd)
-            .during("Taking over fd", || given.fd.to_string())
+        let taken = floe_kernel::inherited::duplicate(given.fd)
+            .during("Taking over fd", || given.fd.to_string())?;
+        let kind = rustix::net::sockopt::socket_type(&taken);
+        let kind = kind.during("Taking over as a socket fd", || given.fd.to_string())?;
+        if kind.as_raw() != entry.r#type {
+            let object = format!(
+                "Unix socket {} from fd {}, which is of another type,",
+                entry.ino, given.fd
+            );
+            let remedy =
+                "hand over a socket of its own type (SOCK_STREAM, SOCK_DGRAM or SOCK_SEQPACKET)";
+            return Err(ExecuteError::from_plan(PlanError::Unsupported {
+                object,
+                remedy,
+            }));
+        }
+        Ok(taken)
     });
     // Nothing else is done to it, but a peer may wait for it.
     planner.step(
@@ -270,7 +285,7 @@ fn plan_connecting<'i>(
                 entry.ino,
                 super::name::shown(&peer.name)
             ),
-            need: Need::UnixPeers,
+            need: Need::UnixPeer(entry.ino),
         });
     }
     // Once connected, a datagram socket takes messages from its peer only.
