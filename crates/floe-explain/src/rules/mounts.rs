@@ -20,11 +20,11 @@ pub(super) const RULES: &[Rule] = &[
         threads: &["criu#1511"],
     },
     Rule {
-        pattern: r"has unreachable sharing|--enable-external-masters",
+        pattern: r"has unreachable sharing|--enable-external-masters|receives from mounts outside of the tree",
         role: Role::Cause,
         what: "A mount receives mounts from a group whose other members are outside of the dump (a slave of the host's mount).",
         remedy: "Allow masters outside, or declare the mount external.",
-        command: "--enable-external-masters    # or: --external mnt[MOUNTPOINT]:NAME",
+        command: "--external 'mnt[]:ms'    # on dump and restore; CRIU: --ext-mount-map auto --enable-external-masters; one by one: --external 'mnt[MOUNTPOINT]:NAME'",
         threads: &["criu#1230"],
     },
     Rule {

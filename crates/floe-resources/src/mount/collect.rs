@@ -496,7 +496,7 @@ fn check_whole(pid: HostPid, collector: &mut Collector<'_>) -> Result<(), Collec
         }) => (
             object,
             format!(
-                "use --external 'mnt[{point}]:NAME'{otherwise}, and --external 'mnt[NAME]:PATH' at the restore"
+                "use --external 'mnt[{point}]:NAME' and, at the restore, --external 'mnt[NAME]:PATH'{otherwise}"
             ),
         ),
         Err(error) => (

@@ -140,13 +140,14 @@ impl GroupPlanner<'_> {
             return Ok(Base::SlaveOfHost);
         }
         let first = &self.tree.mounts[members[0]];
-        Err(PlanError::damaged(
-            image_name(first.namespace),
-            format!(
-                "mount {} receives from group {master}, which no mount is in",
+        Err(PlanError::NotExternal {
+            object: format!(
+                "Mount {}, which receives from mounts outside of the tree (group {master}),",
                 first.entry.mountpoint
             ),
-        ))
+            point: first.entry.mountpoint.clone(),
+            otherwise: ", or --external 'mnt[]:ms', by which all such are found",
+        })
     }
 
     /// The source that has the roots of all members in it.
