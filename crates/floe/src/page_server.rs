@@ -61,8 +61,19 @@ impl PageServer {
         Ok((server, port))
     }
 
-    /// Receives the pages of one dump.
+    /// Receives the pages of one dump; what came of one that failed is removed again.
     pub fn serve(self) -> Result<(), Failure> {
+        let writer = self.writer.clone();
+        let served = self.receive();
+        if served.is_err()
+            && let Err(error) = writer.remove_made()
+        {
+            tracing::warn!(%error, "pages of a dump that failed stay");
+        }
+        served
+    }
+
+    fn receive(self) -> Result<(), Failure> {
         let (mut connection, lent) = match self.source {
             Source::Lent(connection) => (connection, true),
             Source::Listener(listener) => (listener.accept().map_err(anyhow::Error::from)?, false),

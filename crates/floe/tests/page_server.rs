@@ -125,6 +125,36 @@ fn a_dump_without_its_server_leaves_the_program_alone() {
 }
 
 #[test]
+fn a_server_whose_dump_is_killed_leaves_no_pages() {
+    as_root("a_server_whose_dump_is_killed_leaves_no_pages", || {
+        let mut fixture = Fixture::start("memory-private")?;
+        let mut broken = 0;
+        for step in 1.. {
+            let remote = fixture.home().join(format!("remote-{step}"));
+            let (mut server, port) = serve(&floe(), &remote, &[])?;
+            let to = ["--page-server", "--address", "127.0.0.1", "--port", &port];
+            let fault = format!("step:{step}");
+            let outcome = fixture.try_dump(&floe(), &to, &[("FLOE_FAULT", &fault)])?;
+            if !listens(&format!(":{:04X} ", port.parse::<u16>()?))? && !server.wait()?.success() {
+                broken += 1;
+                let left: Vec<_> = fs::read_dir(&remote)?
+                    .flatten()
+                    .map(|entry| entry.file_name())
+                    .collect();
+                ensure!(left == ["page-server.log"], "step {step}: {left:?}");
+            }
+            let _ = server.kill();
+            server.wait()?;
+            if outcome.status.success() {
+                break;
+            }
+        }
+        ensure!(broken > 1, "the server was reached {broken} times");
+        Ok(())
+    });
+}
+
+#[test]
 fn requests_start_servers_that_take_a_dump() {
     as_root("requests_start_servers_that_take_a_dump", || {
         for kind in [CriuReqType::PageServer, CriuReqType::PageServerChld] {
