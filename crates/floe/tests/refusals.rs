@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -227,6 +227,39 @@ fn an_option_that_is_missing_is_listed_and_no_fault() {
         }
         Ok(())
     });
+}
+
+#[test]
+fn a_file_on_the_root_of_own_mounts_is_looked_for_there() {
+    as_root(
+        "a_file_on_the_root_of_own_mounts_is_looked_for_there",
+        || {
+            let saved = Saved::make(&["-m"], WITH_FILE, &[])?;
+            let on_root = |path: &Path| Ok::<_, std::io::Error>(fs::metadata(path)?.dev());
+            if on_root(&saved.path("file"))? != on_root(Path::new("/"))? {
+                // It goes along in a mount of its own.
+                return Ok(());
+            }
+            let output = floe(&["verify"], &saved.images())?;
+            ensure!(output.status.success(), "{}", said(&output));
+            fs::rename(saved.path("file"), saved.path("elsewhere"))?;
+            let name = saved.path("file").display().to_string();
+            both(&saved.images(), &[], (3, &[&name, "No such file"]))?;
+            ensure!(!process::exists(saved.pid), "the task is there");
+            // Another root has it.
+            let root = saved.path("root");
+            let inside = root.join(name.trim_start_matches('/'));
+            fs::create_dir_all(inside.parent().context("a directory")?)?;
+            fs::rename(saved.path("elsewhere"), &inside)?;
+            let option = root.display().to_string();
+            let text = said(&floe(&["verify", "--root", &option], &saved.images())?);
+            ensure!(
+                !text.contains(&format!("{name} cannot be opened")),
+                "{text}"
+            );
+            Ok(())
+        },
+    );
 }
 
 #[test]

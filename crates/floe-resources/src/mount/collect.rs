@@ -91,6 +91,9 @@ pub fn collect(
         let entry = describe(mount, namespace, &outside, collector);
         entries.extend(collector.note(entry)?);
     }
+    if namespace.of_root && collector.options.mounts.root.is_none() {
+        note_own_root(&mut entries, &outside);
+    }
     let all: Vec<MntEntry> = mounts.iter().flat_map(entry_of).collect();
     shown::note(&mut entries, (&all, namespace), collector)?;
     seen::note(&mut entries, collector)?;
@@ -122,6 +125,19 @@ pub fn collect(
         stream.append(entry)?;
     }
     Ok(())
+}
+
+/// A sandbox may have made its root in memory: nobody could supply that at the restore.
+fn note_own_root(entries: &mut [MntEntry], outside: &Outside<'_>) {
+    let ids: BTreeSet<u32> = entries.iter().map(|entry| entry.mnt_id).collect();
+    let root = entries
+        .iter_mut()
+        .find(|entry| !ids.contains(&entry.parent_mnt_id));
+    if let Some(root) = root.filter(|root| !outside.has_device(root.root_dev)) {
+        let kind = FsKind::of_entry(root);
+        let is_in_memory = kind.is_some_and(|kind| kind.content == Content::Files);
+        root.floe_own_root = is_in_memory.then_some(true);
+    }
 }
 
 /// Our own mounts, as they are when the dump begins.
@@ -323,7 +339,9 @@ fn skip(entries: &mut Vec<MntEntry>, collector: &Collector<'_>) {
 /// container's own `/dev`.
 fn given_content(entries: &[MntEntry], of_root: bool) -> Vec<u32> {
     let ids: BTreeSet<u32> = entries.iter().map(|entry| entry.mnt_id).collect();
-    let is_root = |entry: &MntEntry| of_root && !ids.contains(&entry.parent_mnt_id);
+    let is_root = |entry: &MntEntry| {
+        of_root && !ids.contains(&entry.parent_mnt_id) && entry.floe_own_root != Some(true)
+    };
     let own: BTreeSet<u32> = entries
         .iter()
         .filter(|entry| entry.root == "/" && entry.ext_key.is_none() && !is_root(entry))

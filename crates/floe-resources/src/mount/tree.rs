@@ -259,8 +259,10 @@ impl Sources<'_> {
         let options = self.request.options;
         let of_root = self.request.root_namespace;
         if mount.parent.is_none() && Some(mount.namespace) == of_root {
-            let root = options.root.clone();
-            return Ok(Some(root.unwrap_or_else(|| PathBuf::from("/"))));
+            return Ok(options.root.clone().or_else(|| {
+                let is_own = entry.floe_own_root == Some(true);
+                (!is_own).then(|| PathBuf::from("/"))
+            }));
         }
         if entry.with_plugin == Some(true) {
             return Err(PlanError::NotExternal {

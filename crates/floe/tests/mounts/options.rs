@@ -278,3 +278,32 @@ restore --external "mnt[net]:$DIR/network"
 "#,
     );
 }
+
+/// As a sandbox does.
+#[test]
+fn a_root_in_memory_goes_along() {
+    runs(
+        "a_root_in_memory_goes_along",
+        r#"
+begin() { start private 'mkdir new; mount -t tmpfs new new; mkdir new/bin new/old new/proc; cp /bin/busybox new/bin
+    ln -s busybox new/bin/sleep; echo kept >new/file; mknod new/null c 1 3; touch ready; cd new; mount -t proc proc proc
+    pivot_root . old; bin/busybox umount -l old; exec 5</file </null >/null 2>&1 10<&-; exec /bin/sleep 1001'; }
+seen() { cut -d ' ' -f 4- /proc/$P/mountinfo | sort; }
+if ! [ -e /bin/busybox ]; then exit 0; fi
+begin
+seen >before
+dump
+$FLOE verify images >/dev/null
+restore
+seen | diff before -
+[ "$(cat /proc/$P/root/file)" = kept ]
+[ "$(readlink /proc/$P/fd/5)" = /file ]
+kill -9 $P
+# Whoever supplies a root has that taken.
+mkdir -p other/bin other/old other/proc; chmod 1777 other; cp /bin/busybox other/bin; ln -s busybox other/bin/sleep; mknod other/null c 1 3; echo ours >other/file
+mount --bind other other
+restore --root $DIR/other
+[ "$(cat /proc/$P/root/file)" = ours ]
+"#,
+    );
+}
