@@ -19,6 +19,7 @@ use floe_resources::cpu;
 use floe_resources::fd::inet::release_connections;
 use floe_resources::namespace::{has_own_pids, join_users};
 use floe_resources::restore::{Op, PlanError, Planner, Puppet, TreeImages, World};
+use floe_resources::task::scheduling::LowestNice;
 
 use crate::births::{Births, plan_threads};
 use crate::error::RestoreError;
@@ -129,6 +130,7 @@ pub fn restore(
     let mut images = load(dir)?;
     join_users(&mut images, options)?;
     check_cpu(&images.dir, options)?;
+    let _nice = LowestNice::take(&images);
     let (plan, background) = plan(&images, options, features)?;
     check_ids_are_free(&Tree::new(&images)?, &images)?;
     let numbers = free_numbers(&images)?;

@@ -7,6 +7,7 @@ use floe_image::ImageKind;
 use floe_image::messages::{CoreEntry, SeccompEntry, SeccompFilter};
 use floe_inject::{Arg, Program, Stopped};
 use floe_kernel::features::KernelFeatures;
+use floe_options::DetachMode;
 use floe_plan::Handle;
 use floe_resources::fd::unix::Listeners;
 use floe_resources::mount;
@@ -30,6 +31,8 @@ pub struct Background<'i> {
     /// What those have instead that come into a user namespace, at birth or later.
     inside: BTreeMap<u32, Birth>,
     images: &'i TreeImages,
+    /// Whether this program, the parent of the root, ends once the tree runs.
+    leaves: bool,
     own_owners: BTreeMap<u32, OwnerMap>,
     seccomp: Vec<SeccompFilter>,
     features: &'i KernelFeatures,
@@ -53,6 +56,7 @@ impl<'i> Background<'i> {
             birth,
             inside,
             images,
+            leaves: planner.options.detach == DetachMode::Detached,
             own_owners: own_owners.collect(),
             seccomp: seccomp.unwrap_or_default().seccomp_filters,
             features: planner.features,
@@ -71,6 +75,7 @@ impl<'i> Background<'i> {
             features: self.features,
             birth: self.birth_of(task.pid()),
             mm: task.mm.as_ref(),
+            loses_parent: self.leaves && task.pid() == self.images.root().pid(),
             seccomp: &self.seccomp,
             nested: &self.images.nested,
             owners: &self.images.owners,

@@ -72,22 +72,28 @@ impl Tree {
     pub fn new(images: &TreeImages) -> Result<Tree, PlanError> {
         let mut nodes: BTreeMap<u32, Node> = BTreeMap::new();
         let mut order = Vec::new();
+        let outside = outside_ids(images);
         for (index, task) in images.tasks.iter().enumerate() {
             let entry = &task.entry;
             let parent = (index > 0).then_some(entry.ppid);
-            nodes.insert(
-                entry.pid,
-                Node {
-                    parent,
-                    sid: entry.sid,
-                    pgid: entry.pgid,
-                    helper: false,
-                    adopter: None,
-                },
-            );
+            let mut node = Node {
+                parent,
+                sid: entry.sid,
+                pgid: entry.pgid,
+                helper: false,
+                adopter: None,
+            };
+            let above = parent.and_then(|parent| nodes.get(&parent));
+            if let Some(above) = above.filter(|above| above.sid != node.sid)
+                && matches!(task.state(), Ok(TaskState::Dead))
+                && outside.contains(&node.sid)
+            {
+                // It came from outside, died, and waits to be reaped: nobody can use its session any more.
+                (node.sid, node.pgid) = (above.sid, above.pgid);
+            }
+            nodes.insert(entry.pid, node);
             order.push(entry.pid);
         }
-        let outside = outside_ids(images);
         // From here on no number is that of a task, thread, group or session.
         let unused = highest_id(images) + 1;
         add_session_helpers(&mut nodes, &mut order, unused, &outside)?;

@@ -256,3 +256,37 @@ fn taken_pids_are_free_in_a_new_pid_namespace() {
     let readable = testkit::process::readable_before(&ended, deadline).expect("it can be watched");
     assert!(readable, "the namespace stays");
 }
+
+#[test]
+fn a_tree_outlives_the_restore_that_was_its_parent() {
+    if !is_root() {
+        return;
+    }
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut command = Command::new("setsid");
+    command.args(["setpriv", "--pdeathsig", "KILL", "sleep", "100"]);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let sleeper = Sleeper(command.spawn().expect("both are part of every system"));
+    let pid = sleeper.0.id();
+    let status = || std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    while !status().starts_with("Name:\tsleep") {
+        std::thread::yield_now();
+    }
+    let output = floe(directory.path(), &format!("dump -t {pid}"));
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    drop(sleeper);
+    let output = floe(directory.path(), "restore -d");
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("at its parent's death"),
+        "{}",
+        stderr(&output)
+    );
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert!(status().contains("State:\tS"), "it has ended");
+    let tree = rustix::process::Pid::from_raw(pid.cast_signed()).expect("a pid");
+    rustix::process::kill_process(tree, rustix::process::Signal::KILL).expect("it is ours");
+}

@@ -256,47 +256,75 @@ fn a_pid_namespace_with_a_proc_beside_the_callers_mounts_comes_back() {
     });
 }
 
+/// Begins a sleeping first process of a pid namespace, `$root`, and runs a script.
+fn beside(script: &str) -> anyhow::Result<std::process::Output> {
+    let begin = r#"cd "$DIR"; mkdir images
+        unshare --pid --fork setsid sleep 1000 </dev/null >/dev/null 2>&1 & outer=$!
+        root=; tries=0
+        until [ "$(cat /proc/$root/comm)" = sleep ]; do
+          tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
+          sleep 0.02; root=$(cat /proc/$outer/task/*/children); root=${root% }
+        done 2>/dev/null
+"#;
+    let directory = tempfile::tempdir()?;
+    let mut unshare = Command::new("unshare");
+    unshare.args([
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "--mount-proc",
+        "sh",
+        "-ec",
+    ]);
+    let output = unshare
+        .arg(format!("{begin}{script}"))
+        .env("DIR", directory.path())
+        .env("FLOE", env!("CARGO_BIN_EXE_floe"))
+        .stdin(Stdio::null())
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {said}", output.status);
+    Ok(output)
+}
+
 /// As `runc exec` puts a task into a container: its parent is outside.
 #[test]
 fn whoever_is_beside_the_tree_in_its_pid_namespace_is_named() {
     let name = "whoever_is_beside_the_tree_in_its_pid_namespace_is_named";
     skips::as_root(name, || {
-        let script = r#"cd "$DIR"; mkdir images
-            unshare --pid --fork setsid sleep 1000 </dev/null >/dev/null 2>&1 & outer=$!
-            root=; tries=0
-            until [ "$(cat /proc/$root/comm)" = sleep ]; do
-              tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
-              sleep 0.02; root=$(cat /proc/$outer/task/*/children); root=${root% }
-            done 2>/dev/null
-            setsid nsenter -t $root --pid sh -c 'sleep 2000 & exec sleep 2001' </dev/null >/dev/null 2>&1 & way=$!
+        let output = beside(
+            r#"setsid nsenter -t $root --pid sh -c 'sleep 2000 & exec sleep 2001' </dev/null >/dev/null 2>&1 & way=$!
             inner=
             until [ "$(cat /proc/$inner/comm)" = sleep ]; do
               tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
               sleep 0.02; inner=$(cat /proc/$way/task/*/children); inner=${inner% }
             done 2>/dev/null
-            $FLOE dump -t $root -D images"#;
-        let directory = tempfile::tempdir()?;
-        let output = Command::new("unshare")
-            .args([
-                "--pid",
-                "--fork",
-                "--kill-child",
-                "--mount-proc",
-                "sh",
-                "-ec",
-                script,
-            ])
-            .env("DIR", directory.path())
-            .env("FLOE", env!("CARGO_BIN_EXE_floe"))
-            .stdin(Stdio::null())
-            .output()?;
+            $FLOE dump -t $root -D images"#,
+        )?;
         let said = String::from_utf8_lossy(&output.stderr);
-        ensure!(output.status.success(), "{}: {said}", output.status);
         ensure!(said.contains("(sleep 2001); they are not saved"), "{said}");
         ensure!(
             !said.contains("sleep 2000") && !said.contains("sleep 1000"),
             "{said}"
         );
         Ok(())
+    });
+}
+
+/// What `runc exec` has left: its parent has ended, and the first process does not reap it.
+#[test]
+fn a_zombie_whose_session_was_outside_comes_back() {
+    skips::as_root("a_zombie_whose_session_was_outside_comes_back", || {
+        let script = r#"nsenter -t $root --pid sh -c 'sleep 0.01 & :' </dev/null >/dev/null 2>&1
+            zombie() { z=$(cat /proc/$1/task/$1/children); grep -q '^State:.Z' /proc/${z% }/status 2>/dev/null; }
+            until zombie $root; do
+              tries=$((tries + 1)); [ $tries -lt 500 ] || exit 1
+              sleep 0.02
+            done
+            $FLOE dump -t $root -D images
+            while [ -d /proc/$root ]; do wait 2>/dev/null || true; done
+            $FLOE restore -d -D images --pidfile "$DIR/pid"
+            zombie $(cat pid)"#;
+        beside(script).map(drop)
     });
 }

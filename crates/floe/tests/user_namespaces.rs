@@ -490,3 +490,19 @@ fn open_user_namespaces_come_back() {
         Ok(())
     });
 }
+
+#[test]
+fn a_restore_of_low_priority_gives_tasks_theirs() {
+    let name = "a_restore_of_low_priority_gives_tasks_theirs";
+    skips::as_root(name, || {
+        let [before, after] = run(&Case {
+            tree: "nice -n 2 unshare -Ur sleep 1000 & exec unshare -Ur sleep 1001",
+            sleeps: 2,
+            look: "ps -o ni= -p $p",
+            before: "renice -n 5 $$ >/dev/null",
+            ..Case::default()
+        })?;
+        ensure!(before == after, "{before:#?} became {after:#?}");
+        Ok(())
+    });
+}

@@ -40,8 +40,10 @@ impl FdKind for Epoll {
         let mut seen: HashMap<u32, u32> = HashMap::new();
         for line in fd.info().values("tfd") {
             let mut watch = parse_watch(line).ok_or_else(|| fd.garbled("tfd"))?;
-            let index = seen.entry(watch.tfd).or_default();
-            watch.tfd = find_target(fd, watch.tfd, *index)?;
+            let number = watch.tfd;
+            let index = seen.entry(number).or_default();
+            watch.tfd = find_target(fd, number, *index)?;
+            watch.floe_number = (watch.tfd != number).then_some(number);
             *index += 1;
             watches.push(watch);
         }
@@ -78,6 +80,7 @@ fn parse_watch(line: &[u8]) -> Option<EventpollTfdEntry> {
         dev: hex("sdev").and_then(|dev| u32::try_from(dev).ok()),
         inode: hex("ino"),
         pos: values.get("pos").and_then(|pos| pos.parse().ok()),
+        floe_number: None,
     })
 }
 
@@ -167,19 +170,39 @@ fn watch(
     entry: &EventpollFileEntry,
 ) -> Result<(), ExecuteError> {
     let mut program = Program::new();
+    let task = world.images.task(holder.pid);
+    let is_free = |number: u32| task.is_some_and(|task| task.fds.iter().all(|fd| fd.fd != number));
     for target in &entry.tfd {
+        // The kernel knows a watch by file and number, which may have been closed since.
+        let closed = target.floe_number.filter(|number| is_free(*number));
+        let number = closed.unwrap_or(target.tfd);
+        if let Some(closed) = closed {
+            let args = [target.tfd, closed, 0].map(Arg::from);
+            program.call(
+                format!("dup of fd {} as {closed}", target.tfd),
+                libc::SYS_dup3,
+                &args,
+            );
+        }
         let event = program.buffer(&event_bytes(target));
         let args = [
             Arg::from(holder.fd),
             Arg::from(libc::EPOLL_CTL_ADD),
-            Arg::from(target.tfd),
+            Arg::from(number),
             Arg::from(event),
         ];
         program.call(
-            format!("epoll_ctl of fd {} for fd {}", holder.fd, target.tfd),
+            format!("epoll_ctl of fd {} for fd {number}", holder.fd),
             libc::SYS_epoll_ctl,
             &args,
         );
+        if let Some(closed) = closed {
+            program.call(
+                format!("close of fd {closed}"),
+                libc::SYS_close,
+                &[Arg::from(closed)],
+            );
+        }
     }
     world.run(holder.pid, &program).map(drop)
 }

@@ -14,6 +14,7 @@ use floe_image::messages::{CoreEntry, MmEntry, TaskCoreEntry, ThreadCoreEntry};
 use floe_inject::{Arg, BufferId, CallId, Outcome, Program};
 use floe_kernel::ids::HostPid;
 
+use super::rebuild::TaskContext;
 use crate::namespace::OwnerMap;
 use crate::restore::{Attempt, ExecuteError, World};
 
@@ -233,8 +234,21 @@ pub fn plan_addresses(core: &CoreEntry, program: &mut Program) {
 }
 
 /// The signal at the death of the parent; it also replaces the one that the first puppet is made with.
-pub fn plan_death_signal(thread: &ThreadCoreEntry, program: &mut Program) {
-    let signal = thread.pdeath_sig.unwrap_or(0);
+/// Where the parent is about to end by plan, it would come at once and mean nothing.
+pub fn plan_death_signal(
+    thread: &ThreadCoreEntry,
+    context: &TaskContext<'_>,
+    program: &mut Program,
+) {
+    let mut signal = thread.pdeath_sig.unwrap_or(0);
+    if signal != 0 && context.loses_parent {
+        tracing::warn!(
+            "task {} does not get signal {signal} at its parent's death any more: that parent would be this program, \
+             which ends now. Restore without --restore-detached, or with --restore-sibling, to have it kept",
+            context.tid
+        );
+        signal = 0;
+    }
     let label = "prctl(PR_SET_PDEATHSIG)";
     prctl(program, label, libc::PR_SET_PDEATHSIG, Arg::from(signal));
 }

@@ -57,6 +57,8 @@ pub struct TaskContext<'a> {
     pub mm: Option<&'a MmEntry>,
     /// All filters of `seccomp.img`.
     pub seccomp: &'a [SeccompFilter],
+    /// Whether its parent is this program, which ends once the tree runs.
+    pub loses_parent: bool,
     /// By which numbers tasks know each other.
     pub nested: &'a Nested,
     /// Who the owners that images name are for the coordinator.
@@ -162,7 +164,7 @@ pub fn plan_last(core: &CoreEntry, context: &TaskContext<'_>) -> Result<Program,
         &mut program,
     )?;
     if leader.is_some() || thread.pdeath_sig.is_some_and(|signal| signal != 0) {
-        attributes::plan_death_signal(thread, &mut program);
+        attributes::plan_death_signal(thread, context, &mut program);
     }
     if leader.is_some() {
         credentials::warn_of_losses(&credentials, context);

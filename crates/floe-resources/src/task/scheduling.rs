@@ -9,9 +9,11 @@ use floe_inject::{Arg, Program};
 use floe_kernel::ids::HostPid;
 use floe_kernel::thread::scheduling;
 
+use rustix::process::setpriority_process;
+
 use super::rebuild::TaskContext;
 use crate::collect::{CollectError, Obstacle};
-use crate::restore::PlanError;
+use crate::restore::{PlanError, TreeImages};
 
 const SCHED_RESET_ON_FORK: u32 = 0x4000_0000;
 
@@ -35,6 +37,43 @@ pub fn collect_scheduling(tid: HostPid, core: &mut ThreadCoreEntry) -> Result<()
     core.sched_nice = Some(found.nice);
     core.sched_prio = matches!(policy, libc::SCHED_FIFO | libc::SCHED_RR).then_some(found.priority);
     Ok(())
+}
+
+/// The lowest nice value of all tasks, had by this thread until it is dropped. Puppets inherit it, and may raise it
+/// without privilege, in user namespaces too.
+#[derive(Debug)]
+pub struct LowestNice {
+    before: Option<i32>,
+}
+
+impl LowestNice {
+    /// Takes it, where that is allowed and needed.
+    pub fn take(images: &TreeImages) -> Self {
+        let cores = images
+            .tasks
+            .iter()
+            .flat_map(|task| task.threads.values().chain([&task.core]));
+        let threads = cores.filter_map(|core| core.thread_core.as_ref());
+        let lowest = threads.filter_map(|thread| thread.sched_nice).min();
+        let own = scheduling(HostPid(0)).ok().map(|own| own.nice);
+        let before = own.filter(|own| lowest.is_some_and(|lowest| lowest < *own));
+        let taken = before
+            .zip(lowest)
+            .map(|(_, lowest)| setpriority_process(None, lowest));
+        LowestNice {
+            // Without the right, whoever needs a call for it is told.
+            before: before.filter(|_| taken == Some(Ok(()))),
+        }
+    }
+}
+
+impl Drop for LowestNice {
+    fn drop(&mut self) {
+        if let Some(before) = self.before {
+            // It was there before, and raising it is always allowed.
+            let _ = setpriority_process(None, before);
+        }
+    }
 }
 
 /// Sets policy and nice value.

@@ -69,6 +69,7 @@ impl Fixture {
             features: &self.features,
             birth: &self.birth,
             mm: Some(&self.mm),
+            loses_parent: false,
             seccomp: &self.seccomp,
             nested: &self.nested,
             owners: &self.owners,

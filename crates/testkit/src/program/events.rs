@@ -17,6 +17,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("eventfd", event_counter),
     Program::new("eventfd-semaphore", semaphore),
     Program::new("epoll", epolls),
+    Program::new("epoll-closed", epoll_of_closed),
     Program::new("signalfd", signal_descriptor),
     Program::new("inotify", inotifies),
     Program::new("pidfd", pid_descriptor),
@@ -117,6 +118,46 @@ fn epolls(_: &Place) -> anyhow::Result<Check> {
         ensure!(found == [77, 78], "ready with the idle one: {found:?}");
         word(&idle)?;
         ensure!(ready(&outer)? == [1], "the outer set is not ready");
+        Ok(())
+    }))
+}
+
+/// One file is watched twice, and the number of one watch is closed; another is watched by a closed number only.
+fn epoll_of_closed(_: &Place) -> anyhow::Result<Check> {
+    let set = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+    let [twice, once] = [
+        eventfd(1, EventfdFlags::NONBLOCK)?,
+        eventfd(1, EventfdFlags::NONBLOCK)?,
+    ];
+    let watch = |fd: &OwnedFd, data| {
+        epoll::add(
+            &set,
+            fd,
+            epoll::EventData::new_u64(data),
+            epoll::EventFlags::IN,
+        )
+    };
+    watch(&twice, 1)?;
+    let copies = [twice.try_clone()?, once.try_clone()?];
+    watch(&copies[0], 2)?;
+    watch(&copies[1], 3)?;
+    drop(copies);
+    let place = format!("/proc/self/fdinfo/{}", set.as_raw_fd());
+    let watches = move || -> anyhow::Result<Vec<String>> {
+        let text = fs::read_to_string(&place)?;
+        let mut lines: Vec<String> = text
+            .lines()
+            .filter(|line| line.starts_with("tfd:"))
+            .map(|line| line.split("ino:").next().unwrap_or(line).to_string())
+            .collect();
+        lines.sort();
+        Ok(lines)
+    };
+    let before = watches()?;
+    Ok(Box::new(move || {
+        let _open = (&set, &twice, &once);
+        let now = watches()?;
+        ensure!(now == before, "{before:?} became {now:?}");
         Ok(())
     }))
 }
