@@ -43,6 +43,31 @@ impl Acting {
     }
 }
 
+/// Does something with another effective user, in a thread of its own, which has the namespaces of this one: some
+/// settings are asked for by that id alone, and capabilities do not count.
+///
+/// # Errors
+///
+/// `EPERM` where that user may not be taken; `EAGAIN` without a thread.
+pub fn with_effective_user<T: Send>(uid: u32, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+    let dumpable = rustix::process::dumpable_behavior()?;
+    let outcome = std::thread::scope(|scope| {
+        let inner = || {
+            // SAFETY: integers only; the bare call changes this thread alone, and -1 leaves an id as it is.
+            let result = unsafe { libc::syscall(libc::SYS_setresuid, -1, uid, -1) };
+            match result {
+                0 => Ok(work()),
+                _ => Err(io::Error::last_os_error()),
+            }
+        };
+        let thread = std::thread::Builder::new().spawn_scoped(scope, inner)?;
+        thread.join().expect("the work does not panic")
+    });
+    // The kernel takes it from the whole process where a thread gives up privilege.
+    rustix::process::set_dumpable_behavior(dumpable)?;
+    outcome
+}
+
 fn set(call: libc::c_long, id: u32) -> u32 {
     // SAFETY: integers only, and only of this thread.
     unsafe { libc::syscall(call, id) as u32 }

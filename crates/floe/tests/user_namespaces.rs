@@ -506,3 +506,21 @@ fn a_restore_of_low_priority_gives_tasks_theirs() {
         Ok(())
     });
 }
+
+#[test]
+fn limits_that_only_the_mapped_root_may_set_come_back() {
+    let name = "limits_that_only_the_mapped_root_may_set_come_back";
+    skips::as_root(name, || {
+        let inside = "echo 5555 >/proc/sys/kernel/msgmax; echo 55 >/proc/sys/fs/mqueue/msg_max; exec sleep 1000";
+        let tree = format!("{ENTERED} unshare --ipc sh -c \"{inside}\"");
+        let facts = comes_back(&Case {
+            tree: &tree,
+            sleeps: 1,
+            look: "--ipc cat /proc/sys/kernel/msgmax /proc/sys/fs/mqueue/msg_max",
+            bare: true,
+            ..Case::default()
+        })?;
+        ensure!(facts[0].ends_with("5555 55"), "{facts:#?}");
+        Ok(())
+    });
+}

@@ -5,9 +5,11 @@
 //! Not kept: nothing.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use floe_image::ImageKind;
 use floe_image::messages::IpcVarEntry;
+use floe_kernel::acting::with_effective_user;
 use floe_kernel::proc::read_setting;
 use floe_plan::Handle;
 
@@ -140,5 +142,14 @@ fn write((name, values): &(&'static str, Vec<i128>)) -> Result<(), ExecuteError>
         return Ok(());
     }
     let words: Vec<String> = values.iter().map(ToString::to_string).collect();
-    std::fs::write(&path, words.join(" ")).during("Setting", || format!("{path} to {words:?}"))
+    let set = || std::fs::write(&path, words.join(" "));
+    let outcome = match set() {
+        // It is for the effective user that root of the namespace's user namespace is.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            let owner = std::fs::metadata(&path).map(|file| file.uid());
+            owner.and_then(|owner| with_effective_user(owner, set)?)
+        }
+        other => other,
+    };
+    outcome.during("Setting", || format!("{path} to {words:?}"))
 }
