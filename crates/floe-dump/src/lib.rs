@@ -6,6 +6,7 @@
 //! dropped on the way releases all tasks as they were.
 #![forbid(unsafe_code)]
 
+mod apart;
 mod dir_lock;
 mod error;
 mod freeze;

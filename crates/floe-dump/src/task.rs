@@ -29,6 +29,7 @@ use floe_resources::task::syscall_dispatch::refuse_dispatch;
 use floe_resources::vma::{AddressSpace, collect_address_space, find_socket_files};
 use floe_resources::{CollectError, Collector, Obstacle};
 
+use crate::apart;
 use crate::freeze::{FrozenTask, TaskState};
 use crate::kinship::Kinship;
 
@@ -180,17 +181,29 @@ fn collect_threads(
             status: proc.read_record(&format!("task/{tid}/status"))?,
             cgroup: proc.read_record(&format!("task/{tid}/cgroup"))?,
             label: Label::read(security, proc, tid)?,
+            namespaces: apart::namespaces(proc, tid)?,
         })
     };
+    let mut first = None;
     let mut drafts = Vec::with_capacity(tids.len());
     ask_ahead(&tids, read, |index, texts| {
         let thread = &task.threads[index];
+        let texts = texts?;
+        let namespaces = texts.namespaces;
         let draft = collect_thread(
             (task, thread),
-            texts?,
+            texts,
             (&mut shared.cgroups, collector.pids()),
         )?;
-        drafts.extend(collector.note(draft)?);
+        let draft = collector.note(draft)?;
+        let umask = draft.as_ref().and_then(|draft| draft.status.umask);
+        let own = (thread.pid(), namespaces, umask);
+        let (leader, others, of_leader) = *first.get_or_insert(own);
+        if leader != thread.pid() {
+            let both = [(leader, &others, of_leader), (own.0, &own.1, own.2)];
+            apart::refuse(proc, both, collector)?;
+        }
+        drafts.extend(draft);
         Ok(())
     })?;
     Ok(drafts)
@@ -201,6 +214,7 @@ struct Texts {
     status: Vec<u8>,
     cgroup: Vec<u8>,
     label: Label,
+    namespaces: apart::Namespaces,
 }
 
 /// The outer result is a failure, the inner one may be an obstacle.

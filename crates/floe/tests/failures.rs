@@ -48,7 +48,7 @@ fn names(directory: &Path) -> anyhow::Result<BTreeSet<String>> {
     Ok(names)
 }
 
-/// A shell that takes a lock when a file `go` appears, killed and reaped when dropped.
+/// A program, killed and reaped when dropped: a shell that takes a lock when a file `go` appears.
 struct Locker(Child);
 
 impl Locker {
@@ -258,6 +258,43 @@ fn a_keeper_and_rounds_from_before_outlive_a_failure() {
         let left = keepers(pid);
         ensure!(left.is_empty(), "{left:?}, which nobody asked for");
         fixture.check()
+    });
+}
+
+/// CLONE_FILES, CLONE_FS and CLONE_NEWNET.
+const APART: &str = "import ctypes, os, threading, time
+def apart():
+    for flag in (0x400, 0x200, 0x40000000): assert ctypes.CDLL(None).unshare(flag) == 0
+    os.chdir('/usr')
+    open(READY, 'w')
+    time.sleep(1000)
+READY = os.path.abspath('ready')
+threading.Thread(target=apart).start()
+time.sleep(1000)";
+
+#[test]
+fn what_a_thread_has_for_itself_is_refused() {
+    as_root("what_a_thread_has_for_itself_is_refused", || {
+        let place = tempfile::tempdir()?;
+        let mut command = Command::new("setsid");
+        command
+            .args(["python3", "-c", APART])
+            .current_dir(place.path());
+        command.stdin(Stdio::null()).stdout(Stdio::null());
+        let program = Locker(command.stderr(Stdio::null()).spawn()?);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while !place.path().join("ready").exists() {
+            ensure!(Instant::now() < deadline, "the program does not stand");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let line = format!("dump -t {}", program.pid());
+        let wanted = [
+            "with a net namespace of its own",
+            "with a table of descriptors of its own",
+            "with a working directory of its own",
+        ];
+        refused(place.path(), &line, 3, &wanted)?;
+        Ok(())
     });
 }
 
