@@ -226,6 +226,12 @@ pub enum FreezeError {
         #[source]
         source: InjectError,
     },
+    /// A control group holds it.
+    #[error(
+        "Task {pid} is frozen by the control group {group}, and could not answer: thaw that (`cgroup.freeze`, \
+         `freezer.state`), or name it by --freeze-cgroup if all of the tree is in it"
+    )]
+    Frozen { pid: HostPid, group: String },
     /// New tasks came faster than they could be stopped, or one is stuck.
     #[error(
         "The tree did not come to rest within {seconds} s: {tasks} tasks were stopped (raise --timeout)"

@@ -17,7 +17,7 @@ use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
 use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
 use floe_kernel::ptrace::options;
-use floe_resources::cgroup::freezer::Freezer as Group;
+use floe_resources::cgroup::freezer::{Freezer as Group, frozen_group};
 use floe_resources::namespace::PidView;
 
 use crate::error::FreezeError;
@@ -240,7 +240,7 @@ impl Freezer {
             self.check_time()?;
             let new = seize_new(proc, &stopped, &mut self.seized)?;
             let nothing_new = new.threads.is_empty();
-            stopped.extend(wait_for_all(new)?);
+            stopped.extend(wait_for_all(proc, new)?);
             let stat = parse_stat(&proc.read_record("stat")?).map_err(|error| proc.bad(error))?;
             // Stopped threads make no more, so as many as there are is all of them.
             let complete = nothing_new || stat.threads as usize == stopped.len();
@@ -313,12 +313,24 @@ fn seize_new(
     Ok(new)
 }
 
-fn wait_for_all(mut new: Interrupted) -> Result<Vec<Stopped>, FreezeError> {
+fn wait_for_all(proc: &ProcDir, mut new: Interrupted) -> Result<Vec<Stopped>, FreezeError> {
+    let mut group = None;
+    let mut is_frozen = || {
+        group = frozen_group(proc);
+        group.is_some()
+    };
     let mut stopped = Vec::with_capacity(new.threads.len());
     while let Some(thread) = new.threads.pop() {
         let pid = thread.pid();
-        match thread.wait_stopped() {
+        match thread.wait_stopped_unless(&mut is_frozen) {
             Ok(thread) => stopped.push(thread),
+            Err(InjectError::GivenUp { .. }) => {
+                let group = group.unwrap_or_default();
+                return Err(FreezeError::Frozen {
+                    pid: proc.pid(),
+                    group,
+                });
+            }
             // It ended before it stopped: the next listing tells what is left.
             Err(InjectError::Died { .. }) => {}
             Err(source) => return Err(FreezeError::Stop { pid, source }),

@@ -18,6 +18,8 @@ pub enum InjectError {
     },
     #[error("Task {pid} died while it was being handled ({status:?})")]
     Died { pid: HostPid, status: WaitStatus },
+    #[error("Task {pid} cannot stop now")]
+    GivenUp { pid: HostPid },
     #[error("Task {pid} did not stop within {seconds} s: it is stuck in the kernel")]
     Stuck { pid: HostPid, seconds: u64 },
     #[error("Task {pid} stopped unexpectedly ({status:?}) instead of {expected}")]

@@ -108,9 +108,21 @@ impl Seized {
     ///
     /// A signal that arrives first is delivered: it was dequeued, so it would be in no image.
     pub fn wait_stopped(self) -> Result<Stopped, InjectError> {
+        self.wait_stopped_unless(|| false)
+    }
+
+    /// As [`Self::wait_stopped`]; where that takes long, asks now and then whether there is a reason to give up.
+    pub fn wait_stopped_unless(
+        self,
+        mut is_in_vain: impl FnMut() -> bool,
+    ) -> Result<Stopped, InjectError> {
         let pid = self.pid;
+        let mut look = || match is_in_vain() {
+            true => Err(InjectError::GivenUp { pid }),
+            false => Ok(()),
+        };
         let stop_signal = loop {
-            match wait_for_stop(pid)? {
+            match wait_for_stop_beside(pid, &mut look)? {
                 WaitStatus::Event {
                     event: EVENT_STOP,
                     signal,

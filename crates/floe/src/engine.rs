@@ -139,6 +139,7 @@ fn freeze_exit(error: &FreezeError) -> Exit {
         | FreezeError::Traced { .. }
         | FreezeError::Dumped { .. }
         | FreezeError::Kernel { .. }
+        | FreezeError::Frozen { .. }
         | FreezeError::LeaderEnded { .. } => Exit::Unsupported,
         FreezeError::Denied { .. }
         | FreezeError::Filtered { .. }

@@ -227,6 +227,8 @@ fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
         ends.push((output, before, after));
     }
     let log = fs::read_to_string(images.path().join("log")).unwrap_or_default();
+    let without = line.split(" --freeze-cgroup").next().expect("a line");
+    let unnamed = floe(images.path(), &without.replace("-o log", ""));
     fs::write(group.file("cgroup.freeze"), "0").expect("the group is ours");
     task.kill().expect("our own child");
     task.wait().expect("our own child");
@@ -235,6 +237,12 @@ fn a_tree_is_frozen_by_its_group_and_the_group_is_what_it_was() {
         assert_eq!(after.trim(), before);
     }
     assert!(log.contains("seized in a frozen group"), "{log}");
+    let said = String::from_utf8_lossy(&unnamed.stderr);
+    assert_eq!(unnamed.status.code(), Some(3), "{said}");
+    assert!(
+        said.contains("freezes") && said.contains("what to do: Thaw"),
+        "{said}"
+    );
 }
 
 /// A namespace begins where its maker was; its tasks may have moved on.

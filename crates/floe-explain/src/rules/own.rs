@@ -140,6 +140,14 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
+        pattern: r"frozen by the control group|the control group \S+ freezes",
+        role: Role::Cause,
+        what: "A task of the tree is in a frozen control group, where it can answer nothing.",
+        remedy: "Thaw that group for the checkpoint; one that has the whole tree in it can be named instead, and is frozen again afterwards.",
+        command: "echo 0 > GROUP/cgroup.freeze    # version 1: echo THAWED > GROUP/freezer.state; or: --freeze-cgroup GROUP",
+        threads: &[],
+    },
+    Rule {
         pattern: r"is being written by another dump",
         role: Role::Cause,
         what: "Another dump writes its images into the same directory, and both would spoil each other.",

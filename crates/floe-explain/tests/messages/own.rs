@@ -111,6 +111,10 @@ pub const MESSAGES: &[(&str, &str)] = &[
     ),
     ("floe: Reading the parent generation", "floe verify PARENT"),
     (
+        "floe: Refused, nothing was changed: task 7: a task that the control group /a freezes cannot be checkpointed: thaw that",
+        "--freeze-cgroup GROUP",
+    ),
+    (
         "floe: /c is being written by another dump: wait for its end",
         "-D DIRECTORY_OF_ITS_OWN",
     ),

@@ -13,10 +13,11 @@ use floe_image::messages::{
 use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
 use floe_options::policy::{CgroupOptions, ManageCgroups};
 
+use super::freezer::frozen_group;
 use super::hierarchy::Hierarchy;
 use super::namespace::{self, View};
 use super::properties::Selection;
-use crate::collect::CollectError;
+use crate::collect::{CollectError, Obstacle};
 
 /// Sets of groups, numbered from 1; the first is the coordinator's own.
 #[derive(Debug, Default)]
@@ -35,6 +36,16 @@ impl CgroupSets {
     pub fn of_text(&mut self, proc: &ProcDir, text: Vec<u8>) -> Result<u32, CollectError> {
         if let Some(number) = self.known.get(&text) {
             return Ok(*number);
+        }
+        // One that is frozen would not answer, and the whole tree wait for it.
+        if let Some(group) = frozen_group(proc) {
+            return Err(CollectError::Unsupported(Obstacle {
+                pid: proc.pid(),
+                object: format!("a task that the control group {group} freezes"),
+                remedy: "thaw that (`cgroup.freeze`, `freezer.state`), or name it by --freeze-cgroup if all of the \
+                         tree is in it"
+                    .to_string(),
+            }));
         }
         let mut set = parse_cgroup(&text).map_err(|error| proc.bad(error))?;
         // The kernel prints hierarchies newest first; the images have them by name.

@@ -9,6 +9,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use floe_kernel::proc::{ProcDir, parse_cgroup};
+
+use super::hierarchy::Hierarchy;
+
 /// How often a group is asked whether it is frozen.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -32,6 +36,23 @@ pub enum FreezerError {
 enum Version {
     One,
     Two,
+}
+
+/// The group by which a process is frozen, if it is: its path in its hierarchy. What cannot be looked at is not.
+pub fn frozen_group(process: &ProcDir) -> Option<String> {
+    let memberships = parse_cgroup(&process.read("cgroup").ok()?).ok()?;
+    memberships.into_iter().find_map(|member| {
+        let name = member.controllers.clone();
+        let is_known = name.is_empty() || name.split(',').any(|name| name == "freezer");
+        let hierarchy = Hierarchy::open(&name, None).ok().filter(|_| is_known)?;
+        let ancestors = Path::new(&member.path).ancestors();
+        let mut groups = ancestors.filter_map(|group| group.to_str());
+        let is_frozen = |group: &&str| {
+            let freezer = Freezer::open(&hierarchy.path(group));
+            freezer.is_ok_and(|freezer| freezer.was_frozen)
+        };
+        groups.find(is_frozen).map(str::to_string)
+    })
 }
 
 /// A group whose members can be stopped; dropping it gives it the state that it had.

@@ -58,10 +58,20 @@ fn open(root: BorrowedFd<'_>, path: &[u8], flags: OFlags) -> Result<OwnedFd, Err
     rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), INSIDE)
 }
 
+/// What is not the tree's alone others may remove meanwhile; then it is as if it had never been there.
+fn unless_gone<T>(found: Result<T, Errno>) -> Result<Option<T>, Errno> {
+    match found {
+        Err(Errno::NOENT) => Ok(None),
+        found => found.map(Some),
+    }
+}
+
 impl<W: Write> Packer<'_, W> {
     fn directory(&mut self, path: &[u8], more: &mut Vec<Vec<u8>>) -> Result<(), ContentError> {
-        let opened = open(self.root, path, OFlags::RDONLY | OFlags::DIRECTORY)
-            .map_err(failed("Opening", path))?;
+        let opened = open(self.root, path, OFlags::RDONLY | OFlags::DIRECTORY);
+        let Some(opened) = unless_gone(opened).map_err(failed("Opening", path))? else {
+            return Ok(());
+        };
         let stat = rustix::fs::fstat(&opened).map_err(failed("Looking at", path))?;
         self.entry(path, &stat, EntryType::Directory, attributes(&opened)?, b"")?;
         self.data(path, io::empty())?;
@@ -76,8 +86,10 @@ impl<W: Write> Packer<'_, W> {
         }
         for name in inside {
             let path = [path, if path.is_empty() { b"" } else { b"/" }, &name].concat();
-            let stat = rustix::fs::statat(&opened, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW)
-                .map_err(failed("Looking at", &path))?;
+            let stat = rustix::fs::statat(&opened, name.as_slice(), AtFlags::SYMLINK_NOFOLLOW);
+            let Some(stat) = unless_gone(stat).map_err(failed("Looking at", &path))? else {
+                continue;
+            };
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 more.push(path);
             } else {
@@ -110,13 +122,11 @@ impl<W: Write> Packer<'_, W> {
             _ => return Ok(()),
         };
         let is_socket = FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
-        if stat.st_nlink > 1 {
-            self.linked.insert(stat.st_ino, path.to_vec());
-        }
         let mut attributes = match kind {
             EntryType::Regular if !is_socket => return self.regular(path, stat),
             _ => attributes_at(directory, name)?,
         };
+        self.note_links(path, stat);
         match kind {
             EntryType::Symlink => {
                 let target = rustix::fs::readlinkat(directory, name, Vec::new())
@@ -134,9 +144,19 @@ impl<W: Write> Packer<'_, W> {
         }
     }
 
+    /// Other names of the file will be links to this one.
+    fn note_links(&mut self, path: &[u8], stat: &Stat) {
+        if stat.st_nlink > 1 {
+            self.linked.insert(stat.st_ino, path.to_vec());
+        }
+    }
+
     fn regular(&mut self, path: &[u8], stat: &Stat) -> Result<(), ContentError> {
-        let opened = open(self.root, path, OFlags::RDONLY | OFlags::NOFOLLOW)
-            .map_err(failed("Opening", path))?;
+        let opened = open(self.root, path, OFlags::RDONLY | OFlags::NOFOLLOW);
+        let Some(opened) = unless_gone(opened).map_err(failed("Opening", path))? else {
+            return Ok(());
+        };
+        self.note_links(path, stat);
         let attributes = attributes(&opened)?;
         let file = File::from(opened);
         if stat.st_blocks * BLOCK < stat.st_size {
