@@ -140,7 +140,7 @@ pub(super) const RULES: &[Rule] = &[
         threads: &[],
     },
     Rule {
-        pattern: r"frozen by the control group|the control group \S+ freezes",
+        pattern: r"frozen by the control group|the control group \S+ freezes|Task \S+ cannot stop now",
         role: Role::Cause,
         what: "A task of the tree is in a frozen control group, where it can answer nothing.",
         remedy: "Thaw that group for the checkpoint; one that has the whole tree in it can be named instead, and is frozen again afterwards.",
