@@ -32,8 +32,8 @@ pub(super) struct QueueOwner {
     pub pid: HostPid,
     pub fd: TaskFd,
     pub socket: OwnedFd,
-    /// Messages may be empty. The kernel shows such a one by peeking only while no other is before it.
-    pub datagrams: bool,
+    /// An empty message is no end: datagrams, and packets of a sequence that is not shut.
+    pub may_be_empty: bool,
 }
 
 /// Descriptors that were received by peeking; they stay open so that the ones found later can be compared.
@@ -92,7 +92,7 @@ pub(super) fn save_queue(
             offset.set(seen).map_err(failed)?;
             continue;
         }
-        if message.length == 0 && message.rights.is_empty() && !owner.datagrams {
+        if message.length == 0 && message.rights.is_empty() && !owner.may_be_empty {
             return Ok(()); // The end of a stream.
         }
         seen += message.length;

@@ -110,7 +110,7 @@ fn seqpacket(_: &Place) -> anyhow::Result<Check> {
         SocketFlags::CLOEXEC,
         None,
     )?;
-    let messages: [&[u8]; 2] = [b"one record", b"another"];
+    let messages: [&[u8]; 4] = [b"one record", b"", b"another", b""];
     let send = move |fd: &OwnedFd| -> anyhow::Result<()> {
         for message in messages {
             rustix::net::send(fd, message, SendFlags::empty())?;

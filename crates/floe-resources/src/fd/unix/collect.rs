@@ -18,6 +18,9 @@ use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle, no_owne
 use crate::mount::Place;
 use crate::net::{in_every_network, network_number};
 
+/// `RCV_SHUTDOWN` of the kernel.
+const RECEIVE_SHUT: u8 = 1;
+
 /// Every unix socket of the machine, and what was saved of them.
 struct Table {
     sockets: HashMap<u32, Listed>,
@@ -209,7 +212,12 @@ fn finish(
         pid: at.pid,
         fd: at.fd,
         socket: copy,
-        datagrams: i32::from(socket.kind) == libc::SOCK_DGRAM,
+        may_be_empty: match i32::from(socket.kind) {
+            libc::SOCK_DGRAM => true,
+            // At the end of a sequence an empty message comes again and again.
+            libc::SOCK_SEQPACKET => socket.peer != 0 && socket.shutdown & RECEIVE_SHUT == 0,
+            _ => false,
+        },
     };
     save_queue(&owner, collector)
 }
