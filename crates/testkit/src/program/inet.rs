@@ -56,6 +56,8 @@ fn options(socket: &impl std::os::fd::AsFd) -> anyhow::Result<Vec<(String, Strin
         fact("no delay", sockopt::tcp_nodelay(socket)?),
         fact("idle", format!("{:?}", sockopt::tcp_keepidle(socket)?)),
         fact("linger", format!("{:?}", sockopt::socket_linger(socket)?)),
+        fact("user time-out", sockopt::tcp_user_timeout(socket)?),
+        fact("congestion control", sockopt::tcp_congestion(socket)?),
     ])
 }
 
@@ -63,6 +65,9 @@ fn tcp_listen(_: &Place) -> anyhow::Result<Check> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, Duration::from_secs(99))?;
+    sockopt::set_tcp_user_timeout(&listener, 7777)?;
+    // Every kernel has it, and few have it for their default.
+    sockopt::set_tcp_congestion(&listener, "reno")?;
     let address = listener.local_addr()?;
     let copy = listener.try_clone()?;
     let mut same = unchanged(move || options(&copy))?;
@@ -181,6 +186,8 @@ fn udp(_: &Place) -> anyhow::Result<Check> {
     connected.connect(bound.local_addr()?)?;
     connected.set_broadcast(true)?;
     connected.set_ttl(33)?;
+    connected.set_multicast_ttl_v4(9)?;
+    connected.set_multicast_loop_v4(false)?;
     let names = (bound.local_addr()?, connected.local_addr()?);
     let unbound = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = unbound.local_addr()?;
@@ -192,7 +199,10 @@ fn udp(_: &Place) -> anyhow::Result<Check> {
         );
         ensure!(unbound.local_addr()? == port, "another port");
         ensure!(
-            connected.broadcast()? && connected.ttl()? == 33,
+            connected.broadcast()?
+                && connected.ttl()? == 33
+                && connected.multicast_ttl_v4()? == 9
+                && !connected.multicast_loop_v4()?,
             "other options"
         );
         connected.send(b"datagram")?;

@@ -14,6 +14,7 @@ use super::super::file_entry;
 use super::super::socket_options::{bound_device, collect_options, general};
 use super::address::End;
 use super::ip_options::{V6ONLY, collect_ip_options, collect_tcp_options};
+use super::more_options;
 use super::tcp::note_connection;
 use super::{LISTEN, is_connection};
 use crate::collect::{CollectError, Collector, FdProbe, FileId, Obstacle};
@@ -108,10 +109,12 @@ pub(super) fn collect(
     if let Some((what, remedy)) = state_obstacle(kind, &socket, fd, collector) {
         return refuse(what, remedy);
     }
-    let entry = InetSkEntry {
+    let mut entry = InetSkEntry {
         ns_id: network_number(fd, collector)?,
         ..make_entry(id, fd, (kind, &socket))?
     };
+    let kinds = (kind.family, kind.kind, kind.protocol);
+    entry.opts.floe_more = more_options::collect(fd.file(), kinds, collector);
     if is_connection(&entry) && !collector.options.sockets.tcp_close {
         note_connection(&entry, fd, collector)?;
     }

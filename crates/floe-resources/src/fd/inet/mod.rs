@@ -2,12 +2,13 @@
 //!
 //! Saved:    addresses, state, backlog, shut directions, options of all levels; TCP: see [`tcp`].
 //! Rebuilt:  bound, listening or connected with shared ports allowed, then as saved. Needs: listeners first.
-//! Not kept: unread datagrams, multicast memberships, TLS and MD5 keys, MPTCP (refused).
+//! Not kept: unread datagrams, TLS and MD5 keys, MPTCP (refused); see `more_options`.
 
 mod address;
 mod collect;
 mod fault;
 mod ip_options;
+mod more_options;
 mod ping;
 mod plan;
 mod restore_tcp;

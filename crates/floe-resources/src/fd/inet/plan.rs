@@ -7,6 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use super::more_options;
 use super::ping;
 use floe_image::messages::{FdTypes, InetSkEntry};
 use floe_kernel::nftables::Flow;
@@ -246,6 +247,8 @@ fn finish(world: &mut World<'_>, entry: &InetSkEntry) -> Result<(), ExecuteError
     if let Some(options) = entry.tcp_opts.as_ref().filter(|_| is_tcp(entry)) {
         set_tcp_options(file, options)?;
     }
+    let kind = [entry.family, entry.r#type, entry.proto].map(u32::cast_signed);
+    more_options::set(file, kind.into(), entry.ino, &entry.opts.floe_more);
     for (name, shared) in [
         (libc::SO_REUSEADDR, entry.opts.reuseaddr),
         (libc::SO_REUSEPORT, entry.opts.so_reuseport),
