@@ -17,6 +17,7 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("tcp-half-closed", tcp_half_closed).with(&["--tcp-established"]),
     Program::new("tcp6-established", tcp6_established).with(&["--tcp-established"]),
     Program::new("udp", udp),
+    Program::new("inet-options", rare_options),
 ];
 
 /// A connection to a program that is not in the tree, and that program.
@@ -56,8 +57,6 @@ fn options(socket: &impl std::os::fd::AsFd) -> anyhow::Result<Vec<(String, Strin
         fact("no delay", sockopt::tcp_nodelay(socket)?),
         fact("idle", format!("{:?}", sockopt::tcp_keepidle(socket)?)),
         fact("linger", format!("{:?}", sockopt::socket_linger(socket)?)),
-        fact("user time-out", sockopt::tcp_user_timeout(socket)?),
-        fact("congestion control", sockopt::tcp_congestion(socket)?),
     ])
 }
 
@@ -65,9 +64,6 @@ fn tcp_listen(_: &Place) -> anyhow::Result<Check> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, Duration::from_secs(99))?;
-    sockopt::set_tcp_user_timeout(&listener, 7777)?;
-    // Every kernel has it, and few have it for their default.
-    sockopt::set_tcp_congestion(&listener, "reno")?;
     let address = listener.local_addr()?;
     let copy = listener.try_clone()?;
     let mut same = unchanged(move || options(&copy))?;
@@ -180,14 +176,35 @@ fn tcp_half_closed(_: &Place) -> anyhow::Result<Check> {
     }))
 }
 
+/// Options that few programs set.
+fn rare_options(_: &Place) -> anyhow::Result<Check> {
+    let listener = TcpListener::bind((Ipv6Addr::LOCALHOST, 0))?;
+    sockopt::set_tcp_user_timeout(&listener, 7777)?;
+    // Every kernel has it, and few have it for their default.
+    sockopt::set_tcp_congestion(&listener, "reno")?;
+    sockopt::set_ipv6_unicast_hops(&listener, Some(9))?;
+    let datagrams = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
+    datagrams.set_multicast_ttl_v4(9)?;
+    datagrams.set_multicast_loop_v4(false)?;
+    sockopt::set_ip_recvtos(&datagrams, true)?;
+    unchanged(move || {
+        Ok(vec![
+            fact("user time-out", sockopt::tcp_user_timeout(&listener)?),
+            fact("congestion control", sockopt::tcp_congestion(&listener)?),
+            fact("hops", sockopt::ipv6_unicast_hops(&listener)?),
+            fact("multicast hops", datagrams.multicast_ttl_v4()?),
+            fact("multicast loop", datagrams.multicast_loop_v4()?),
+            fact("type of service", sockopt::ip_recvtos(&datagrams)?),
+        ])
+    })
+}
+
 fn udp(_: &Place) -> anyhow::Result<Check> {
     let bound = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     let connected = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))?;
     connected.connect(bound.local_addr()?)?;
     connected.set_broadcast(true)?;
     connected.set_ttl(33)?;
-    connected.set_multicast_ttl_v4(9)?;
-    connected.set_multicast_loop_v4(false)?;
     let names = (bound.local_addr()?, connected.local_addr()?);
     let unbound = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     let port = unbound.local_addr()?;
@@ -199,10 +216,7 @@ fn udp(_: &Place) -> anyhow::Result<Check> {
         );
         ensure!(unbound.local_addr()? == port, "another port");
         ensure!(
-            connected.broadcast()?
-                && connected.ttl()? == 33
-                && connected.multicast_ttl_v4()? == 9
-                && !connected.multicast_loop_v4()?,
+            connected.broadcast()? && connected.ttl()? == 33,
             "other options"
         );
         connected.send(b"datagram")?;

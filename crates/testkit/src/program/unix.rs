@@ -19,7 +19,10 @@ pub const PROGRAMS: &[Program] = &[
     Program::new("unix-stream", stream),
     Program::new("unix-dgram", dgram),
     Program::new("unix-dgram-empty", empty_dgram),
-    Program::new("unix-seqpacket", seqpacket),
+    Program::new("unix-seqpacket", |_| seqpacket([b"one record", b"another"])),
+    Program::new("unix-seqpacket-empty", |_| {
+        seqpacket([b"one record", b"", b"another", b""])
+    }),
     Program::new("unix-listen", listen),
     Program::new("unix-peer-name", peer_name),
     Program::new("unix-deleted", deleted),
@@ -103,14 +106,13 @@ fn dgram(place: &Place) -> anyhow::Result<Check> {
     }))
 }
 
-fn seqpacket(_: &Place) -> anyhow::Result<Check> {
+fn seqpacket<const N: usize>(messages: [&'static [u8]; N]) -> anyhow::Result<Check> {
     let (left, right) = rustix::net::socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
         SocketFlags::CLOEXEC,
         None,
     )?;
-    let messages: [&[u8]; 4] = [b"one record", b"", b"another", b""];
     let send = move |fd: &OwnedFd| -> anyhow::Result<()> {
         for message in messages {
             rustix::net::send(fd, message, SendFlags::empty())?;
