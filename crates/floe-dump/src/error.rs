@@ -67,6 +67,19 @@ pub enum DumpError {
         images.display(), link.display()
     )]
     OwnParent { images: PathBuf, link: PathBuf },
+    /// An earlier checkpoint in the directory cannot be kept until the new one is whole.
+    #[error("Setting aside the checkpoint that is in {}", path.display())]
+    Aside {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// There is nothing to build on.
+    #[error(
+        "{} holds no generation to build on (--prev-images-dir): it is empty, or its round was never finished",
+        path.display()
+    )]
+    NoGeneration { path: PathBuf },
     /// Another dump writes to the directory.
     #[error(
         "{} is being written by another dump: wait for its end, or give each dump a directory of its own (-D)",
@@ -119,13 +132,6 @@ pub enum DumpError {
     /// The caller's script refused.
     #[error(transparent)]
     Hook(#[from] HookError),
-    /// The statistics could not be written.
-    #[error("Writing {path}")]
-    Statistics {
-        path: String,
-        #[source]
-        source: io::Error,
-    },
     /// The images are whole, but the tasks could not be ended.
     #[error("The images are complete, but task {pid} could not be ended")]
     Kill {

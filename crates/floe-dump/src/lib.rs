@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod apart;
+mod aside;
 mod dir_lock;
 mod error;
 mod freeze;
@@ -58,6 +59,7 @@ use floe_resources::task::label::{policy, without_executable_memory};
 use floe_resources::vma::MappingReader;
 use floe_resources::{Collector, Obstacle};
 
+pub use aside::settle_after_kill;
 pub use dir_lock::DirLock;
 pub use error::{DumpError, FreezeError, Obstacles};
 pub use iterate::{IterateReport, RoundReport, StopReason, dump_in_rounds};
@@ -67,6 +69,7 @@ pub use predump::pre_dump;
 pub use report::DumpReport;
 pub use track::refuse_own_parent;
 
+use aside::Aside;
 use freeze::FrozenTree;
 use generations::Generations;
 use hooks::{asked_external, lock_network};
@@ -118,6 +121,7 @@ pub fn dump_to(
     preflight::spare_what_is_there(options, features, watch)?;
     let images = &options.place.images_dir;
     let _ours = DirLock::take(images)?;
+    let _aside = set_aside(options)?;
     let writer = ImageWriter::create(images, durability(images))?;
     let mut unfinished = Unfinished::of(&writer);
     write::write_cpu(&writer, options)?;
@@ -158,7 +162,8 @@ pub fn dump_to(
         // What comes now is the end of the tasks, or not theirs to notice.
         report.frozen = stopping.elapsed();
         destination.make_whole()?;
-        if watch.is_some_and(Watch::is_cancelled) {
+        // An archive that bears its name is for good.
+        if destination.seal.is_none() && watch.is_some_and(Watch::is_cancelled) {
             return Err(DumpError::Cancelled);
         }
         // Stopped tasks are as good as ended: their connections belong to the images now, and whoever
@@ -180,8 +185,15 @@ pub fn dump_to(
     Generations::remove_unused(images);
     dedup(options)?;
     report.total = started.elapsed();
-    report.write_statistics(&options.place)?;
+    report.write_statistics(&options.place);
     Ok(report)
+}
+
+/// Keeps a checkpoint that this one replaces until it is whole. A page server may have put its part there.
+fn set_aside(options: &DumpOptions) -> Result<Option<Aside<'_>>, DumpError> {
+    let here = options.page_server.is_none();
+    here.then(|| Aside::set(&options.place.images_dir))
+        .transpose()
 }
 
 impl Destination<'_> {

@@ -30,7 +30,9 @@ use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source, refuse_own_parent};
 use crate::unfinished::Unfinished;
-use crate::{dedup, durability, preflight, release, remove_earlier, run_id, segments, stop, write};
+use crate::{
+    dedup, durability, preflight, release, remove_earlier, run_id, segments, set_aside, stop, write,
+};
 
 type Unsure = Arc<Mutex<Vec<PageRun>>>;
 
@@ -62,6 +64,7 @@ pub fn round(
     }
     let images = &options.place.images_dir;
     let _ours = DirLock::take(images)?;
+    let _aside = set_aside(options)?;
     let writer = ImageWriter::create(images, durability(images))?;
     let mut unfinished = Unfinished::of(&writer);
     let server = options.page_server.as_ref().map(connect).transpose()?;
@@ -108,7 +111,7 @@ pub fn round(
     dedup(options)?;
     report.memory = memory.counts;
     report.total = started.elapsed();
-    report.write_statistics(&options.place)?;
+    report.write_statistics(&options.place);
     Ok(report)
 }
 

@@ -11,7 +11,6 @@ use floe_image::messages::{DumpStatsEntry, StatsEntry};
 use floe_options::Place;
 use prost::Message;
 
-use crate::error::DumpError;
 use crate::memory::MemoryCounts;
 
 /// Times, counts and sizes of one dump.
@@ -66,8 +65,8 @@ impl DumpReport {
         }
     }
 
-    /// Writes `stats-dump` into the work directory.
-    pub fn write_statistics(&self, place: &Place) -> Result<(), DumpError> {
+    /// Writes `stats-dump` into the work directory. The dump is whole by now, with or without.
+    pub fn write_statistics(&self, place: &Place) {
         let path = place.work_file(ImageKind::Stats.file_name(STATS_DUMP));
         let entry = self.entry();
         let mut bytes = Vec::new();
@@ -82,9 +81,8 @@ impl DumpReport {
             .mode(0o600)
             .open(&path)
             .and_then(|mut file| file.write_all(&bytes));
-        written.map_err(|source| DumpError::Statistics {
-            path: path.display().to_string(),
-            source,
-        })
+        if let Err(error) = written {
+            tracing::warn!(%error, "the statistics cannot be written to {}", path.display());
+        }
     }
 }

@@ -53,6 +53,14 @@ enum Number {
     Hexadecimal,
 }
 
+/// Whether a file of this name is an image that a dump makes, compressed or not.
+pub fn is_image_name(name: &str) -> bool {
+    let plain = name.trim_end_matches(".zst").trim_end_matches(".lz4");
+    let kind = ImageKind::of_file_name(plain).map(|(kind, _)| kind);
+    // Another command makes that one, before the dump.
+    plain.ends_with(".img") && kind.is_some_and(|kind| kind != ImageKind::Cpuinfo)
+}
+
 impl ImageKind {
     /// All kinds, in the order of the table.
     pub fn all() -> impl Iterator<Item = ImageKind> {

@@ -20,7 +20,7 @@ pub mod upgrade;
 pub mod wire;
 pub mod writer;
 
-pub use catalogue::ImageKind;
+pub use catalogue::{ImageKind, is_image_name};
 pub use dir::ImageDir;
 pub use error::ImageError;
 pub use pages::{PagesReader, PassingPages};

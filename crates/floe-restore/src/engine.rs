@@ -148,7 +148,10 @@ pub fn restore(
     }
     world.tidy_up();
     report.total = start.elapsed();
-    write_statistics(&options.place.work_dir, &report)?;
+    // The tree runs, with or without.
+    if let Err(error) = write_statistics(&options.place.work_dir, &report) {
+        tracing::warn!(%error, "the statistics cannot be written to the work directory");
+    }
     let resumed = options
         .hooks
         .run(HookEvent::new(Action::PostResume, Some(report.root)));

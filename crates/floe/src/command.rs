@@ -404,6 +404,7 @@ fn dump(settings: &Settings, command: Command, made: Option<&Path>) -> Result<Ex
         }
         Ok(EngineEnd::Killed(signal)) => {
             before.as_ref().map(Leftovers::remove);
+            floe_dump::settle_after_kill(&images);
             if let Some(archive) = &settings.archive {
                 OnTheWay::remove_left(archive, &images, supervisor.engine());
             }
@@ -424,7 +425,7 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
     let archive = settings
         .archive
         .as_deref()
-        .map(|file| OnTheWay::begin(file, codec, (&mut options.place, in_rounds)))
+        .map(|file| OnTheWay::begin(file, codec, (&mut options.place, in_rounds), watch))
         .transpose()?;
     let features = KernelFeatures::probe();
     let seal_archive = || -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -446,7 +447,7 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
         }
     };
     if dumped.is_ok() && settings.display_stats {
-        show_statistics(&options.place.work_dir)?;
+        shown(show_statistics(&options.place.work_dir));
     }
     match (archive, codec) {
         (Some(archive), _) => archive.give_up(),
@@ -458,6 +459,13 @@ fn dump_watched(settings: &Settings, command: Command, watch: &Watch) -> Result<
     dumped?;
     tracing::info!("Dumping finished successfully");
     Ok(Exit::Done)
+}
+
+/// What was done is done, whether or not its statistics can be shown.
+fn shown(outcome: Result<(), Failure>) {
+    if let Err(failure) = outcome {
+        tracing::warn!("the statistics cannot be shown: {:#}", failure.error);
+    }
 }
 
 pub fn show_statistics(work_dir: &Path) -> Result<(), Failure> {
@@ -507,7 +515,7 @@ fn restore_here(
         told.map_err(|error| anyhow::anyhow!("telling the caller that the tree runs: {error}"))?;
     }
     if settings.display_stats {
-        show_restore_statistics(&options.place.work_dir)?;
+        shown(show_restore_statistics(&options.place.work_dir));
     }
     if let (true, Some((program, args))) = (settings.exec_cmd, rest.split_first()) {
         let error = std::process::Command::new(program).args(args).exec();

@@ -121,9 +121,10 @@ fn dump_exit(error: &DumpError) -> Exit {
         | DumpError::Tracker { .. }
         | DumpError::Uffd(_)
         | DumpError::Kill { .. } => Exit::Kernel,
-        DumpError::Parent(_) | DumpError::ParentIndex(_) | DumpError::ParentManifest(_) => {
-            Exit::BadImage
-        }
+        DumpError::NoGeneration { .. }
+        | DumpError::Parent(_)
+        | DumpError::ParentIndex(_)
+        | DumpError::ParentManifest(_) => Exit::BadImage,
         DumpError::OwnParent { .. } => Exit::Usage,
         _ => Exit::Failed,
     }

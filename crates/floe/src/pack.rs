@@ -15,8 +15,10 @@ use floe_archive::direct::{DirectArchive, Out};
 use floe_archive::pack::{PackError, PackOptions, PackReport, pack, pack_consuming};
 use floe_dump::DirLock;
 use floe_image::ImageDir;
+use floe_inject::Watch;
 use floe_memory::{PageStore, punch_chain};
 use floe_options::Place;
+use rustix::fs::{FileType, OFlags};
 
 use crate::exit::{Exit, Failure};
 use crate::own;
@@ -60,6 +62,9 @@ pub fn run(args: &[OsString]) -> Result<Exit, Failure> {
         threads: line.threads.unwrap_or_else(own::processors),
     };
     let pack = |out: &mut dyn Write| pack(&dir, out, &options).map_err(failure);
+    if line.output == Path::new("-") {
+        refuse_closed_output()?;
+    }
     write(&pack, &line.output)?;
     Ok(Exit::Done)
 }
@@ -75,6 +80,8 @@ pub struct OnTheWay {
     archive: PathBuf,
     options: PackOptions,
     direct: Option<Arc<DirectArchive>>,
+    /// Tells whether the dump was called off.
+    watch: Watch,
     /// While it is held, the directory is in use.
     _ours: DirLock,
 }
@@ -85,7 +92,11 @@ impl OnTheWay {
         archive: &Path,
         codec: Option<&str>,
         (place, in_rounds): (&mut Place, bool),
+        watch: &Watch,
     ) -> Result<OnTheWay, Failure> {
+        if archive == Path::new("-") {
+            refuse_closed_output()?;
+        }
         let parent = archive.parent().filter(|parent| *parent != Path::new(""));
         if let Some(parent) = parent.filter(|parent| !parent.is_dir()) {
             return Err(anyhow::anyhow!(
@@ -113,6 +124,7 @@ impl OnTheWay {
                 threads: own::processors(),
             },
             direct: None,
+            watch: watch.clone(),
         };
         if place.prev_images_dir.is_none() && !in_rounds {
             match on_the_way.begin_direct() {
@@ -141,7 +153,11 @@ impl OnTheWay {
             Some(_) => Out::File(file),
             None => Out::Pipe(file),
         };
+        let watch = self.watch.clone();
         let keep = Box::new(move |report: PackReport| {
+            if watch.is_cancelled() {
+                return Err(called_off());
+            }
             output.keep(&path)?;
             say(&path, &report);
             Ok(())
@@ -165,7 +181,12 @@ impl OnTheWay {
         let dir = dir.map_err(|error| Failure::new(Exit::BadImage, error))?;
         give_back_replaced(&dir, &self.images)?;
         let pack = |out: &mut dyn Write| {
-            pack_consuming(&dir, out, &self.options, &self.images).map_err(failure)
+            let report = pack_consuming(&dir, out, &self.options, &self.images);
+            let report = report.map_err(failure)?;
+            match self.watch.is_cancelled() {
+                true => Err(failure(PackError::Write(called_off()))),
+                false => Ok(report),
+            }
         };
         write(&pack, &self.archive)
     }
@@ -184,6 +205,32 @@ impl OnTheWay {
     pub fn give_up(self) {
         // What is left of it has no manifest, or is in the archive.
         let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Whoever has asked for the dump is gone: the archive does not get its name.
+fn called_off() -> io::Error {
+    io::Error::new(io::ErrorKind::Interrupted, "the dump was called off")
+}
+
+/// Refuses to write an archive to where nobody can have it. Where standard output was closed at the start, the
+/// null device takes its place, open both ways.
+fn refuse_closed_output() -> Result<(), Failure> {
+    let stdout = io::stdout();
+    let flags = rustix::fs::fcntl_getfl(&stdout);
+    let is_both_ways = flags.is_ok_and(|flags| flags.contains(OFlags::RDWR));
+    let is_null = rustix::fs::fstat(&stdout).is_ok_and(|stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && stat.st_rdev == rustix::fs::makedev(1, 3)
+    });
+    match is_both_ways && is_null {
+        false => Ok(()),
+        true => Err(Failure::new(
+            Exit::Usage,
+            anyhow::anyhow!(
+                "--archive: `-` is standard output, which is closed: nobody would have the archive. Give a file, or a pipe"
+            ),
+        )),
     }
 }
 

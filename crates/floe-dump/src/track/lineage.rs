@@ -34,6 +34,9 @@ impl Lineage {
         let path = place.images_dir.join(link);
         let parent = ImageDir::open(&path)?;
         let manifest = Manifest::read(&parent)?;
+        if manifest.is_none() && !parent.has(ImageKind::Inventory, 0) {
+            return Err(DumpError::NoGeneration { path });
+        }
         let round = match &manifest {
             Some(_) => parent
                 .read_optional::<InventoryEntry>(ImageKind::Inventory, 0)?

@@ -115,6 +115,18 @@ pub const MESSAGES: &[(&str, &str)] = &[
         "--freeze-cgroup GROUP",
     ),
     (
+        "floe: The dump was called off: the process that asked for it has ended",
+        "setsid floe dump",
+    ),
+    (
+        "floe: Setting aside the checkpoint that is in /c: File exists (os error 17)",
+        "-D NEW_DIR",
+    ),
+    (
+        "floe: --archive: `-` is standard output, which is closed: nobody would have the archive. Give a file, or a pipe",
+        "--archive FILE",
+    ),
+    (
         "floe: /c is being written by another dump: wait for its end",
         "-D DIRECTORY_OF_ITS_OWN",
     ),

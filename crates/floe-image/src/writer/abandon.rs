@@ -6,7 +6,7 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::{ImageWriter, WriteError};
-use crate::catalogue::ImageKind;
+use crate::catalogue::is_image_name;
 use crate::dir::PARENT_LINK;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY};
 
@@ -48,27 +48,19 @@ impl ImageWriter {
             let Ok(name) = entry.file_name().to_str() else {
                 continue;
             };
-            if self.is_of_earlier(name) {
+            if is_image_name(name) && !self.files().contains_key(name) {
                 let removed = rustix::fs::unlinkat(self.as_fd(), name, AtFlags::empty());
                 removed.map_err(|errno| failed(name, errno))?;
             }
         }
         Ok(())
     }
-
-    fn is_of_earlier(&self, name: &str) -> bool {
-        let plain = name.trim_end_matches(".zst").trim_end_matches(".lz4");
-        let kind = ImageKind::of_file_name(plain).map(|(kind, _)| kind);
-        // Another command makes that one, before the dump.
-        let is_of_a_dump = kind.is_some_and(|kind| kind != ImageKind::Cpuinfo);
-        plain.ends_with(".img") && is_of_a_dump && !self.files().contains_key(name)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Sync;
+    use crate::{ImageKind, Sync};
 
     #[test]
     fn what_was_made_is_removed_and_nothing_else() {
