@@ -181,12 +181,13 @@ impl OnTheWay {
         let dir = dir.map_err(|error| Failure::new(Exit::BadImage, error))?;
         give_back_replaced(&dir, &self.images)?;
         let pack = |out: &mut dyn Write| {
-            let report = pack_consuming(&dir, out, &self.options, &self.images);
+            let mut out = Watched(out, &self.watch);
+            let report = pack_consuming(&dir, &mut out, &self.options, &self.images);
             let report = report.map_err(failure)?;
-            match self.watch.is_cancelled() {
-                true => Err(failure(PackError::Write(called_off()))),
-                false => Ok(report),
-            }
+            // Nothing is written from here to the name.
+            out.flush()
+                .map_err(|error| failure(PackError::Write(error)))?;
+            Ok(report)
         };
         write(&pack, &self.archive)
     }
@@ -208,9 +209,33 @@ impl OnTheWay {
     }
 }
 
+/// Takes nothing any more when the dump is called off: its tree stands still as long as there is something to write.
+struct Watched<'a>(&'a mut dyn Write, &'a Watch);
+
+impl Watched<'_> {
+    fn check(&self) -> io::Result<()> {
+        match self.1.is_cancelled() {
+            true => Err(called_off()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Write for Watched<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.check()?;
+        self.0.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.check()?;
+        self.0.flush()
+    }
+}
+
 /// Whoever has asked for the dump is gone: the archive does not get its name.
 fn called_off() -> io::Error {
-    io::Error::new(io::ErrorKind::Interrupted, "the dump was called off")
+    io::Error::other("the dump was called off")
 }
 
 /// Refuses to write an archive to where nobody can have it. Where standard output was closed at the start, the
