@@ -42,6 +42,9 @@ pub struct Summary {
     pub segments: Vec<SegmentSummary>,
     pub files: Vec<FileSummary>,
     pub sockets: Vec<FileSummary>,
+    /// Bytes of pages in all address spaces and segments, each page once; of a pre-dump nothing else tells.
+    #[serde(skip)]
+    pages: u64,
 }
 
 /// How one generation was made.
@@ -180,6 +183,7 @@ impl Summary {
             tasks,
             mappings,
             segments,
+            pages: pages(dir)?,
             files: plain,
             sockets,
         })
@@ -187,10 +191,19 @@ impl Summary {
 
     /// Bytes of pages in the checkpoint, each page once.
     pub fn stored(&self) -> u64 {
-        let shared = self.segments.iter().flat_map(|segment| &segment.stored);
-        let own = self.tasks.iter().map(|task| task.stored);
-        own.chain(shared.copied()).sum()
+        self.pages
     }
+}
+
+fn pages(dir: &ImageDir) -> Result<u64, SummaryError> {
+    let mut bytes = 0;
+    for (kind, id) in dir.images()? {
+        if matches!(kind, ImageKind::Pagemap | ImageKind::ShmemPagemap) {
+            let index = PageIndex::read(dir, kind, id.unwrap_or(0))?;
+            bytes += index.runs().iter().map(|run| run.len).sum::<u64>();
+        }
+    }
+    Ok(bytes)
 }
 
 /// Bytes of pages in a range by the generation in which they are newest, oldest first.

@@ -44,7 +44,12 @@ pub fn pre_dump(
     features: &KernelFeatures,
     watch: Option<&Watch>,
 ) -> Result<DumpReport, DumpError> {
-    round(options, None, (features, watch))
+    let root = HostPid(options.tree.get());
+    round(options, None, (features, watch)).map_err(|error| match error {
+        // Its keeper ends with it.
+        DumpError::Keeper(_) if ProcDir::open(root).is_err() => DumpError::Ended { pid: root },
+        error => error,
+    })
 }
 
 /// A pre-dump; the first round of a dump looks whether that can be made at all.

@@ -73,7 +73,10 @@ impl Settings {
             return Err(UsageError::Excess {
                 command: command.name(),
                 given: given.clone(),
-                meant: option_for(command, given).map(|option| format!("{option} {given}")),
+                meant: match self.iterate && self.tree.is_some() {
+                    true => Some(format!("--iterate={given}")),
+                    false => option_for(command, given).map(|option| format!("{option} {given}")),
+                },
             });
         }
         if restore && self.sibling && !self.detached {

@@ -18,7 +18,9 @@ pub fn text(command: Option<Command>) -> String {
     for (title, belongs) in sections(command) {
         section(title, &*belongs, &mut out);
     }
-    out.push_str("\nSwitches are turned off by `--no-NAME`; the last of several wins.\n\n");
+    out.push_str(
+        "\nMost switches of CRIU are turned off by `--no-NAME`; the last of several wins.\n\n",
+    );
     out.push_str(Exit::HELP);
     out
 }

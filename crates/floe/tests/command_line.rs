@@ -66,6 +66,7 @@ fn exit_codes_and_messages_of_wrong_usage() {
         ("restore extra", "takes no further arguments, got `extra`"),
         ("restore /etc", "did you mean `-D /etc`?"),
         ("dump 123 -D images", "did you mean `-t 123`?"),
+        ("dump -t 1 --iterate 3", "did you mean `--iterate=3`?"),
         ("verify one two", "-i BASE -i INCREMENT"),
         ("track status 4194303", "There is no task 4194303"),
         ("track stop 4194303", "There is no task 4194303"),

@@ -44,6 +44,20 @@ fn json_says_what_each_generation_copied() {
 }
 
 #[test]
+fn a_pre_dump_says_how_much_memory_it_has() {
+    let root = tempfile::tempdir().expect("a directory");
+    let newest = chain(root.path());
+    for (directory, wanted) in [
+        ("0", "pre-dump, 0 tasks, 40.0 KiB of pages"),
+        ("1", ", 40.0 KiB of pages"),
+    ] {
+        let output = floe(&["inspect"], &newest.with_file_name(directory));
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(text.contains(wanted), "{text}");
+    }
+}
+
+#[test]
 fn the_tables_name_tasks_and_generations() {
     let root = tempfile::tempdir().expect("a directory");
     let output = floe(&["inspect"], &chain(root.path()));
