@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use floe_kernel::proc::{ProcDir, parse_cgroup};
+use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
 
 use super::hierarchy::Hierarchy;
 
@@ -41,10 +41,13 @@ enum Version {
 /// The group by which a process is frozen, if it is: its path in its hierarchy. What cannot be looked at is not.
 pub fn frozen_group(process: &ProcDir) -> Option<String> {
     let memberships = parse_cgroup(&process.read("cgroup").ok()?).ok()?;
-    memberships.into_iter().find_map(|member| {
-        let name = member.controllers.clone();
-        let is_known = name.is_empty() || name.split(',').any(|name| name == "freezer");
-        let hierarchy = Hierarchy::open(&name, None).ok().filter(|_| is_known)?;
+    let has_freezer = |member: &CgroupMembership| {
+        let mut names = member.controllers.split(',');
+        member.controllers.is_empty() || names.any(|name| name == "freezer")
+    };
+    let mut members = memberships.into_iter().filter(has_freezer);
+    members.find_map(|member| {
+        let hierarchy = Hierarchy::open(&member.controllers, None).ok()?;
         let ancestors = Path::new(&member.path).ancestors();
         let mut groups = ancestors.filter_map(|group| group.to_str());
         let is_frozen = |group: &&str| {
