@@ -11,8 +11,6 @@ use std::time::{Duration, Instant};
 
 use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
 
-use super::hierarchy::Hierarchy;
-
 /// How often a group is asked whether it is frozen.
 const POLL: Duration = Duration::from_millis(1);
 
@@ -38,7 +36,15 @@ enum Version {
     Two,
 }
 
-/// The group by which a process is frozen, if it is: its path in its hierarchy. What cannot be looked at is not.
+/// Where hierarchies with a freezer are mounted on most systems.
+const MOUNTED: [&str; 3] = [
+    "/sys/fs/cgroup",
+    "/sys/fs/cgroup/unified",
+    "/sys/fs/cgroup/freezer",
+];
+
+/// The group by which a process is frozen, if it is: its path in its hierarchy. What cannot be looked at is not; a mount
+/// for it would take longer than all else that a stopped tree is asked.
 pub fn frozen_group(process: &ProcDir) -> Option<String> {
     let memberships = parse_cgroup(&process.read("cgroup").ok()?).ok()?;
     let has_freezer = |member: &CgroupMembership| {
@@ -47,13 +53,15 @@ pub fn frozen_group(process: &ProcDir) -> Option<String> {
     };
     let mut members = memberships.into_iter().filter(has_freezer);
     members.find_map(|member| {
-        let hierarchy = Hierarchy::open(&member.controllers, None).ok()?;
+        let is_frozen = |group: &&str| {
+            MOUNTED.iter().any(|mounted| {
+                let freezer =
+                    Freezer::open(&Path::new(mounted).join(group.trim_start_matches('/')));
+                freezer.is_ok_and(|freezer| freezer.was_frozen)
+            })
+        };
         let ancestors = Path::new(&member.path).ancestors();
         let mut groups = ancestors.filter_map(|group| group.to_str());
-        let is_frozen = |group: &&str| {
-            let freezer = Freezer::open(&hierarchy.path(group));
-            freezer.is_ok_and(|freezer| freezer.was_frozen)
-        };
         groups.find(is_frozen).map(str::to_string)
     })
 }
