@@ -1,11 +1,11 @@
-//! A checkpoint that a new one is to replace stays until that is whole, and comes back if it never is.
+//! Images that are there when a new dump begins stay until that is whole, and come back if it never is.
 //!
-//! It lies in a directory beside the new images. Whoever has the lock of their directory may finish what a killed
+//! They lie in a directory beside the new ones. Whoever has the lock of their directory may finish what a killed
 //! dump has begun: nothing is lost at any step.
 
 use std::fs;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use floe_image::dir::PARENT_LINK;
 use floe_image::manifest::MANIFEST_NAME;
@@ -14,40 +14,33 @@ use floe_image::{ImageKind, is_image_name};
 use crate::dir_lock::DirLock;
 use crate::error::DumpError;
 
-/// Where the earlier checkpoint lies while the new one is made.
+/// Where the earlier images lie while new ones are made.
 const BEFORE: &str = ".floe-before";
-/// The same, when what was begun is gone and it is on its way back.
-const BACK: &str = ".floe-back";
+/// Where they lie while they move, there or back: what is in it goes to where it was, and nothing is removed.
+const MOVING: &str = ".floe-moving";
 
-/// An earlier checkpoint in the directory of a new one; dropping it settles which of both stays.
+/// Earlier images in the directory of a new dump; dropping it settles which of both stay.
 #[derive(Debug)]
 pub struct Aside<'a> {
     images: &'a Path,
 }
 
 impl<'a> Aside<'a> {
-    /// Sets aside what is whole, or looks so, in a directory that is ours.
+    /// Sets aside what images there are in a directory that is ours.
     pub fn set(images: &'a Path) -> Result<Self, DumpError> {
-        let failed = |source| DumpError::Aside {
+        let moved = settle(images).and_then(|()| set_aside(images));
+        moved.map_err(|source| DumpError::Aside {
             path: images.to_path_buf(),
             source,
-        };
-        settle(images).map_err(failed)?;
-        let aside = Aside { images };
-        let inventory = ImageKind::Inventory.file_name(0);
-        let is_whole = |name: &str| images.join(name).exists();
-        if is_whole(MANIFEST_NAME) || is_whole(&inventory) {
-            set_aside(images, &images.join(BEFORE)).map_err(failed)?;
-        }
-        Ok(aside)
+        })?;
+        Ok(Aside { images })
     }
 }
 
 impl Drop for Aside<'_> {
     fn drop(&mut self) {
         if let Err(error) = settle(self.images) {
-            let path = self.images.join(BEFORE);
-            tracing::warn!(%error, "the earlier checkpoint is in {}", path.display());
+            tracing::warn!(%error, "earlier images are aside in {}", self.images.display());
         }
     }
 }
@@ -65,25 +58,32 @@ fn names(directory: &Path) -> io::Result<Vec<String>> {
     Ok(names.filter_map(Result::ok).collect())
 }
 
-fn set_aside(images: &Path, before: &Path) -> io::Result<()> {
-    fs::create_dir(before)?;
+fn set_aside(images: &Path) -> io::Result<()> {
     let mut names = names(images)?;
     names.retain(|name| is_image_name(name) || is_seal(name) || name == PARENT_LINK);
+    if names.is_empty() {
+        return Ok(());
+    }
     names.sort_by_key(|name| !is_seal(name));
+    let moving = images.join(MOVING);
+    fs::create_dir(&moving)?;
     for name in names {
-        fs::rename(images.join(&name), before.join(&name))?;
+        fs::rename(images.join(&name), moving.join(&name))?;
     }
-    // It may be of the earlier one, or made for the new one by a command of its own.
+    // It may be of the earlier dump, or made for the new one by a command of its own.
     let cpu = ImageKind::Cpuinfo.file_name(0);
-    match fs::copy(images.join(&cpu), before.join(&cpu)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
+    if images.join(&cpu).exists() {
+        fs::rename(images.join(&cpu), moving.join(&cpu))?;
+        fs::copy(moving.join(&cpu), images.join(&cpu))?;
     }
+    fs::rename(moving, images.join(BEFORE))
 }
 
 /// After the end of an engine that was killed, which left neither the one nor the other.
 pub fn settle_after_kill(images: &Path) {
-    let is_left = [BEFORE, BACK].iter().any(|name| images.join(name).exists());
+    let is_left = [BEFORE, MOVING]
+        .iter()
+        .any(|name| images.join(name).exists());
     if !is_left {
         return;
     }
@@ -93,13 +93,13 @@ pub fn settle_after_kill(images: &Path) {
         Err(_) => Ok(()),
     };
     if let Err(error) = settled {
-        tracing::warn!(%error, "the earlier checkpoint is in {}", images.join(BEFORE).display());
+        tracing::warn!(%error, "earlier images are aside in {}", images.display());
     }
 }
 
-/// Where a checkpoint is aside: removes it if the new one is whole, or the rest of the new one and brings it back.
+/// Where images are aside: removes them if the new ones are whole, or the rest of those, and brings them back.
 fn settle(images: &Path) -> io::Result<()> {
-    let (before, back): (PathBuf, PathBuf) = (images.join(BEFORE), images.join(BACK));
+    let [before, moving] = [BEFORE, MOVING].map(|name| images.join(name));
     if before.exists() {
         if images.join(MANIFEST_NAME).exists() {
             return fs::remove_dir_all(before);
@@ -109,17 +109,17 @@ fn settle(images: &Path) -> io::Result<()> {
                 fs::remove_file(images.join(name))?;
             }
         }
-        fs::rename(&before, &back)?;
+        fs::rename(&before, &moving)?;
     }
-    if !back.exists() {
+    if !moving.exists() {
         return Ok(());
     }
-    let mut names = names(&back)?;
+    let mut names = names(&moving)?;
     names.sort_by_key(|name| is_seal(name));
     for name in names {
-        fs::rename(back.join(&name), images.join(&name))?;
+        fs::rename(moving.join(&name), images.join(&name))?;
     }
-    fs::remove_dir(back)
+    fs::remove_dir(moving)
 }
 
 #[cfg(test)]
@@ -161,13 +161,40 @@ mod tests {
     }
 
     #[test]
-    fn a_return_that_was_cut_short_is_finished() {
+    fn a_move_that_was_cut_short_is_taken_back() {
+        // There and back look the same: of five files any may have moved.
+        let all = [
+            "core-7.img",
+            "cpuinfo.img",
+            "floe.json",
+            "inventory.img",
+            "pages-1.img",
+        ];
+        for moved in 0..=all.len() {
+            let place = tempfile::tempdir().expect("a directory");
+            let images = place.path();
+            fs::create_dir(images.join(MOVING)).expect("made");
+            write(&images.join(MOVING), &all[..moved]);
+            write(images, &all[moved..]);
+            settle(images).expect("settled");
+            assert_eq!(found(images), all, "{moved}");
+        }
+    }
+
+    #[test]
+    fn images_of_a_dump_that_was_never_whole_go_with_the_next() {
         let place = tempfile::tempdir().expect("a directory");
         let images = place.path();
-        fs::create_dir(images.join(BACK)).expect("made");
-        write(images, &["core-7.img"]);
-        write(&images.join(BACK), &["floe.json", "inventory.img"]);
-        settle(images).expect("settled");
-        assert_eq!(found(images), EARLIER);
+        write(
+            images,
+            &["core-7.img", "pages-9.img.zst", "my.img", "stats-dump"],
+        );
+        let aside = Aside::set(images).expect("set aside");
+        write(images, &["core-8.img", "floe.json"]);
+        drop(aside);
+        assert_eq!(
+            found(images),
+            ["core-8.img", "floe.json", "my.img", "stats-dump"]
+        );
     }
 }

@@ -153,11 +153,11 @@ pub fn dump_to(
         drop(unlock);
         release::resume(tree)?;
         report.frozen = stopping.elapsed();
-        report.image_bytes = finish(&writer, options, &mut memory, &run_id)?;
+        report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         destination.make_whole()?;
         unfinished.keep();
     } else {
-        report.image_bytes = finish(&writer, options, &mut memory, &run_id)?;
+        report.image_bytes = finish(&writer, &mut memory, &run_id)?;
         fault::point();
         // What comes now is the end of the tasks, or not theirs to notice.
         report.frozen = stopping.elapsed();
@@ -189,7 +189,7 @@ pub fn dump_to(
     Ok(report)
 }
 
-/// Keeps a checkpoint that this one replaces until it is whole. A page server may have put its part there.
+/// Keeps the images that this dump replaces until it is whole. A page server may have put its part there.
 fn set_aside(options: &DumpOptions) -> Result<Option<Aside<'_>>, DumpError> {
     let here = options.page_server.is_none();
     here.then(|| Aside::set(&options.place.images_dir))
@@ -336,22 +336,12 @@ fn durability(images: &Path) -> Sync {
     }
 }
 
-/// Removes what an earlier dump has left in the directory. A page server may have put its part there.
-fn remove_earlier(writer: &ImageWriter, options: &DumpOptions) -> Result<(), DumpError> {
-    match options.page_server {
-        Some(_) => Ok(()),
-        None => Ok(writer.remove_earlier()?),
-    }
-}
-
 /// Ends the images: only now does the directory pass for a dump.
 fn finish(
     writer: &ImageWriter,
-    options: &DumpOptions,
     memory: &mut MemoryDump<'_>,
     run_id: &str,
 ) -> Result<u64, DumpError> {
-    remove_earlier(writer, options)?;
     let info = write::manifest_info(DumpKind::Full, memory.tracking.as_ref());
     let manifest = writer.finish(info)?;
     if let Some(tracking) = memory.tracking.take() {

@@ -30,9 +30,7 @@ use crate::pagemap_out::connect;
 use crate::report::DumpReport;
 use crate::track::{Round, TaskAreas, Tracking, live_source, refuse_own_parent};
 use crate::unfinished::Unfinished;
-use crate::{
-    dedup, durability, preflight, release, remove_earlier, run_id, segments, set_aside, stop, write,
-};
+use crate::{dedup, durability, preflight, release, run_id, segments, set_aside, stop, write};
 
 type Unsure = Arc<Mutex<Vec<PageRun>>>;
 
@@ -106,7 +104,6 @@ pub fn round(
     let round = run_id();
     write::write_round(&writer, options.pre_dump_mode, &round, uptime)?;
     let info = write::manifest_info(DumpKind::PreDump, memory.tracking.as_ref());
-    remove_earlier(&writer, options)?;
     let manifest = writer.finish(info)?;
     report.image_bytes = manifest.files.values().map(|file| file.size).sum();
     if let Some(tracking) = memory.tracking.take() {

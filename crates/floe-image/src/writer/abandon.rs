@@ -1,4 +1,4 @@
-//! A dump that failed leaves no images, and one that is whole none of an earlier one.
+//! A dump that failed leaves no images.
 
 use std::sync::atomic::Ordering;
 
@@ -6,7 +6,6 @@ use rustix::fs::AtFlags;
 use rustix::io::Errno;
 
 use super::{ImageWriter, WriteError};
-use crate::catalogue::is_image_name;
 use crate::dir::PARENT_LINK;
 use crate::manifest::{MANIFEST_NAME, MANIFEST_TEMPORARY};
 
@@ -32,28 +31,6 @@ impl ImageWriter {
             }
         }
         result
-    }
-
-    /// Removes the images of an earlier dump into this directory that this one has none in place of, such as those of
-    /// another pid: they would pass for a part of it.
-    pub fn remove_earlier(&self) -> Result<(), WriteError> {
-        let failed = |name: &str, errno: Errno| WriteError::Remove {
-            path: self.file_path(name),
-            source: errno.into(),
-        };
-        let entries =
-            rustix::fs::Dir::read_from(self.as_fd()).map_err(|errno| failed("", errno))?;
-        for entry in entries {
-            let entry = entry.map_err(|errno| failed("", errno))?;
-            let Ok(name) = entry.file_name().to_str() else {
-                continue;
-            };
-            if is_image_name(name) && !self.files().contains_key(name) {
-                let removed = rustix::fs::unlinkat(self.as_fd(), name, AtFlags::empty());
-                removed.map_err(|errno| failed(name, errno))?;
-            }
-        }
-        Ok(())
     }
 }
 
@@ -86,30 +63,6 @@ mod tests {
         assert_eq!(names().len(), 4);
         writer.remove_made().expect("removed");
         assert_eq!(names(), ["core-7.img", "dump.log"]);
-    }
-
-    #[test]
-    fn images_of_an_earlier_dump_go_and_nothing_else() {
-        let place = tempfile::tempdir().expect("a directory");
-        let earlier = ["core-7.img", "pages-9.img.zst", "pagemap-7.img"];
-        let others = [
-            "cpuinfo.img",
-            "dump.log",
-            "stats-dump",
-            "my.img",
-            "pages-1.img",
-        ];
-        for name in earlier.iter().chain(&others) {
-            std::fs::write(place.path().join(name), "x").expect("writable");
-        }
-        let writer = ImageWriter::create(place.path(), Sync::None).expect("writable");
-        writer.create_raw(ImageKind::Pages, 1).expect("a file");
-        writer.remove_earlier().expect("removed");
-        for (names, there) in [(&earlier[..], false), (&others[..], true)] {
-            for name in names {
-                assert_eq!(place.path().join(name).exists(), there, "{name}");
-            }
-        }
     }
 
     #[test]
