@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use floe_inject::{InjectError, Seized, Stopped};
 use floe_kernel::fault;
 use floe_kernel::ids::HostPid;
-use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_stat, parse_status};
+use floe_kernel::proc::{ProcDir, ProcError, Stat, parse_cgroup, parse_stat, parse_status};
 use floe_kernel::ptrace::options;
 use floe_resources::cgroup::freezer::{Freezer as Group, frozen_group};
 use floe_resources::namespace::PidView;
@@ -316,7 +316,11 @@ fn seize_new(
 fn wait_for_all(proc: &ProcDir, mut new: Interrupted) -> Result<Vec<Stopped>, FreezeError> {
     let mut group = None;
     let mut is_frozen = || {
-        group = frozen_group(proc);
+        let memberships = proc
+            .read("cgroup")
+            .ok()
+            .and_then(|text| parse_cgroup(&text).ok());
+        group = memberships.and_then(|memberships| frozen_group(&memberships));
         group.is_some()
     };
     let mut stopped = Vec::with_capacity(new.threads.len());

@@ -94,14 +94,14 @@ pub fn quick(dir: &ImageDir) -> Vec<Row> {
     let mut length = 0;
     while let Some(dir) = next.take() {
         length += 1;
-        manifest_sizes(&dir, newest, &mut rows);
+        let manifest = manifest_sizes(&dir, newest, &mut rows);
         if newest {
             tasks(&dir, &mut rows);
         }
         newest = false;
         match dir.parent() {
             Ok(Some(parent)) => next = Some(parent),
-            Ok(None) => rows.extend(absent_parent(&dir)),
+            Ok(None) => rows.extend(manifest.and_then(|manifest| without_parent(&dir, &manifest))),
             Err(error) => rows.push(broken_parent(&dir, &error)),
         }
     }
@@ -255,13 +255,12 @@ fn is_empty(path: &Path) -> bool {
 }
 
 /// Files that the manifest lists: are they there, with their sizes?
-fn manifest_sizes(dir: &ImageDir, newest: bool, rows: &mut Vec<Row>) {
+fn manifest_sizes(dir: &ImageDir, newest: bool, rows: &mut Vec<Row>) -> Option<Manifest> {
     let manifest = match Manifest::read(dir) {
-        Ok(Some(manifest)) => manifest,
-        Ok(None) => return,
+        Ok(manifest) => manifest?,
         Err(error) => {
             rows.push(Row::bad("manifest", sentence(&error), COPY_AGAIN));
-            return;
+            return None;
         }
     };
     let before = rows.len();
@@ -290,6 +289,7 @@ fn manifest_sizes(dir: &ImageDir, newest: bool, rows: &mut Vec<Row>) {
             ),
         ));
     }
+    Some(manifest)
 }
 
 /// Images that each task must have.
@@ -383,9 +383,14 @@ fn broken_parent(dir: &ImageDir, error: &ImageError) -> Row {
 
 /// A generation that builds on another one, and is there without it.
 pub fn absent_parent(dir: &ImageDir) -> Option<Row> {
-    let (Ok(None), Ok(Some(manifest))) = (dir.parent(), Manifest::read(dir)) else {
-        return None;
-    };
+    match (dir.parent(), Manifest::read(dir)) {
+        (Ok(None), Ok(Some(manifest))) => without_parent(dir, &manifest),
+        _ => None,
+    }
+}
+
+/// What is wrong with a generation that has no parent, if it should have one.
+fn without_parent(dir: &ImageDir, manifest: &Manifest) -> Option<Row> {
     let link = manifest.parent.as_ref()?;
     let number = manifest.oldest().checked_sub(1)?;
     let path = dir.path().display();

@@ -37,8 +37,9 @@ impl CgroupSets {
         if let Some(number) = self.known.get(&text) {
             return Ok(*number);
         }
+        let mut set = parse_cgroup(&text).map_err(|error| proc.bad(error))?;
         // One that is frozen would not answer, and the whole tree wait for it.
-        if let Some(group) = frozen_group(proc) {
+        if let Some(group) = frozen_group(&set) {
             return Err(CollectError::Unsupported(Obstacle {
                 pid: proc.pid(),
                 object: format!("a task that the control group {group} freezes"),
@@ -47,7 +48,6 @@ impl CgroupSets {
                     .to_string(),
             }));
         }
-        let mut set = parse_cgroup(&text).map_err(|error| proc.bad(error))?;
         // The kernel prints hierarchies newest first; the images have them by name.
         set.sort();
         self.sets.push(set);

@@ -9,7 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use floe_kernel::proc::{CgroupMembership, ProcDir, parse_cgroup};
+use floe_kernel::proc::CgroupMembership;
 
 /// How often a group is asked whether it is frozen.
 const POLL: Duration = Duration::from_millis(1);
@@ -43,15 +43,14 @@ const MOUNTED: [&str; 3] = [
     "/sys/fs/cgroup/freezer",
 ];
 
-/// The group by which a process is frozen, if it is: its path in its hierarchy. What cannot be looked at is not; a mount
-/// for it would take longer than all else that a stopped tree is asked.
-pub fn frozen_group(process: &ProcDir) -> Option<String> {
-    let memberships = parse_cgroup(&process.read("cgroup").ok()?).ok()?;
-    let has_freezer = |member: &CgroupMembership| {
+/// The group by which a member of these is frozen, if it is: its path in its hierarchy. What cannot be looked at is
+/// not; a mount for it would take longer than all else that a stopped tree is asked.
+pub fn frozen_group(memberships: &[CgroupMembership]) -> Option<String> {
+    let has_freezer = |member: &&CgroupMembership| {
         let mut names = member.controllers.split(',');
         member.controllers.is_empty() || names.any(|name| name == "freezer")
     };
-    let mut members = memberships.into_iter().filter(has_freezer);
+    let mut members = memberships.iter().filter(has_freezer);
     members.find_map(|member| {
         let is_frozen = |group: &&str| {
             MOUNTED.iter().any(|mounted| {

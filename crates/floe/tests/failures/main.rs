@@ -322,6 +322,61 @@ fn an_archive_that_nobody_would_have_is_refused() {
     });
 }
 
+/// Whoever waits for the command thinks it undone, so it must be: at whatever moment the signal comes.
+#[test]
+fn an_archive_of_a_dump_that_was_called_off_is_not_kept() {
+    let name = "an_archive_of_a_dump_that_was_called_off_is_not_kept";
+    as_root(name, || {
+        for delay in [20, 60, 100, 140, 180, 240, 320] {
+            let mut fixture = Fixture::start("memory-large")?;
+            let place = tempfile::tempdir()?;
+            let (archive, images) = (place.path().join("archive"), place.path().join("images"));
+            fs::write(&archive, "an earlier one")?;
+            fs::create_dir(&images)?;
+            let line = format!(
+                "dump -t {} -D images --iterate=2 --archive archive",
+                fixture.pid
+            );
+            let mut command = Command::new(env!("CARGO_BIN_EXE_floe"));
+            command.current_dir(place.path()).args(line.split(' '));
+            let mut dump = command.stderr(Stdio::null()).spawn()?;
+            std::thread::sleep(Duration::from_millis(delay));
+            let pid = rustix::process::Pid::from_child(&dump);
+            rustix::process::kill_process(pid, rustix::process::Signal::TERM)?;
+            let ended = dump.wait()?;
+            // The engine takes a moment longer.
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while !names(&images)?.is_empty() {
+                ensure!(
+                    Instant::now() < deadline,
+                    "after {delay} ms: {:?}",
+                    names(&images)?
+                );
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            if ended.success() {
+                continue; // It was faster.
+            }
+            let left = fs::read(&archive)?;
+            let state =
+                fs::read_to_string(format!("/proc/{}/stat", fixture.pid)).unwrap_or_default();
+            if !state.is_empty() && !state.contains(") Z ") {
+                ensure!(
+                    left == b"an earlier one",
+                    "after {delay} ms: the program runs, and has an archive"
+                );
+                fixture.check()?;
+            } else {
+                ensure!(
+                    left != b"an earlier one",
+                    "after {delay} ms: neither is there"
+                );
+            }
+        }
+        Ok(())
+    });
+}
+
 #[test]
 fn statistics_that_cannot_be_written_are_no_failure() {
     as_root("statistics_that_cannot_be_written_are_no_failure", || {

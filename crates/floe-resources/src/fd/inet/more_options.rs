@@ -17,7 +17,7 @@ use crate::collect::Collector;
 /// The longest value: the name of a congestion control.
 const LONGEST: usize = 16;
 
-/// Options by their level, in the order in which they are set. Those without a name are missing in the library.
+/// Options by their level, in the order in which they are set. Numbers stand here where libc has no name.
 const GENERAL: &[i32] = &[
     libc::SO_TIMESTAMP,
     libc::SO_TIMESTAMPNS,
